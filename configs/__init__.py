@@ -1,0 +1,1 @@
+"""Hydra groups: `task`, `model`, `planner`, `learner`, `preset`. The schema is `iqmpc.config`."""

@@ -1,0 +1,96 @@
+"""A trained agent: load it, act with it, decode its rewards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from iqmpc import checkpoint
+from iqmpc.config import Config
+from iqmpc.errors import CheckpointError
+from iqmpc.kernels import layers
+from iqmpc.model import WorldModel
+from iqmpc.planner import Planner
+
+
+def entropy_coefficient(config: Config, action_dim: int) -> float:
+    """β·A or β, as `learner.entropy_scale` says."""
+    scale = action_dim if config.learner.entropy_scale == "action_dim" else 1
+    return config.learner.beta * scale
+
+
+class Agent:
+    """A world model and its planner, acting on one environment.
+
+    Call `reset` at the start of every episode: the planner is warm-started from step to step.
+    """
+
+    def __init__(self, model: WorldModel, config: Config, *, seed: int = 0):
+        self.model, self.config = model, config
+        self.device = next(model.parameters()).device
+        self.beta = entropy_coefficient(config, model.action_dim)
+        self.planner = Planner(
+            model.weights(), config.planner, discount=config.discount, beta=self.beta, seed=seed)
+
+    @classmethod
+    def load(
+        cls, run: str | Path, *, device: str = "cpu", seed: int = 0, planner: bool = True
+    ) -> Agent:
+        """The agent of a run folder's newest valid checkpoint.
+
+        `planner=False` acts with the policy prior. Raises `CheckpointError` where there is none.
+        """
+        config = checkpoint.load_config(run)
+        path, tensors, meta = checkpoint.newest(run)
+        if not planner:
+            config = config.replace({"planner.enabled": False})
+        model = WorldModel(int(meta["obs_dim"]), int(meta["action_dim"]), config.model)
+        prefix = "learner.model."
+        try:
+            model.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} does not fit the run's config.yaml: {error}") from error
+        return cls(model.to(device), config, seed=seed)
+
+    def reset(self) -> None:
+        """An episode starts."""
+        self.planner.reset()
+
+    def act(self, obs: np.ndarray, *, explore: bool = False) -> np.ndarray:
+        """obs [O] -> action float32 [A] in [-1, 1]."""
+        obs = torch.as_tensor(np.asarray(obs, dtype=np.float32), device=self.device)
+        return self.planner.plan(obs.unsqueeze(0), explore=explore)[0].cpu().numpy()
+
+    @torch.no_grad()
+    def decode_reward(
+        self, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, *, samples: int = 16
+    ) -> np.ndarray:
+        """r(s, a) = Q(h(s), a) - γ V(h(s')), the reward that the critics imply.
+
+        obs [N, O], action [N, A], next_obs [N, O] (or without N) -> float32 [N] (or a scalar).
+        Q is the mean over the ensemble; V averages `samples` draws of the prior, the same draws in
+        every call. Raises `ValueError` for shapes that do not fit.
+        """
+        given = [np.asarray(x, dtype=np.float32) for x in (obs, action, next_obs)]
+        single = given[0].ndim == 1
+        obs_, action_, next_ = (
+            torch.as_tensor(x[None] if single else x, device=self.device) for x in given)
+        n = len(obs_)
+        for name, tensor, size in (("obs", obs_, self.model.obs_dim),
+                                   ("action", action_, self.model.action_dim),
+                                   ("next_obs", next_, self.model.obs_dim)):
+            if list(tensor.shape) != [n, size]:
+                raise ValueError(f"{name} must be [{n}, {size}], got {list(tensor.shape)}")
+        w = self.model.weights()
+        z = layers.encode(w, next_).expand(samples, -1, -1)
+        generator = torch.Generator(self.device).manual_seed(0)
+        noise = torch.randn(
+            samples, n, self.model.action_dim, generator=generator, device=self.device)
+        prior, log_prob = layers.policy_sample(w, z, noise)
+        value = (layers.critics(w.critics, z, prior).mean(0) - self.beta * log_prob).mean(0)
+        q = layers.critics(w.critics, layers.encode(w, obs_), action_).mean(0)
+        reward = (q - self.config.discount * value).cpu().numpy()
+        return reward[0] if single else reward

@@ -1,0 +1,69 @@
+"""The command line's edge: Hydra's groups and overrides in, one `Config` out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from iqmpc.config import Config, field_type
+from iqmpc.errors import ConfigError
+
+GROUPS = ("task", "model", "planner", "learner", "preset")
+
+
+def options(group: str) -> list[str]:
+    """The choices of a group, such as every task."""
+    folder = resources.files("iqmpc.configs") / group
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir()
+                  if f.name.endswith(".yaml"))
+
+
+def parse(overrides: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words as a dictionary, in Hydra's value syntax; `ConfigError` where not."""
+    parser = OverridesParser.create()
+    parsed = {}
+    for word in overrides:
+        if "=" not in word:
+            raise ConfigError(f"expected key=value, got {word!r}")
+        try:
+            override = parser.parse_override(word)
+        except HydraException as error:
+            raise ConfigError(f"cannot read {word!r}: {str(error).splitlines()[0]}") from error
+        if override.is_delete() or override.is_add() or override.is_sweep_override():
+            raise ConfigError(f"expected key=value, got {word!r}")
+        parsed[override.key_or_group] = override.value()
+    return parsed
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The run that `iqmpc train OVERRIDES` describes.
+
+    Hydra composes the groups; single keys are set on top, checked against the schema.
+    Raises `ConfigError` that names the key and the nearest valid one.
+    """
+    parsed = parse(overrides)
+    groups = {k: v for k, v in parsed.items() if k in GROUPS}
+    keys = {k: v for k, v in parsed.items() if k not in GROUPS}
+    for key in keys:
+        field_type(key)
+    for group, value in groups.items():
+        _check_option(group, value)
+    with initialize_config_module("iqmpc.configs", version_base="1.3"):
+        node = hydra_compose("config", [f"{k}={v}" for k, v in groups.items()])
+    return Config.from_dict(OmegaConf.to_container(node)).replace(keys)
+
+
+def _check_option(group: str, value: Any) -> None:
+    known = options(group)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown {group} {value!r}{hint} (known: {', '.join(known)})")

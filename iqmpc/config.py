@@ -1,0 +1,327 @@
+"""The settings of a run: frozen dataclasses, the only schema.
+
+Hydra fills them at the command line's edge (`iqmpc.compose`); nothing below sees Hydra.
+`Config.from_dict` is strict: an unknown key or a value of the wrong type is a `ConfigError`
+that names the key, the nearest valid one and what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from iqmpc.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Which environment, and how it is stepped.
+
+    `episode_length` counts control steps (after `action_repeat`); `gradient_penalty` is what the
+    task asks for by default (manipulation does, locomotion does not).
+    """
+
+    name: str = "walker-walk"
+    suite: str = "dmcontrol"
+    episode_length: int = 500
+    action_repeat: int = 2
+    gradient_penalty: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the world model; the defaults are the paper's (4.3M parameters)."""
+
+    encoder_dim: int = 256
+    hidden_dim: int = 512
+    latent_dim: int = 512
+    simnorm_dim: int = 8
+    critics: int = 5
+    dropout: float = 0.01
+    log_std_min: float = -10.0
+    log_std_max: float = 2.0
+
+    def __post_init__(self) -> None:
+        _at_least("model", self, 1, "encoder_dim", "hidden_dim", "latent_dim", "simnorm_dim")
+        _at_least("model", self, 2, "critics")
+        _in_range("model", self, 0.0, 0.99, "dropout")
+        if self.latent_dim % self.simnorm_dim:
+            raise ConfigError(
+                f"model.latent_dim must be a multiple of model.simnorm_dim, got {self.latent_dim} "
+                f"and {self.simnorm_dim}"
+            )
+        if self.log_std_min >= self.log_std_max:
+            raise ConfigError(
+                f"model.log_std_min must be below model.log_std_max, got {self.log_std_min} and "
+                f"{self.log_std_max}"
+            )
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """MPPI over latents. `iterations: null` means 6, or 8 when the task has 20 actions or more.
+
+    `enabled: false` acts with the policy prior alone, in training and evaluation.
+    """
+
+    enabled: bool = True
+    horizon: int = 3
+    samples: int = 512
+    elites: int = 64
+    policy_trajectories: int = 24
+    iterations: int | None = None
+    temperature: float = 0.5
+    std_min: float = 0.05
+    std_max: float = 2.0
+    score: Literal["advantage", "unrolled"] = "advantage"
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    precision: Literal["float32", "float64"] = "float32"
+    mode: Literal["eager", "compile"] = "eager"
+
+    def __post_init__(self) -> None:
+        _at_least("planner", self, 1, "horizon", "samples", "elites")
+        _at_least("planner", self, 0, "policy_trajectories")
+        if self.iterations is not None:
+            _at_least("planner", self, 1, "iterations")
+        _positive("planner", self, "temperature", "std_min")
+        for key, limit in (("elites", "samples"), ("policy_trajectories", "samples"),
+                           ("std_min", "std_max")):
+            if getattr(self, key) > getattr(self, limit):
+                raise ConfigError(
+                    f"planner.{key} must be at most planner.{limit}, got {getattr(self, key)} and "
+                    f"{getattr(self, limit)}"
+                )
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """The losses and the optimiser. Symbols as in the paper.
+
+    `objective`: `iq` (inverse soft-Q, initial-state form), `v_diff` (the original form with the
+    value difference on behaviour) or `td` (regression on the environment's reward).
+    `entropy_scale`: β·A (`action_dim`) or β (`one`). `gradient_penalty: null` follows the task;
+    `discount: null` derives γ from the episode length.
+    """
+
+    objective: Literal["iq", "v_diff", "td"] = "iq"
+    batch: int = 256
+    horizon: int = 3
+    rho: float = 0.5
+    discount: float | None = None
+    alpha: float = 0.5
+    beta: float = 1e-4
+    entropy_scale: Literal["action_dim", "one"] = "action_dim"
+    c_cons: float = 20.0
+    c_iq: float = 0.1
+    c_gp: float = 1.0
+    gradient_penalty: bool | None = None
+    lr: float = 3e-4
+    encoder_lr_scale: float = 0.3
+    grad_clip: float = 20.0
+    tau: float = 0.01
+    mode: Literal["eager", "compile"] = "compile"
+
+    def __post_init__(self) -> None:
+        _at_least("learner", self, 1, "batch", "horizon")
+        _positive("learner", self, "alpha", "lr", "grad_clip")
+        _in_range("learner", self, 0.0, 1.0, "rho", "tau")
+        if self.discount is not None:
+            _in_range("learner", self, 0.0, 1.0, "discount")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long a run is and how it is spent. All counts are control steps of the environment.
+
+    `random_steps: null` means max(1000, 5 episodes); `initial_updates: null` as many as those.
+    `demo_updates` are updates before any interaction, with demonstrations on both sides.
+    """
+
+    steps: int = 100_000
+    random_steps: int | None = None
+    initial_updates: int | None = None
+    demo_updates: int = 0
+    updates_per_step: int = 1
+    capacity: int = 1_000_000
+    eval_every: int = 10_000
+    eval_episodes: int = 3
+    final_episodes: int = 10
+    checkpoint_every: int = 10_000
+
+    def __post_init__(self) -> None:
+        _at_least("train", self, 1, "steps", "updates_per_step", "capacity", "eval_every",
+                  "eval_episodes", "final_episodes", "checkpoint_every")
+        _at_least("train", self, 0, "demo_updates")
+        for key in ("random_steps", "initial_updates"):
+            if getattr(self, key) is not None:
+                _at_least("train", self, 0, key)
+
+
+@dataclass(frozen=True)
+class DemosConfig:
+    """Where the demonstrations are. `path: null` takes the packaged set of the task."""
+
+    path: str | None = None
+    episodes: int | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run; written to the run folder as `config.yaml`."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    demos: DemosConfig = field(default_factory=DemosConfig)
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    run_dir: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """Build from nested mappings; raises `ConfigError` for unknown or ill-typed keys."""
+        return _build(cls, values, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def replace(self, changes: Mapping[str, Any]) -> Config:
+        """A copy with dotted keys changed, checked as in `from_dict`."""
+        values = self.to_dict()
+        for key, value in changes.items():
+            field_type(key)
+            *sections, last = key.split(".")
+            node = values
+            for section in sections:
+                node = node[section]
+            node[last] = value
+        return Config.from_dict(values)
+
+    @property
+    def discount(self) -> float:
+        """γ = clip((L/5 − 1)/(L/5), 0.95, 0.995), L the episode length in control steps."""
+        if self.learner.discount is not None:
+            return self.learner.discount
+        fraction = self.task.episode_length / 5
+        return min(max((fraction - 1) / fraction, 0.95), 0.995)
+
+    @property
+    def random_steps(self) -> int:
+        if self.train.random_steps is not None:
+            return self.train.random_steps
+        return max(1000, 5 * self.task.episode_length)
+
+    @property
+    def initial_updates(self) -> int:
+        if self.train.initial_updates is not None:
+            return self.train.initial_updates
+        return self.random_steps
+
+    @property
+    def gradient_penalty(self) -> bool:
+        if self.learner.gradient_penalty is not None:
+            return self.learner.gradient_penalty
+        return self.task.gradient_penalty
+
+
+def field_type(key: str) -> Any:
+    """The type of a dotted key such as `learner.batch`; `ConfigError` with the nearest if none."""
+    node: Any = Config
+    done: list[str] = []
+    for part in key.split("."):
+        hints = get_type_hints(node) if dataclasses.is_dataclass(node) else {}
+        if part not in hints:
+            raise ConfigError(_unknown(key, ".".join(done), part, node))
+        node = hints[part]
+        done.append(part)
+    return node
+
+
+def all_keys(cls: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema."""
+    keys = []
+    for name, hint in get_type_hints(cls).items():
+        path = f"{prefix}{name}"
+        keys += all_keys(hint, path + ".") if dataclasses.is_dataclass(hint) else [path]
+    return keys
+
+
+def _unknown(key: str, parent: str, part: str, node: Any) -> str:
+    near = difflib.get_close_matches(key, all_keys(), n=1, cutoff=0.5)
+    if not near:  # a key given without its section, such as `batch` for `learner.batch`
+        near = [k for k in all_keys() if k.split(".")[-1] == key.split(".")[-1]][:1]
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    where = f" in {parent!r}" if parent else ""
+    names = ", ".join(get_type_hints(node)) if dataclasses.is_dataclass(node) else "nothing"
+    return f"unknown setting {key!r}{hint} (known{where}: {names})"
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path or 'the configuration'} must be a mapping, got {values!r}")
+    hints = get_type_hints(cls)
+    kwargs = {}
+    for key, value in values.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            raise ConfigError(_unknown(full, path, str(key), cls))
+        kwargs[key] = _convert(hints[key], value, full)
+    return cls(**kwargs)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        inner = [h for h in get_args(hint) if h is not type(None)]
+        return None if value is None else _convert(inner[0], value, path)
+    if origin is Literal:
+        choices = get_args(hint)
+        if value in choices:
+            return value
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint_text = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{path} must be one of {', '.join(choices)}, got {value!r}{hint_text}")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is float and isinstance(value, str):  # YAML reads 3e-4 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if hint is int and isinstance(value, float) and value.is_integer():  # 1e5 steps
+        value = int(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{path} must be {hint.__name__}, got {value!r} ({type(value).__name__})")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{path} must be finite, got {value!r}")
+    return value
+
+
+def _at_least(section: str, config: Any, least: int, *keys: str) -> None:
+    for key in keys:
+        if getattr(config, key) < least:
+            raise ConfigError(
+                f"{section}.{key} must be at least {least}, got {getattr(config, key)}")
+
+
+def _positive(section: str, config: Any, *keys: str) -> None:
+    for key in keys:
+        if not getattr(config, key) > 0:
+            raise ConfigError(f"{section}.{key} must be positive, got {getattr(config, key)}")
+
+
+def _in_range(section: str, config: Any, low: float, high: float, *keys: str) -> None:
+    for key in keys:
+        if not low <= getattr(config, key) <= high:
+            raise ConfigError(
+                f"{section}.{key} must lie in [{low:g}, {high:g}], got {getattr(config, key)}")

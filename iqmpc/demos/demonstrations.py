@@ -1,0 +1,182 @@
+"""The in-memory demonstration set, and where sets are found and kept."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from iqmpc.demos import hdf5, npz
+from iqmpc.demos.checks import find_defects
+from iqmpc.demos.types import Defect, DemonstrationError, Draft, Episode
+
+_READERS = {".h5": hdf5.read, ".hdf5": hdf5.read, ".npz": npz.read}
+_PICKLES = (".pkl", ".pickle", ".p", ".pt", ".pth", ".joblib")
+_DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True, eq=False)
+class Demonstrations:
+    """A sound set of demonstrations: every check has passed by the time one exists.
+
+    task: the task's name, such as "walker-walk".
+    episodes: at least one, all with the same O and A; rewards and success in all or in none.
+    provenance: who recorded it and how, as text by name.
+    Raises DemonstrationError when the arguments do not satisfy the checks.
+    """
+
+    task: str
+    episodes: tuple[Episode, ...]
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "episodes", tuple(self.episodes))
+        object.__setattr__(self, "provenance", dict(self.provenance))
+        episodes = [vars(episode) for episode in self.episodes]
+        draft = Draft(f"{self.task} (in memory)", self.task, episodes, self.provenance)
+        _raise_any(draft)
+
+    def __len__(self) -> int:
+        """The number of episodes."""
+        return len(self.episodes)
+
+    @property
+    def obs_dim(self) -> int:
+        """O, the values of one observation."""
+        return self.episodes[0].observations.shape[1]
+
+    @property
+    def action_dim(self) -> int:
+        """A, the values of one action."""
+        return self.episodes[0].actions.shape[1]
+
+    @property
+    def transitions(self) -> int:
+        """The number of environment steps over all episodes."""
+        return sum(len(episode.actions) for episode in self.episodes)
+
+    def returns(self) -> np.ndarray | None:
+        """Undiscounted return of every episode, float64 [N]; None where rewards are absent."""
+        if self.episodes[0].rewards is None:
+            return None
+        return np.array([episode.rewards.sum(dtype=np.float64) for episode in self.episodes])
+
+    @property
+    def return_mean(self) -> float | None:
+        """Mean of `returns()`; None where rewards are absent."""
+        returns = self.returns()
+        return None if returns is None else float(returns.mean())
+
+    @property
+    def success_rate(self) -> float | None:
+        """Share of episodes that ended in success, in [0, 1]; None where the task defines none."""
+        if self.episodes[0].success is None:
+            return None
+        return float(np.mean([episode.success for episode in self.episodes]))
+
+    def select(self, n: int) -> Demonstrations:
+        """The set of the first n episodes; DemonstrationError unless 1 <= n <= len(self)."""
+        if not 1 <= n <= len(self):
+            raise DemonstrationError(f"{n} episodes asked of {self.task}, which has {len(self)}")
+        return Demonstrations(self.task, self.episodes[:n], self.provenance)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        task: str | None = None,
+        obs_dim: int | None = None,
+        action_dim: int | None = None,
+    ) -> Demonstrations:
+        """Read and check a .h5, .hdf5 or .npz file.
+
+        task, obs_dim and action_dim are what the set must be for; None accepts any.
+        Raises DemonstrationError, which lists the first defects and holds all of them.
+        """
+        return cls.from_draft(read(path), task, obs_dim, action_dim)
+
+    @classmethod
+    def from_draft(
+        cls,
+        draft: Draft | Defect,
+        task: str | None = None,
+        obs_dim: int | None = None,
+        action_dim: int | None = None,
+    ) -> Demonstrations:
+        """What a reader returned, checked as `load` says."""
+        _raise_any(draft, task=task, obs_dim=obs_dim, action_dim=action_dim)
+        episodes = [
+            Episode(**{k: bool(v) if isinstance(v, np.bool_) else v for k, v in episode.items()})
+            for episode in draft.episodes
+        ]
+        return cls(draft.task, tuple(episodes), draft.provenance)
+
+    @classmethod
+    def packaged(cls, task: str) -> Demonstrations:
+        """The demonstrations that ship for a task; DemonstrationError lists those that do."""
+        return cls.load(packaged_path(task), task=task)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an HDF5 file (.h5 or .hdf5), replacing any; DemonstrationError if that fails.
+
+        A reader sees the old file or the new one, never a part: the bytes reach the disk under
+        another name first.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in (".h5", ".hdf5"):
+            raise DemonstrationError(f"{path}: demonstrations are saved as .h5 or .hdf5")
+        payload = hdf5.encode(self.task, self.episodes, self.provenance)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise DemonstrationError(f"{path}: cannot be written: {error.strerror}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def packaged_tasks() -> list[str]:
+    """Names of the tasks whose demonstrations ship with the package."""
+    return sorted(path.stem for path in _DATA.glob("*.h5"))
+
+
+def packaged_path(task: str) -> Path:
+    """The file that ships for a task; DemonstrationError lists those that do."""
+    if task not in packaged_tasks():
+        shipped = ", ".join(packaged_tasks())
+        raise DemonstrationError(f"no demonstrations ship for {task!r}; they do for {shipped}")
+    return _DATA / f"{task}.h5"
+
+
+def read(path: str | os.PathLike[str]) -> Draft | Defect:
+    """Read a file for the checks, by its extension; DemonstrationError if there is no reader."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix in _PICKLES:
+        raise DemonstrationError(
+            f"{path}: pickled files are refused, since loading one can run any code in it; "
+            "write the arrays to .npz or .h5 instead"
+        )
+    if suffix not in _READERS:
+        readable = ", ".join(_READERS)
+        raise DemonstrationError(f"{path}: unknown extension {suffix!r}; readable: {readable}")
+    try:
+        # The libraries below would call an unreadable file a damaged one.
+        open(path, "rb").close()
+    except OSError as error:
+        raise DemonstrationError(f"{path}: cannot be read: {error.strerror}") from error
+    return _READERS[suffix](path)
+
+
+def _raise_any(draft: Draft | Defect, **expected: str | int | None) -> None:
+    defects = list(find_defects(draft, **expected))
+    if defects:
+        raise DemonstrationError.of(defects)

@@ -1,0 +1,83 @@
+"""What a demonstration set is made of, and how its defects are described."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from iqmpc.errors import IqmpcError
+
+MAX_LISTED = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """One recorded episode of T environment steps.
+
+    observations: float32 [T+1, O]; row t is what the demonstrator saw before action t, the last
+        row what followed the last action.
+    actions: float32 [T, A] in [-1, 1].
+    rewards: float32 [T], or None where they were not recorded. For reporting only: the method
+        never sees them.
+    terminated: whether the last row is a terminal state (not merely a time limit).
+    success: whether the task was solved at the last step; None where the task defines none.
+    """
+
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray | None
+    terminated: bool
+    success: bool | None
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One thing wrong with a set: where it is, what was found there and what was expected.
+
+    key is a dataset, attribute or archive member; "" means the file as a whole. episode counts
+    from 0; None means the set as a whole.
+    """
+
+    source: str
+    key: str
+    found: str
+    expected: str
+    episode: int | None = None
+
+    def __str__(self) -> str:
+        episode = "" if self.episode is None else f"episode {self.episode}"
+        place = ", ".join(filter(None, [self.source, episode, self.key]))
+        return f"{place}: found {self.found}, expected {self.expected}"
+
+
+@dataclass
+class Draft:
+    """A set as a reader found it, before any check.
+
+    Anything that could not be read is replaced by the Defect that says why, so that the checks
+    can report it together with everything else. Episodes map Episode's field names to values;
+    an absent value is None.
+    """
+
+    source: str
+    task: object
+    episodes: Sequence[dict[str, object] | Defect]
+    provenance: object
+
+
+class DemonstrationError(IqmpcError, ValueError):
+    """A demonstration file or set that cannot be used; `defects` holds all that was found."""
+
+    def __init__(self, message: str, defects: Sequence[Defect] = ()) -> None:
+        super().__init__(message)
+        self.defects = tuple(defects)
+
+    @classmethod
+    def of(cls, defects: Sequence[Defect]) -> DemonstrationError:
+        """The error whose message lists the first defects and counts the rest."""
+        lines = [str(defect) for defect in defects[:MAX_LISTED]]
+        if len(defects) > MAX_LISTED:
+            lines.append(f"... and {len(defects) - MAX_LISTED} more defects")
+        return cls("\n".join(lines), defects)

@@ -1,0 +1,52 @@
+"""Environments: every suite behind one factory, each a `gymnasium.Env`."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from iqmpc.config import TaskConfig
+from iqmpc.envs import dmcontrol
+from iqmpc.errors import TaskError
+
+TASKS: dict[str, TaskConfig] = {
+    name: TaskConfig(name=name, suite="dmcontrol") for name in dmcontrol.TASKS
+}
+
+
+def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any) -> gymnasium.Env:
+    """Make a task's environment: float32 observations [O], actions [A] in [-1, 1].
+
+    `task` is a name such as `walker-walk` or a `TaskConfig`; `options` replace fields of that
+    config (`episode_length`, `action_repeat`) or are passed to the suite (`render_mode`).
+    With a `seed`, the first `reset()` uses it.
+
+    Raises `TaskError` for an unknown task (with the nearest name) and for a missing extra (with
+    the command that installs it).
+    """
+    if isinstance(task, str):
+        if task not in TASKS:
+            near = difflib.get_close_matches(task, TASKS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TaskError(f"unknown task {task!r}{hint} (known: {', '.join(TASKS)})")
+        task = TASKS[task]
+    if task.suite != "dmcontrol":
+        raise TaskError(f"unknown suite {task.suite!r} of task {task.name!r} (known: dmcontrol)")
+    return dmcontrol.make(task, seed=seed, **options)
+
+
+def check_spaces(env: gymnasium.Env, name: str) -> tuple[int, int]:
+    """(O, A) of an environment that fits the method; `TaskError` where it does not."""
+    obs, action = env.observation_space, env.action_space
+    if not isinstance(obs, gymnasium.spaces.Box) or len(obs.shape) != 1:
+        raise TaskError(f"{name}: the observation space must be a flat Box, got {obs}")
+    if not isinstance(action, gymnasium.spaces.Box) or len(action.shape) != 1:
+        raise TaskError(f"{name}: the action space must be a flat Box, got {action}")
+    if not (np.all(action.low == -1) and np.all(action.high == 1)):
+        raise TaskError(
+            f"{name}: actions must lie in [-1, 1], got [{action.low.min():g}, "
+            f"{action.high.max():g}]; wrap it: gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)")
+    return obs.shape[0], action.shape[0]

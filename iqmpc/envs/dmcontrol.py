@@ -1,0 +1,134 @@
+"""DeepMind Control Suite tasks as gymnasium environments."""
+
+from __future__ import annotations
+
+import ctypes.util
+import dataclasses
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from iqmpc.config import TaskConfig
+from iqmpc.errors import TaskError
+
+# name of the task -> (domain, task) of dm_control
+TASKS = {
+    "hopper-hop": ("hopper", "hop"),
+    "cheetah-run": ("cheetah", "run"),
+    "walker-walk": ("walker", "walk"),
+    "walker-run": ("walker", "run"),
+    "quadruped-run": ("quadruped", "run"),
+    "humanoid-walk": ("humanoid", "walk"),
+    "dog-stand": ("dog", "stand"),
+    "dog-walk": ("dog", "walk"),
+    "dog-trot": ("dog", "trot"),
+    "dog-run": ("dog", "run"),
+}
+
+
+def import_suite(render: bool) -> Any:
+    """Import `dm_control.suite`, with GL only where something will be rendered.
+
+    dm_control chooses its GL library once, when it is first imported, by MUJOCO_GL. Where the user
+    has not set that, it is `disabled` for state tasks; for rendering without a screen it is EGL or
+    OSMesa, whichever is installed.
+    """
+    if "MUJOCO_GL" not in os.environ and "dm_control" not in sys.modules:
+        if not render:
+            os.environ["MUJOCO_GL"] = "disabled"
+        elif not os.environ.get("DISPLAY"):
+            os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "osmesa"
+    # With software Mesa, loading Triton after GL ends the process (two LLVMs in one process), and
+    # torch loads Triton lazily, from a compile or an optimiser: so Triton comes first.
+    if os.environ.get("MUJOCO_GL") != "disabled" and importlib.util.find_spec("triton"):
+        importlib.import_module("triton")
+    if importlib.util.find_spec("dm_control") is None:
+        raise TaskError(
+            "DMControl tasks need the extra 'dmcontrol': pip install 'iqmpc[dmcontrol]'")
+    from dm_control import suite
+
+    return suite
+
+
+class DMControlEnv(gymnasium.Env):
+    """One task of the suite, observations flattened in the suite's own order.
+
+    observation: float32 [O]; action: float32 [A] in [-1, 1], rescaled to the task's range and
+    repeated `action_repeat` times with the rewards summed. `terminated` is always False;
+    `truncated` after `episode_length` control steps. `reset(seed=s)` gives the same episode
+    whatever came before it.
+    """
+
+    def __init__(
+        self, task: TaskConfig, *, seed: int | None = None, render_mode: str | None = None,
+        render_size: int = 256,
+    ):
+        if render_mode not in (None, "rgb_array"):
+            raise TaskError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        suite = import_suite(render=render_mode is not None)
+        domain, name = TASKS[task.name]
+        self.config, self.render_mode, self._render_size = task, render_mode, render_size
+        self._env = suite.load(
+            domain, name,
+            # the suite's own limit counts simulator time; ours counts control steps
+            task_kwargs={"random": np.random.RandomState(seed), "time_limit": float("inf")})
+        spec = self._env.action_spec()
+        self._low, self._high = spec.minimum, spec.maximum
+        size = sum(int(np.prod(s.shape)) for s in self._env.observation_spec().values())
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, spec.shape, np.float32)
+        fps = round(1 / (self._env.control_timestep() * task.action_repeat))
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": fps}
+        self._seed, self._steps = seed, 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is None:
+            seed, self._seed = self._seed, None
+        if seed is not None:
+            # the task holds one RandomState for its lifetime: reseed it in place
+            self._env.task.random.seed(seed)
+        self._steps = 0
+        return self._flat(self._env.reset().observation), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != self.action_space.shape:
+            raise ValueError(
+                f"action must have shape {self.action_space.shape}, got {action.shape}")
+        scaled = self._low + (action + 1) * 0.5 * (self._high - self._low)
+        reward = 0.0
+        for _ in range(self.config.action_repeat):
+            step = self._env.step(scaled)
+            reward += step.reward
+        self._steps += 1
+        truncated = self._steps >= self.config.episode_length
+        return self._flat(step.observation), reward, False, truncated, {}
+
+    def render(self) -> np.ndarray:
+        """An RGB frame, uint8 [render_size, render_size, 3]; needs `render_mode="rgb_array"`."""
+        size = self._render_size
+        camera = 2 if self.config.name.startswith("quadruped") else 0
+        return self._env.physics.render(size, size, camera_id=camera)
+
+    def close(self) -> None:
+        self._env.close()
+
+    @staticmethod
+    def _flat(observation: dict[str, np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.ravel(v) for v in observation.values()]).astype(np.float32)
+
+
+def make(task: TaskConfig, *, seed: int | None = None, **options: Any) -> DMControlEnv:
+    """A `DMControlEnv`; `options` replace fields of `task` or are passed to the environment."""
+    fields = {f.name for f in dataclasses.fields(TaskConfig)}
+    task = dataclasses.replace(task, **{k: v for k, v in options.items() if k in fields})
+    if task.name not in TASKS:
+        raise TaskError(f"unknown DMControl task {task.name!r} (known: {', '.join(TASKS)})")
+    return DMControlEnv(task, seed=seed, **{k: v for k, v in options.items() if k not in fields})

@@ -1,0 +1,21 @@
+"""Errors that are about what the user gave. The command line prints them as one message."""
+
+
+class IqmpcError(Exception):
+    """Base of every error whose cause is the input: a setting, a file, a missing extra."""
+
+
+class ConfigError(IqmpcError, ValueError):
+    """A setting that is unknown, ill-typed or out of range; the message names the key."""
+
+
+class BackendError(IqmpcError, RuntimeError):
+    """A kernel backend was named that cannot run here; the message says what is missing."""
+
+
+class TaskError(IqmpcError, RuntimeError):
+    """A task that is unknown, misses its extra, or does not fit the method."""
+
+
+class CheckpointError(IqmpcError, RuntimeError):
+    """A run folder or checkpoint that cannot be read."""

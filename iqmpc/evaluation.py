@@ -1,0 +1,96 @@
+"""Roll out an agent and report what it reached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import gymnasium
+import numpy as np
+
+from iqmpc.agent import Agent
+from iqmpc.demos import Episode
+
+
+def episode_seed(seed: int, stream: str, index: int) -> int:
+    """The seed of an episode's reset: a run needs no environment state to be continued exactly."""
+    entropy = [seed, *stream.encode(), index]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Episodes of an agent, as recorded."""
+
+    episodes: tuple[Episode, ...]
+
+    @property
+    def returns(self) -> np.ndarray:
+        return np.array([e.rewards.sum() for e in self.episodes], dtype=np.float64)
+
+    @property
+    def return_mean(self) -> float:
+        return float(self.returns.mean())
+
+    @property
+    def return_std(self) -> float:
+        return float(self.returns.std())
+
+    @property
+    def success_rate(self) -> float | None:
+        """Share of episodes that succeeded at their last step; None where the task has no notion."""
+        known = [e.success for e in self.episodes if e.success is not None]
+        return float(np.mean(known)) if known else None
+
+
+def rollout(
+    agent: Agent,
+    env: gymnasium.Env,
+    *,
+    seed: int,
+    explore: bool = False,
+    on_step: Callable[[gymnasium.Env], None] | None = None,
+) -> Episode:
+    """One episode from `env.reset(seed=seed)`; `on_step` is called after the reset and each step."""
+    obs, info = env.reset(seed=seed)
+    agent.reset()
+    observations, actions, rewards = [obs], [], []
+    terminated = truncated = False
+    while not (terminated or truncated):
+        if on_step is not None:
+            on_step(env)
+        action = agent.act(obs, explore=explore)
+        obs, reward, terminated, truncated, info = env.step(action)
+        observations.append(obs)
+        actions.append(action)
+        rewards.append(reward)
+    success = info.get("success")
+    return Episode(
+        np.asarray(observations, np.float32), np.asarray(actions, np.float32),
+        np.asarray(rewards, np.float32), bool(terminated),
+        None if success is None else bool(success))
+
+
+def evaluate(
+    agent: Agent,
+    env: gymnasium.Env,
+    *,
+    episodes: int,
+    seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> Evaluation:
+    """`episodes` episodes without exploration noise; `progress(done, return)` after each."""
+    done = []
+    for index in range(episodes):
+        done.append(rollout(agent, env, seed=episode_seed(seed, "eval", index)))
+        if progress is not None:
+            progress(index + 1, float(done[-1].rewards.sum()))
+    return Evaluation(tuple(done))
+
+
+def ratio(return_mean: float, demonstrator: float | None) -> float | None:
+    """Return over the demonstrator's; None where that is unknown or not positive."""
+    if demonstrator is None or not math.isfinite(demonstrator) or demonstrator <= 0:
+        return None
+    return return_mean / demonstrator

@@ -1,0 +1,151 @@
+"""One update of the world model, the critics and the policy prior."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iqmpc import losses
+from iqmpc.config import Config
+from iqmpc.kernels.weights import frozen, map_layers
+from iqmpc.losses import Batch, ModelNoise, PolicyNoise
+from iqmpc.model import WorldModel
+
+
+class Learner:
+    """Parameters, target critics, optimisers and the random draws of learning.
+
+    `update` makes one gradient step on the encoder, dynamics and critics, one on the policy prior,
+    and moves the target critics. `config.learner.mode` is `eager` or `compile` (torch.compile of
+    both losses with their backward passes); the two agree on the same draws.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, config: Config, device: str = "cpu"):
+        self.config, self.settings = config, config.learner
+        self.device = torch.device(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = WorldModel(obs_dim, action_dim, config.model).to(self.device)
+        self.weights = self.model.weights()
+        self.targets = map_layers(lambda t: t.detach().clone(), self.weights.critics)
+        self.beta = self.settings.beta * (
+            action_dim if self.settings.entropy_scale == "action_dim" else 1)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
+        self.updates = 0
+
+        s, m = self.settings, self.model
+        self.model_parameters = [
+            *m.encoder.parameters(), *m.dynamics.parameters(), *m.critics.parameters()]
+        self.model_optimiser = torch.optim.Adam(
+            [
+                {"params": list(m.encoder.parameters()), "lr": s.lr * s.encoder_lr_scale},
+                {"params": [*m.dynamics.parameters(), *m.critics.parameters()]},
+            ],
+            lr=s.lr, fused=True)
+        self.policy_optimiser = torch.optim.Adam(m.policy.parameters(), lr=s.lr, fused=True)
+        self._model_loss, self._policy_loss = losses.model_loss, losses.policy_loss
+        if s.mode == "compile":
+            self._model_loss = torch.compile(losses.model_loss, dynamic=False)
+            self._policy_loss = torch.compile(losses.policy_loss, dynamic=False)
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One update. Returns metrics as 0-dim tensors on the device; fetch them when logging."""
+        s = self.settings
+        loss, latents, metrics = self._model_loss(
+            self.weights, self.targets, batch, self._model_noise(batch), s, self.config.discount,
+            self.beta, self.penalise)
+        metrics["model_grad_norm"] = self._step(
+            loss, self.model_optimiser, self.model_parameters)
+
+        policy_loss, policy_metrics = self._policy_loss(
+            self.weights, latents, self._policy_noise(latents), s.rho, self.beta)
+        policy_metrics["policy_grad_norm"] = self._step(
+            policy_loss, self.policy_optimiser, list(self.model.policy.parameters()))
+
+        self._move_targets()
+        self.updates += 1
+        return metrics | policy_metrics
+
+    @property
+    def penalise(self) -> bool:
+        return self.config.gradient_penalty and self.settings.objective != "td"
+
+    def _step(
+        self, loss: Tensor, optimiser: torch.optim.Optimizer, parameters: list[Tensor]
+    ) -> Tensor:
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
+        optimiser.step()
+        return norm.detach()
+
+    @torch.no_grad()
+    def _move_targets(self) -> None:
+        """Q̄ ← Q̄ + τ (Q - Q̄)."""
+        pairs = zip(self.targets, frozen(self.weights.critics), strict=True)
+        old, new = zip(*((a, b) for x, y in pairs for a, b in zip(x, y, strict=True)
+                         if a is not None), strict=True)
+        torch._foreach_lerp_(old, new, self.settings.tau)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, generator=self.generator)
+
+    def _pair(self) -> Tensor:
+        """Two different critics, drawn on the device."""
+        order = torch.rand(self.config.model.critics, device=self.device,
+                           generator=self.generator)
+        return order.topk(2).indices
+
+    def _model_noise(self, batch: Batch) -> ModelNoise:
+        horizon, rows, action_dim = batch.action.shape
+        m = self.config.model
+        keep = mix = None
+        if m.dropout > 0:
+            shape = (m.critics, horizon * rows, m.hidden_dim)
+            keep = torch.empty(shape, device=self.device).bernoulli_(
+                1 - m.dropout, generator=self.generator).div_(1 - m.dropout)
+        if self.penalise:
+            mix = torch.rand(horizon, batch.experts, 1, device=self.device,
+                             generator=self.generator)
+        starts = horizon if self.settings.objective == "v_diff" else 1
+        return ModelNoise(self._normal(horizon, rows, action_dim),
+                          self._normal(starts, rows, action_dim), keep, mix, self._pair())
+
+    def _policy_noise(self, latents: Tensor) -> PolicyNoise:
+        steps, rows = latents.shape[:2]
+        return PolicyNoise(self._normal(steps, rows, self.model.action_dim), self._pair())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything an exact continuation needs, as a flat mapping of tensors."""
+        state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        state |= {f"target.{i}.{name}": t for i, layer in enumerate(self.targets)
+                  for name, t in layer._asdict().items() if t is not None}
+        for name, optimiser in self._optimisers():
+            for index, values in optimiser.state_dict()["state"].items():
+                state |= {f"{name}.{index}.{key}": v for key, v in values.items()}
+        state["generator"] = self.generator.get_state()
+        state["updates"] = torch.tensor(self.updates)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict`; raises `KeyError` or `RuntimeError` where it does not fit."""
+        self.model.load_state_dict(
+            {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        for i, layer in enumerate(self.targets):
+            for name, t in layer._asdict().items():
+                if t is not None:
+                    t.copy_(state[f"target.{i}.{name}"])
+        for name, optimiser in self._optimisers():
+            values: dict[int, dict[str, Any]] = {}
+            for key, v in state.items():
+                if key.startswith(name + "."):
+                    _, index, field = key.split(".")
+                    values.setdefault(int(index), {})[field] = v.clone()
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": values})
+        self.generator.set_state(state["generator"])
+        self.updates = int(state["updates"])
+
+    def _optimisers(self) -> list[tuple[str, torch.optim.Optimizer]]:
+        return [("model_adam", self.model_optimiser), ("policy_adam", self.policy_optimiser)]

@@ -1,0 +1,198 @@
+"""The losses, as pure functions of weights, a batch and explicit noise (IQ-MPC, eq. 11-14).
+
+Every random draw is an input, so eager, compiled and hand-written versions compute the same thing
+on the same draws. Batches are time-major; the first `batch.experts` columns are demonstrations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from iqmpc.config import LearnerConfig
+from iqmpc.kernels import layers
+from iqmpc.kernels.weights import Layer, Weights, frozen
+
+Critics = tuple[Layer, ...]
+
+
+class Batch(NamedTuple):
+    """Slices of length H: obs [H+1, B, O], action [H, B, A], reward and terminated [H, B].
+
+    `experts` counts the leading columns that come from demonstrations (0 for `objective: td`).
+    `reward` is read by `td` alone; demonstrations carry zeros there.
+    """
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor
+    experts: int
+
+
+class ModelNoise(NamedTuple):
+    """Draws of one model and critic step.
+
+    target [H, B, A] and initial [H, B, A] (`v_diff`; else [1, B, A]) are standard normal;
+    keep [K, H·B, hidden] are dropout multipliers or None; mix [H, B_E, 1] ~ U(0, 1) or None;
+    pair [2] int64 are the critics drawn for Q_min.
+    """
+
+    target: Tensor
+    initial: Tensor
+    keep: Tensor | None
+    mix: Tensor | None
+    pair: Tensor
+
+
+class PolicyNoise(NamedTuple):
+    """Draws of one policy step: action [H+1, B, A] standard normal, pair [2] int64."""
+
+    action: Tensor
+    pair: Tensor
+
+
+def horizon_weights(rho: float, steps: int, like: Tensor) -> Tensor:
+    """λ^t for t = 0..steps-1."""
+    return rho ** torch.arange(steps, dtype=like.dtype, device=like.device)
+
+
+def soft_value(
+    weights: Weights, pair: Critics, z: Tensor, noise: Tensor, beta: float
+) -> Tensor:
+    """V(z) = Q_min(z, a) - β log π(a|z), a ~ π(·|z), with π held fixed: z [..., Z] -> [...]."""
+    with torch.no_grad():
+        action, log_prob = layers.policy_sample(weights, z, noise)
+    return layers.q_min(pair, z, action) - beta * log_prob
+
+
+def consistency_loss(predicted: Tensor, target: Tensor, rho: float) -> Tensor:
+    """(1/H) Σ_t λ^t mean (z_{t+1} - ẑ_{t+1})², the mean over batch and latent dimensions.
+
+    predicted, target [H, B, Z].
+    """
+    error = (predicted - target).square().mean((1, 2))
+    return (horizon_weights(rho, len(error), error) * error).mean()
+
+
+def iq_loss(
+    residual: Tensor, value_term: Tensor, experts: int, alpha: float, rho: float
+) -> Tensor:
+    """Inverse soft-Q objective, (1/(H K)) Σ_k Σ_t λ^t ℓ(k, t), without the gradient penalty.
+
+    residual [K, H, B]: Q_k(z_t,a_t) - γ(1-d) V̄(ẑ_{t+1}), the reward each critic implies.
+    value_term [H] (or a scalar): (1-γ) mean V(z_0), or the value difference of `v_diff`.
+    ℓ = -mean over experts of the residual + value term + 1/(4α) mean of its square over all.
+    """
+    push = -residual[..., :experts].mean(-1)
+    chi2 = residual.square().mean(-1) / (4 * alpha)
+    return (horizon_weights(rho, residual.shape[1], residual) * (push + value_term + chi2)).mean()
+
+
+def td_loss(residual: Tensor, reward: Tensor, rho: float) -> Tensor:
+    """Regression of Q_k on r + γ(1-d) V̄: residual [K, H, B] against reward [H, B]."""
+    error = (residual - reward).square().mean(-1)
+    return (horizon_weights(rho, residual.shape[1], residual) * error).mean()
+
+
+def gradient_penalty(
+    critics: Critics, z: Tensor, action: Tensor, mix: Tensor, rho: float
+) -> Tensor:
+    """(1/(H K)) Σ_k Σ_t λ^t mean (‖∇_(z,a) Q_k‖₂ - 1)² between expert and behaviour rows.
+
+    z [H, 2·B_E, Z] and action [H, 2·B_E, A], experts first, the second half their partners;
+    mix [H, B_E, 1] in [0, 1] is the expert's share. Latents are taken as given: the penalty shapes
+    the critics, not the encoder.
+    """
+    experts = mix.shape[1]
+    x = torch.cat([z, action], dim=-1).detach()
+    x = mix * x[:, :experts] + (1 - mix) * x[:, experts:]
+    latent = z.shape[-1]
+
+    def q_sum(x: Tensor) -> Tensor:
+        return layers.critics(critics, x[..., :latent], x[..., latent:]).sum((1, 2))
+
+    # Rows and critics are independent, so the gradient of a critic's sum is each row's gradient.
+    slopes = torch.func.jacrev(q_sum)(x)  # [K, H, B_E, Z+A]
+    # The root's gradient is infinite at 0, and the critics start there (zero last layer).
+    error = (slopes.square().sum(-1).clamp_min(1e-12).sqrt() - 1).square().mean(-1)
+    return (horizon_weights(rho, error.shape[1], error) * error).mean()
+
+
+def model_loss(
+    weights: Weights,
+    targets: Critics,
+    batch: Batch,
+    noise: ModelNoise,
+    config: LearnerConfig,
+    discount: float,
+    beta: float,
+    penalise: bool,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The encoder's, dynamics' and critics' loss; π is fixed.
+
+    Returns the loss, the rollout's latents z [H+1, B, Z] and metrics (0-dim tensors). `beta` is
+    the coefficient in force, β or β·A; `penalise` adds the gradient penalty.
+    """
+    horizon = batch.action.shape[0]
+    fixed = weights._replace(policy=frozen(weights.policy))
+    with torch.no_grad():
+        encoded = layers.encode(weights, batch.obs[1:])
+        target_value = soft_value(
+            fixed, layers.draw_pair(targets, noise.pair), encoded, noise.target, beta)
+        backup = discount * (1 - batch.terminated) * target_value
+    rollout = [layers.encode(weights, batch.obs[0])]
+    for t in range(horizon):
+        rollout.append(layers.dynamics(weights, rollout[-1], batch.action[t]))
+    latents = torch.stack(rollout)
+
+    consistency = consistency_loss(latents[1:], encoded, config.rho)
+    q = layers.critics(weights.critics, latents[:-1], batch.action, noise.keep)
+    residual = q - backup
+    metrics = {"consistency": consistency, "q_behaviour": q[..., batch.experts:].mean(),
+               "target_value": target_value.mean()}
+    if config.objective == "td":
+        critic = td_loss(residual, batch.reward, config.rho)
+    else:
+        n = batch.experts
+        pair = layers.draw_pair(weights.critics, noise.pair)
+        if config.objective == "iq":
+            value = soft_value(fixed, pair, latents[0, :n], noise.initial[0, :n], beta)
+            value_term = (1 - discount) * value.mean()
+        else:
+            value = soft_value(fixed, pair, latents[:-1, n:], noise.initial[:, n:], beta)
+            value_term = (value - backup[:, n:]).mean(-1)
+        critic = iq_loss(residual, value_term, n, config.alpha, config.rho)
+        metrics |= {
+            "q_expert": q[..., :n].mean(),
+            "q_difference": q[..., :n].mean() - q[..., n:].mean(),
+            "reward_expert": residual[..., :n].mean(),
+            "reward_behaviour": residual[..., n:].mean(),
+            "value_term": value_term.mean(),
+        }
+        if penalise:
+            penalty = gradient_penalty(
+                weights.critics, latents[:-1], batch.action, noise.mix, config.rho)
+            critic = critic + config.c_gp * penalty
+            metrics["gradient_penalty"] = penalty
+    metrics["critic_loss"] = critic
+    loss = config.c_cons * consistency + config.c_iq * critic
+    return loss, latents.detach(), {k: v.detach() for k, v in metrics.items()}
+
+
+def policy_loss(
+    weights: Weights, latents: Tensor, noise: PolicyNoise, rho: float, beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Σ_{t=0..H} λ^t mean[β log π(a|z_t) - Q_min(z_t, a)] / (H+1); critics and latents fixed.
+
+    latents [H+1, B, Z].
+    """
+    pair = layers.draw_pair(frozen(weights.critics), noise.pair)
+    action, log_prob = layers.policy_sample(weights, latents.detach(), noise.action)
+    q = layers.q_min(pair, latents.detach(), action)
+    loss = (beta * log_prob - q).mean(1)
+    loss = (horizon_weights(rho, len(loss), loss) * loss).mean()
+    return loss, {"policy_loss": loss.detach(), "entropy": -log_prob.detach().mean(),
+                  "q_policy": q.detach().mean()}

@@ -1,0 +1,86 @@
+"""The world model: encoder, latent dynamics, policy prior and critic ensemble (IQ-MPC, eq. 7-10).
+
+A `WorldModel` only holds parameters; what it computes is `iqmpc.kernels.layers` on its weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from iqmpc.config import ModelConfig
+from iqmpc.kernels import layers
+from iqmpc.kernels.weights import Layer, Weights
+
+
+class Linear(nn.Module):
+    """Parameters of one linear layer, LayerNorm's included where `normed`; `members` stacks K."""
+
+    def __init__(self, inputs: int, outputs: int, *, normed: bool, members: int | None = None):
+        super().__init__()
+        lead = () if members is None else (members,)
+        self.weight = nn.Parameter(torch.empty(*lead, outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(*lead, outputs))
+        self.gamma = nn.Parameter(torch.ones(*lead, outputs)) if normed else None
+        self.beta = nn.Parameter(torch.zeros(*lead, outputs)) if normed else None
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def layer(self) -> Layer:
+        return Layer(self.weight, self.bias, self.gamma, self.beta)
+
+
+class WorldModel(nn.Module):
+    """h, d, π and Q_1..Q_K for observations of size `obs_dim` and actions of size `action_dim`.
+
+    With the default (paper) sizes, 91 observations and 39 actions it has 4,274,259 parameters.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, config: ModelConfig | None = None):
+        super().__init__()
+        config = config or ModelConfig()
+        self.obs_dim, self.action_dim, self.config = obs_dim, action_dim, config
+        latent, hidden = config.latent_dim, config.hidden_dim
+        self.encoder = nn.ModuleList([
+            Linear(obs_dim, config.encoder_dim, normed=True),
+            Linear(config.encoder_dim, latent, normed=True),
+        ])
+        self.dynamics = nn.ModuleList([
+            Linear(latent + action_dim, hidden, normed=True),
+            Linear(hidden, hidden, normed=True),
+            Linear(hidden, latent, normed=True),
+        ])
+        self.policy = nn.ModuleList([
+            Linear(latent, hidden, normed=True),
+            Linear(hidden, hidden, normed=True),
+            Linear(hidden, 2 * action_dim, normed=False),
+        ])
+        members = config.critics
+        self.critics = nn.ModuleList([
+            Linear(latent + action_dim, hidden, normed=True, members=members),
+            Linear(hidden, hidden, normed=True, members=members),
+            Linear(hidden, 1, normed=False, members=members),
+        ])
+        nn.init.zeros_(self.critics[-1].weight)
+
+    def weights(self) -> Weights:
+        """A live view of the parameters, for `iqmpc.kernels`."""
+        stacks = (tuple(m.layer() for m in part)
+                  for part in (self.encoder, self.dynamics, self.policy, self.critics))
+        c = self.config
+        return Weights(*stacks, c.simnorm_dim, c.log_std_min, c.log_std_max)
+
+    def encode(self, obs: Tensor) -> Tensor:
+        """obs [..., O] -> z [..., Z]."""
+        return layers.encode(self.weights(), obs)
+
+    def next(self, z: Tensor, action: Tensor) -> Tensor:
+        """z [..., Z], action [..., A] -> the next latent [..., Z]."""
+        return layers.dynamics(self.weights(), z, action)
+
+    def pi(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z [..., Z] -> μ and log σ [..., A] of the Gaussian before squashing."""
+        return layers.policy(self.weights(), z)
+
+    def q(self, z: Tensor, action: Tensor) -> Tensor:
+        """z [..., Z], action [..., A] -> Q of every critic [K, ...]."""
+        return layers.critics(self.weights().critics, z, action)

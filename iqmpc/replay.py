@@ -1,0 +1,135 @@
+"""Slice replay: whole episodes in, batches of H-step slices out, resident on one device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iqmpc.losses import Batch
+
+_FIELDS = ("obs", "action", "reward", "terminated")
+
+
+class SliceReplay:
+    """A ring of episodes of which slices of `horizon` steps are drawn uniformly.
+
+    An episode of T steps takes T+1 rows (its last row holds an observation alone) and offers
+    T-H+1 slices, none of which crosses into another episode. When the ring is full the oldest
+    episodes make room. Memory grows with use, up to `capacity` rows.
+    """
+
+    def __init__(
+        self, obs_dim: int, action_dim: int, *, horizon: int, capacity: int,
+        device: torch.device | str = "cpu",
+    ):
+        self.horizon, self.capacity, self.device = horizon, capacity, torch.device(device)
+        self._dims = {"obs": (obs_dim,), "action": (action_dim,), "reward": (), "terminated": ()}
+        self._rows: dict[str, Tensor] = {}
+        self._allocate(min(capacity, 4096))
+        self._episodes: list[tuple[int, int]] = []  # (first row, steps), oldest first
+        self._starts = torch.empty(0, dtype=torch.int64, device=self.device)
+        self._next = 0  # the row where the next episode begins
+
+    def __len__(self) -> int:
+        """Steps held."""
+        return sum(steps for _, steps in self._episodes)
+
+    @property
+    def slices(self) -> int:
+        return len(self._starts)
+
+    def add_episode(
+        self, obs: Tensor, action: Tensor, reward: Tensor | None = None, *,
+        terminated: bool = False,
+    ) -> None:
+        """Append obs [T+1, O], action [T, A], reward [T] (zeros where absent).
+
+        `terminated`: the last step ended the task (its value is not bootstrapped). An episode
+        shorter than the horizon is kept out, since it offers no slice.
+        Raises `ValueError` for shapes that do not fit or an episode larger than the capacity.
+        """
+        steps = len(action)
+        for name, tensor, shape in (("obs", obs, [steps + 1, *self._dims["obs"]]),
+                                    ("action", action, [steps, *self._dims["action"]])):
+            if list(tensor.shape) != shape:
+                raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}")
+        if steps + 1 > self.capacity:
+            raise ValueError(
+                f"an episode of {steps} steps does not fit a replay of {self.capacity} rows")
+        if steps < self.horizon:
+            return
+        first = self._make_room(steps + 1)
+        rows = slice(first, first + steps)
+        self._rows["obs"][first:first + steps + 1] = obs.to(self.device)
+        self._rows["action"][rows] = action.to(self.device)
+        self._rows["reward"][rows] = 0 if reward is None else reward.to(self.device)
+        self._rows["terminated"][rows] = 0
+        self._rows["terminated"][first + steps - 1] = float(terminated)
+        self._episodes.append((first, steps))
+        self._next = first + steps + 1
+        self._index()
+
+    def sample(self, batch: int, generator: torch.Generator) -> Batch:
+        """`batch` slices, drawn uniformly with replacement; `Batch.experts` is 0."""
+        if not len(self._starts):
+            raise ValueError(f"the replay holds no episode of at least {self.horizon} steps")
+        pick = torch.randint(
+            len(self._starts), (batch,), generator=generator, device=self.device)
+        steps = torch.arange(self.horizon + 1, device=self.device)
+        rows = self._starts[pick] + steps.unsqueeze(1)  # [H+1, B]
+        inner = rows[:-1]
+        r = self._rows
+        return Batch(r["obs"][rows], r["action"][inner], r["reward"][inner],
+                     r["terminated"][inner], 0)
+
+    def _allocate(self, rows: int) -> None:
+        for name in _FIELDS:
+            grown = torch.zeros(rows, *self._dims[name], device=self.device)
+            if name in self._rows:
+                grown[:len(self._rows[name])] = self._rows[name]
+            self._rows[name] = grown
+
+    def _make_room(self, rows: int) -> int:
+        """The first of `rows` free rows: at the end, or at the start over the oldest episodes."""
+        first = self._next
+        if first + rows > self.capacity:
+            self._episodes = [e for e in self._episodes if e[0] < first]  # drop the old tail
+            first = 0
+        end = first + rows
+        held = len(self._rows["obs"])
+        if end > held:
+            self._allocate(min(self.capacity, max(end, 2 * held)))
+        self._episodes = [
+            (at, steps) for at, steps in self._episodes if at + steps < first or at >= end]
+        return first
+
+    def _index(self) -> None:
+        self._starts = torch.cat([
+            torch.arange(first, first + steps - self.horizon + 1, device=self.device)
+            for first, steps in self._episodes])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows in use and where the episodes lie."""
+        used = max((first + steps + 1 for first, steps in self._episodes), default=0)
+        return {**{name: self._rows[name][:used] for name in _FIELDS},
+                "episodes": torch.tensor(self._episodes, dtype=torch.int64).reshape(-1, 2),
+                "next": torch.tensor(self._next)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        used = len(state["obs"])
+        if used > self.capacity:
+            raise ValueError(f"{used} rows do not fit a replay of {self.capacity}")
+        if used > len(self._rows["obs"]):
+            self._allocate(used)
+        for name in _FIELDS:
+            self._rows[name][:used] = state[name].to(self.device)
+        self._episodes = [(first, steps) for first, steps in state["episodes"].tolist()]
+        self._next = int(state["next"])
+        if self._episodes:
+            self._index()
+
+
+def join(expert: Batch, behaviour: Batch) -> Batch:
+    """One batch, the demonstrations in the leading columns."""
+    columns = [torch.cat([a, b], dim=1) for a, b in zip(expert[:4], behaviour[:4], strict=True)]
+    return Batch(*columns, experts=expert.action.shape[1])

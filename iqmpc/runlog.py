@@ -1,0 +1,70 @@
+"""What a run writes about itself: metrics.csv, TensorBoard and summary.json."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from iqmpc.checkpoint import write_atomically
+
+PROGRESS = ("env_steps", "updates", "episodes", "wall_s")
+RESULTS = ("return", "eval_return_mean", "eval_return_std", "eval_success_rate",
+           "nonfinite_plans")
+LEARNING = (
+    "consistency", "critic_loss", "q_expert", "q_behaviour", "q_difference", "reward_expert",
+    "reward_behaviour", "target_value", "value_term", "gradient_penalty", "policy_loss",
+    "q_policy", "entropy", "model_grad_norm", "policy_grad_norm",
+)
+COLUMNS = PROGRESS + RESULTS + LEARNING
+
+
+class RunLog:
+    """One row per call: a line in metrics.csv (empty where absent) and TensorBoard scalars.
+
+    `since` drops rows and events after that environment step, which a resumed run writes again.
+    """
+
+    def __init__(self, run: Path, *, since: int | None = None):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        path = run / "metrics.csv"
+        rows = []
+        if since is not None and path.exists():
+            with open(path, newline="") as file:
+                rows = [r for r in csv.DictReader(file) if _step(r) <= since]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, text.getvalue().encode())
+        self._file = open(path, "a", newline="")
+        self._csv = csv.DictWriter(self._file, COLUMNS)
+        self._board = SummaryWriter(
+            str(run / "tensorboard"), purge_step=None if since is None else since + 1)
+
+    def write(self, values: Mapping[str, float | int | None]) -> None:
+        """Append a row; `values` has `env_steps` and any other of COLUMNS."""
+        self._csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v
+                            for k, v in values.items() if v is not None})
+        self._file.flush()
+        for key, value in values.items():
+            if key not in PROGRESS and value is not None and math.isfinite(value):
+                section = "learning" if key in LEARNING else "results"
+                self._board.add_scalar(f"{section}/{key}", value, values["env_steps"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
+    write_atomically(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def _step(row: Mapping[str, str]) -> int:
+    return int(float(row["env_steps"]))

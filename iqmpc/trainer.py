@@ -1,0 +1,273 @@
+"""The loop that coordinates environment, planner, replay and learner."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from iqmpc import checkpoint
+from iqmpc.agent import Agent
+from iqmpc.config import Config
+from iqmpc.demos import Demonstrations
+from iqmpc.envs import check_spaces
+from iqmpc.errors import CheckpointError, ConfigError
+from iqmpc.evaluation import Evaluation, episode_seed, evaluate, ratio
+from iqmpc.learner import Learner
+from iqmpc.replay import SliceReplay, join
+from iqmpc.runlog import RunLog, write_summary
+
+_REPORT_EVERY = 25  # steps between progress reports; metrics are fetched no oftener
+
+
+class Trainer:
+    """Trains an agent on an environment from demonstrations (none for `objective: td`).
+
+    `env` is any `gymnasium.Env` with flat Box observations and actions in [-1, 1]. `run` is the
+    folder that receives config, metrics and checkpoints; a folder that holds a run already is
+    refused unless `resume` continues it. `on_progress(values)` is called now and then with the
+    current figures, `on_message(text)` with events in words.
+
+    Raises `TaskError`, `ConfigError`, `DemonstrationError` or `CheckpointError` for what does not
+    fit, before anything is written.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        env: gymnasium.Env,
+        demonstrations: Demonstrations | None = None,
+        *,
+        run: str | Path,
+        resume: bool = False,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+        on_message: Callable[[str], None] | None = None,
+    ):
+        self.config, self.env, self.run = config, env, Path(run)
+        self._on_progress = on_progress or (lambda values: None)
+        self._on_message = on_message or (lambda text: None)
+        obs_dim, action_dim = check_spaces(env, config.task.name)
+        self.device = _device(config.device)
+        self.learner = Learner(obs_dim, action_dim, config, self.device)
+        self.agent = Agent(self.learner.model, config, seed=config.seed)
+        horizon = config.learner.horizon
+        self.behaviour = SliceReplay(
+            obs_dim, action_dim, horizon=horizon, capacity=config.train.capacity,
+            device=self.device)
+        self.experts: SliceReplay | None = None
+        self.demonstrator_return: float | None = None
+        if demonstrations is not None:
+            self.demonstrator_return = demonstrations.return_mean
+        if config.learner.objective != "td":
+            if demonstrations is None:
+                raise ConfigError(
+                    f"learner.objective={config.learner.objective} learns from demonstrations: "
+                    "none were given")
+            self.experts = _expert_replay(
+                demonstrations, obs_dim, action_dim, horizon, self.device)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed + 2)
+        self.env_steps = self.episodes = 0
+        self.initialised = False  # the burst of initial updates has been made
+        self._wall_before, self._started = 0.0, time.monotonic()
+        self._metrics: dict[str, torch.Tensor] = {}
+        self._evaluated_at = self._saved_at = 0
+        if resume:
+            self._restore()
+        elif (self.run / "config.yaml").exists():
+            raise ConfigError(
+                f"{self.run} already holds a run: continue it with resume={self.run}, or give "
+                "another run_dir")
+
+    @property
+    def wall_s(self) -> float:
+        return self._wall_before + time.monotonic() - self._started
+
+    def train(self) -> dict[str, Any]:
+        """Train to `config.train.steps`, evaluate, write summary.json and return it."""
+        c = self.config.train
+        self.run.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_config(self.run, self.config)
+        self._log = RunLog(self.run, since=self.env_steps if self.env_steps else None)
+        try:
+            if self.learner.updates == 0 and c.demo_updates and self.experts:
+                self._on_message(f"{c.demo_updates} updates on the demonstrations alone")
+                for _ in range(c.demo_updates):
+                    self._update(self.experts)
+                self.agent.planner.publish(self.learner.weights)
+            while self.env_steps < c.steps:
+                self._episode()
+                if self.env_steps < c.steps:
+                    if self.env_steps - self._evaluated_at >= c.eval_every:
+                        self._evaluate(c.eval_episodes)
+                    if self.env_steps - self._saved_at >= c.checkpoint_every:
+                        self._save()
+            if self._saved_at != self.env_steps:
+                self._save()
+            return self._finish()
+        finally:
+            self._log.close()
+
+    def _episode(self) -> None:
+        """One episode of interaction, learning at every step."""
+        c = self.config
+        obs, _ = self.env.reset(seed=episode_seed(c.seed, "train", self.episodes))
+        self.agent.reset()
+        observations, actions, rewards = [obs], [], []
+        terminated = truncated = False
+        while not (terminated or truncated) and self.env_steps < c.train.steps:
+            action = self._act(obs)
+            obs, reward, terminated, truncated, _ = self.env.step(action)
+            observations.append(obs)
+            actions.append(action)
+            rewards.append(reward)
+            self.env_steps += 1
+            self._learn()
+            if self.env_steps % _REPORT_EVERY == 0:
+                self._report(rewards)
+        self.behaviour.add_episode(
+            *(torch.as_tensor(np.asarray(x, np.float32))
+              for x in (observations, actions, rewards)), terminated=bool(terminated))
+        self.episodes += 1
+        self._log.write({**self._progress(), "return": float(np.sum(rewards)),
+                         **{k: v.item() for k, v in self._metrics.items()}})
+        self._metrics = {}
+
+    def _act(self, obs: np.ndarray) -> np.ndarray:
+        if self.env_steps < self.config.random_steps:
+            uniform = torch.rand(
+                self.env.action_space.shape, generator=self.generator, device=self.device)
+            return (2 * uniform - 1).cpu().numpy()
+        return self.agent.act(obs, explore=True)
+
+    def _learn(self) -> None:
+        c = self.config
+        if self.env_steps < c.random_steps or not self.behaviour.slices:
+            return
+        count = c.train.updates_per_step
+        if not self.initialised:
+            count, self.initialised = max(c.initial_updates, count), True
+            self._on_message(f"{count} updates on the first {self.env_steps} steps")
+        for done in range(count):
+            self._update(self.behaviour)
+            if done and done % _REPORT_EVERY == 0:
+                self._report([])
+        self.agent.planner.publish(self.learner.weights)
+
+    def _update(self, behaviour: SliceReplay) -> None:
+        size = self.config.learner.batch
+        batch = behaviour.sample(size, self.generator)
+        if self.experts is not None:
+            batch = join(self.experts.sample(size, self.generator), batch)
+        self._metrics = self.learner.update(batch)
+
+    def _evaluate(self, episodes: int) -> Evaluation:
+        """Without exploration, and without a trace in the state of training."""
+        planner = self.agent.planner
+        before = {k: v.clone() for k, v in planner.state_dict().items()}
+        planner.generator.manual_seed(self.config.seed)
+        result = evaluate(self.agent, self.env, episodes=episodes, seed=self.config.seed)
+        counted = planner.nonfinite_plans
+        planner.load_state_dict(before)
+        planner.nonfinite_plans = counted
+        self._evaluated_at = self.env_steps
+        self._log.write({
+            **self._progress(), "eval_return_mean": result.return_mean,
+            "eval_return_std": result.return_std, "eval_success_rate": result.success_rate,
+            "nonfinite_plans": counted})
+        share = ratio(result.return_mean, self.demonstrator_return)
+        beside = "" if share is None else \
+            f" ({100 * share:.0f} % of the demonstrator's {self.demonstrator_return:.0f})"
+        self._on_message(f"step {self.env_steps}: return {result.return_mean:.1f}{beside}")
+        return result
+
+    def _finish(self) -> dict[str, Any]:
+        trained_s = self.wall_s
+        result = self._evaluate(self.config.train.final_episodes)
+        summary = {
+            "task": self.config.task.name,
+            "seed": self.config.seed,
+            "env_steps": self.env_steps,
+            "updates": self.learner.updates,
+            "wall_s": round(trained_s, 1),
+            "return_mean": result.return_mean,
+            "return_std": result.return_std,
+            "success_rate": result.success_rate,
+            "demonstrator_return": self.demonstrator_return,
+            "ratio": ratio(result.return_mean, self.demonstrator_return),
+            "backend": self.agent.planner.backend,
+            "nonfinite_plans": self.agent.planner.nonfinite_plans,
+        }
+        write_summary(self.run, summary)
+        return summary
+
+    def _progress(self) -> dict[str, Any]:
+        return {"env_steps": self.env_steps, "updates": self.learner.updates,
+                "episodes": self.episodes, "wall_s": round(self.wall_s, 1)}
+
+    def _report(self, rewards: list[float]) -> None:
+        self._on_progress({**self._progress(), "return": float(np.sum(rewards)),
+                           **{k: v.item() for k, v in self._metrics.items()}})
+
+    def _save(self) -> None:
+        tensors = {
+            **{f"learner.{k}": v for k, v in self.learner.state_dict().items()},
+            **{f"planner.{k}": v for k, v in self.agent.planner.state_dict().items()},
+            **{f"behaviour.{k}": v for k, v in self.behaviour.state_dict().items()},
+            "trainer.generator": self.generator.get_state(),
+        }
+        checkpoint.save(self.run, self.env_steps, tensors, {
+            "obs_dim": self.learner.model.obs_dim, "action_dim": self.learner.model.action_dim,
+            "env_steps": self.env_steps, "episodes": self.episodes, "wall_s": self.wall_s,
+            "initialised": self.initialised, "evaluated_at": self._evaluated_at})
+        self._saved_at = self.env_steps
+
+    def _restore(self) -> None:
+        path, tensors, meta = checkpoint.newest(self.run)
+
+        def part(name: str) -> dict[str, torch.Tensor]:
+            prefix = name + "."
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        try:
+            self.learner.load_state_dict(part("learner"))
+            self.agent.planner.load_state_dict(part("planner"))
+            self.behaviour.load_state_dict(part("behaviour"))
+            self.generator.set_state(tensors["trainer.generator"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not fit this run's settings: {error}") from error
+        self.agent.planner.publish(self.learner.weights)
+        self.env_steps, self.episodes = meta["env_steps"], meta["episodes"]
+        self.initialised, self._wall_before = meta["initialised"], meta["wall_s"]
+        self._evaluated_at, self._saved_at = meta["evaluated_at"], self.env_steps
+        self._on_message(f"continuing from {path.name}")
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda was asked for, but torch sees no CUDA device")
+    return name
+
+
+def _expert_replay(
+    demonstrations: Demonstrations, obs_dim: int, action_dim: int, horizon: int, device: str
+) -> SliceReplay:
+    dims = (demonstrations.obs_dim, demonstrations.action_dim)
+    if dims != (obs_dim, action_dim):
+        raise ConfigError(
+            f"the demonstrations of {demonstrations.task!r} have {dims[0]} observations and "
+            f"{dims[1]} actions, the environment has {obs_dim} and {action_dim}")
+    rows = sum(len(e.actions) + 1 for e in demonstrations.episodes)
+    replay = SliceReplay(obs_dim, action_dim, horizon=horizon, capacity=rows, device=device)
+    for e in demonstrations.episodes:
+        replay.add_episode(torch.from_numpy(e.observations), torch.from_numpy(e.actions),
+                           terminated=e.terminated)
+    if not replay.slices:
+        raise ConfigError(f"no demonstration is as long as learner.horizon={horizon}")
+    return replay

@@ -1,0 +1,118 @@
+"""The world model's functions on `Weights`, in plain torch and any dtype.
+
+These are the meaning of the model, used by the learner (on live parameters) and by the planner's
+reference (on a snapshot). Leading dimensions are free; the last is the feature dimension.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iqmpc.kernels.weights import Layer, Weights
+
+_EPS = 1e-5  # LayerNorm's, as in torch
+
+
+def linear(layer: Layer, x: Tensor) -> Tensor:
+    """x W^T + b, then LayerNorm where the layer has one. A stacked layer maps [K, N, I]."""
+    if layer.weight.dim() == 2:
+        y = F.linear(x, layer.weight, layer.bias)
+    else:
+        y = torch.baddbmm(layer.bias.unsqueeze(1), x, layer.weight.transpose(1, 2))
+    if layer.gamma is None:
+        return y
+    gamma, beta = layer.gamma, layer.beta
+    if layer.weight.dim() == 2:
+        return F.layer_norm(y, y.shape[-1:], gamma, beta, _EPS)
+    return F.layer_norm(y, y.shape[-1:], eps=_EPS) * gamma.unsqueeze(1) + beta.unsqueeze(1)
+
+
+def mish(x: Tensor) -> Tensor:
+    """x tanh(softplus(x)) = x n / (n + 2) with n = e^x (e^x + 2): one exponential, not three.
+
+    Beyond 20 the quotient is 1 in every dtype used here, and the exponential must not overflow.
+    """
+    e = x.clamp(max=20).exp()
+    n = e * (e + 2)
+    return x * (n / (n + 2))
+
+
+def mlp(layers: tuple[Layer, ...], x: Tensor) -> Tensor:
+    """Hidden layers with Mish, the last one without."""
+    for layer in layers[:-1]:
+        x = mish(linear(layer, x))
+    return linear(layers[-1], x)
+
+
+def simnorm(x: Tensor, group: int) -> Tensor:
+    """Softmax inside each group of `group` features."""
+    return F.softmax(x.unflatten(-1, (-1, group)), dim=-1).flatten(-2)
+
+
+def encode(w: Weights, obs: Tensor) -> Tensor:
+    """h: obs [..., O] -> z [..., Z]."""
+    return simnorm(mlp(w.encoder, obs), w.simnorm_dim)
+
+
+def dynamics(w: Weights, z: Tensor, action: Tensor) -> Tensor:
+    """d: z [..., Z], action [..., A] -> next z [..., Z]."""
+    return simnorm(mlp(w.dynamics, torch.cat([z, action], dim=-1)), w.simnorm_dim)
+
+
+def policy(w: Weights, z: Tensor) -> tuple[Tensor, Tensor]:
+    """π: z [..., Z] -> mean μ and log σ, each [..., A], both before the squashing tanh."""
+    mean, x = mlp(w.policy, z).chunk(2, dim=-1)
+    low, high = w.log_std_min, w.log_std_max
+    return mean, low + 0.5 * (high - low) * (torch.tanh(x) + 1)
+
+
+def policy_action(w: Weights, z: Tensor, noise: Tensor) -> Tensor:
+    """a = tanh(μ + σ ε): z [..., Z], standard normal noise [..., A] -> action [..., A]."""
+    mean, log_std = policy(w, z)
+    return torch.tanh(mean + log_std.exp() * noise)
+
+
+def policy_sample(w: Weights, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The action and its exact squashed-Gaussian log-density [...], summed over action dimensions."""
+    mean, log_std = policy(w, z)
+    u = mean + log_std.exp() * noise
+    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    # log(1 - tanh(u)^2), in a form that does not cancel for large |u|
+    squash = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return torch.tanh(u), (gaussian - squash).sum(-1)
+
+
+def critics(
+    layers: tuple[Layer, ...], z: Tensor, action: Tensor, keep: Tensor | None = None
+) -> Tensor:
+    """Q of every critic in `layers`: z [..., Z], action [..., A] -> [K, ...].
+
+    keep: dropout multipliers for the first layer's pre-activations, [K, N, hidden] with N the
+    product of the leading dimensions, or None for no dropout.
+    """
+    x = torch.cat([z, action], dim=-1).flatten(0, -2)
+    x = x.expand(layers[0].weight.shape[0], *x.shape)
+    first = layers[0]
+    if keep is None:
+        x = mish(linear(first, x))
+    else:  # NormedLinear is Linear -> Dropout -> LayerNorm -> Mish
+        x = linear(Layer(first.weight, first.bias), x) * keep
+        x = F.layer_norm(x, x.shape[-1:], eps=_EPS)
+        x = mish(x * first.gamma.unsqueeze(1) + first.beta.unsqueeze(1))
+    return mlp(layers[1:], x).squeeze(-1).unflatten(-1, z.shape[:-1])
+
+
+def draw_pair(layers: tuple[Layer, ...], pair: Tensor) -> tuple[Layer, ...]:
+    """The two critics named by `pair` ([2] int64): only these are evaluated for Q_min."""
+    return tuple(
+        Layer(*(t if t is None else t.index_select(0, pair) for t in layer)) for layer in layers
+    )
+
+
+def q_min(pair: tuple[Layer, ...], z: Tensor, action: Tensor) -> Tensor:
+    """Q_min: the smaller of the drawn pair. z [..., Z], action [..., A] -> [...]."""
+    return critics(pair, z, action).amin(0)

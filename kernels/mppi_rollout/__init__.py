@@ -1,0 +1,64 @@
+"""Roll out the latent dynamics and score the soft return of every MPPI sample (IQ-MPC, eq. 15)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from iqmpc.kernels.backends import resolve_backend
+from iqmpc.kernels.mppi_rollout.reference import mppi_rollout_reference
+from iqmpc.kernels.weights import Weights
+
+BACKENDS = {"reference": mppi_rollout_reference}
+SCORES = ("advantage", "unrolled")
+
+
+def noise_steps(horizon: int, score: str) -> int:
+    """How many latents need a policy sample: z_1..z_{H-1} (advantage) or z_0..z_H (unrolled)."""
+    return horizon - 1 if score == "advantage" else horizon + 1
+
+
+def mppi_rollout(
+    weights: Weights,
+    z0: Tensor,
+    actions: Tensor,
+    policy_noise: Tensor,
+    critic_pair: Tensor,
+    discount: float,
+    score: str = "advantage",
+    *,
+    entropy: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Soft returns of S action sequences for each of E independent problems.
+
+    Shapes: z0 [E, Z], actions [E, H, S, A] in [-1, 1], policy_noise [E, T, S, A] standard normal
+    with T = H-1 for `advantage` and H+1 for `unrolled`, critic_pair [2] int64. Returns [E, S].
+
+    advantage: G = Q(z_0,a_0) + Σ_{t=1}^{H-1} γ^t (Q(z_t,a_t) - Q(z_t,ã_t)),  ã_t ~ π(·|z_t).
+    unrolled:  G = Σ_{t<H} γ^t (r(z_t,a_t) - β log π(ã_t|z_t)) + γ^H V(z_H), with
+    r = Q(z_t,a_t) - γ V(z_{t+1}) and β given as `entropy`. On the same draws the two differ by
+    -β log π(ã_0|z_0), the same number for every sample.
+
+    Raises `ValueError` for shapes that do not fit and `BackendError` for a backend that cannot run.
+    """
+    _check(weights, z0, actions, policy_noise, critic_pair, score)
+    run = BACKENDS[resolve_backend(backend, BACKENDS)]
+    return run(weights, z0, actions, policy_noise, critic_pair, discount, score, entropy)
+
+
+def _check(
+    weights: Weights, z0: Tensor, actions: Tensor, policy_noise: Tensor, pair: Tensor, score: str
+) -> None:
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+    if actions.dim() != 4 or actions.shape[-1] != weights.action_dim:
+        raise ValueError(
+            f"actions must be [E, H, S, {weights.action_dim}], got {list(actions.shape)}")
+    envs, horizon, samples, action_dim = actions.shape
+    for name, tensor, shape in (
+        ("z0", z0, [envs, weights.latent_dim]),
+        ("policy_noise", policy_noise, [envs, noise_steps(horizon, score), samples, action_dim]),
+        ("critic_pair", pair, [2]),
+    ):
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}")

@@ -1,0 +1,49 @@
+"""The meaning of `mppi_rollout`, in plain torch: imagine H steps, score the soft return."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iqmpc.kernels import layers
+from iqmpc.kernels.weights import Weights
+
+
+def mppi_rollout_reference(
+    weights: Weights,
+    z0: Tensor,  # [E, Z]
+    actions: Tensor,  # [E, H, S, A]
+    policy_noise: Tensor,  # [E, H-1, S, A] (advantage) or [E, H+1, S, A] (unrolled)
+    critic_pair: Tensor,  # [2] int64
+    discount: float,
+    score: str,
+    entropy: float = 0.0,  # β (times A): the unrolled form's, it cancels in the advantage form
+) -> Tensor:  # [E, S]
+    """See `iqmpc.kernels.mppi_rollout.mppi_rollout`."""
+    pair = layers.draw_pair(weights.critics, critic_pair)
+    horizon, samples = actions.shape[1:3]
+    z = z0.unsqueeze(1).expand(-1, samples, -1)
+    if score == "advantage":
+        total = layers.q_min(pair, z, actions[:, 0])
+        for t in range(1, horizon):
+            z = layers.dynamics(weights, z, actions[:, t - 1])
+            prior = layers.policy_action(weights, z, policy_noise[:, t - 1])
+            advantage = layers.q_min(pair, z, actions[:, t]) - layers.q_min(pair, z, prior)
+            total = total + discount**t * advantage
+        return total
+
+    def value(z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        prior, log_prob = layers.policy_sample(weights, z, noise)
+        return layers.q_min(pair, z, prior) - entropy * log_prob, log_prob
+
+    # z_0 is one latent, so it takes one policy sample: the first of its row of noise.
+    _, log_prob = value(z, policy_noise[:, 0, :1].expand(-1, samples, -1))
+    total = torch.zeros_like(log_prob)
+    for t in range(horizon):
+        q = layers.q_min(pair, z, actions[:, t])
+        z = layers.dynamics(weights, z, actions[:, t])
+        next_value, next_log_prob = value(z, policy_noise[:, t + 1])
+        reward = q - discount * next_value
+        total = total + discount**t * (reward - entropy * log_prob)
+        log_prob = next_log_prob
+    return total + discount**horizon * next_value

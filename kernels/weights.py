@@ -1,0 +1,86 @@
+"""What the kernels compute with: the world model's tensors, as plain tuples.
+
+`Weights` is either a live view of a model's parameters (`WorldModel.weights()`) or a packed,
+read-only copy of them (`snapshot`), made once per published update and never per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layer(NamedTuple):
+    """One linear layer, followed by a LayerNorm where `gamma` and `beta` are present.
+
+    weight [O, I], bias [O], gamma [O], beta [O]; critics carry a leading K on each.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+
+
+class Weights(NamedTuple):
+    """A world model: four stacks of layers and the constants of its activations."""
+
+    encoder: tuple[Layer, ...]
+    dynamics: tuple[Layer, ...]
+    policy: tuple[Layer, ...]
+    critics: tuple[Layer, ...]
+    simnorm_dim: int
+    log_std_min: float
+    log_std_max: float
+
+    @property
+    def obs_dim(self) -> int:
+        return self.encoder[0].weight.shape[-1]
+
+    @property
+    def latent_dim(self) -> int:
+        return self.encoder[-1].weight.shape[-2]
+
+    @property
+    def action_dim(self) -> int:
+        return self.policy[-1].weight.shape[-2] // 2
+
+    @property
+    def num_critics(self) -> int:
+        return self.critics[0].weight.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        parts = (self.encoder, self.dynamics, self.policy, self.critics)
+        return [t for part in parts for layer in part for t in layer if t is not None]
+
+
+def map_layers(f: Callable[[Tensor], Tensor], layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Apply `f` to every tensor of a stack of layers."""
+    return tuple(Layer(*(t if t is None else f(t) for t in layer)) for layer in layers)
+
+
+def frozen(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The same layers, cut off from gradients."""
+    return map_layers(Tensor.detach, layers)
+
+
+def snapshot(weights: Weights, dtype: torch.dtype = torch.float32) -> Weights:
+    """A detached copy in `dtype`, for the planner. Refresh it in place with `refresh`."""
+
+    def copy(t: Tensor) -> Tensor:
+        return t.detach().to(dtype, copy=True)
+
+    return weights._replace(**{
+        part: map_layers(copy, getattr(weights, part))
+        for part in ("encoder", "dynamics", "policy", "critics")
+    })
+
+
+@torch.no_grad()
+def refresh(target: Weights, source: Weights) -> None:
+    """Copy `source` into the snapshot `target`, keeping its storage (and what was compiled on it)."""
+    torch._foreach_copy_(target.tensors(), [t.detach() for t in source.tensors()])

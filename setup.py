@@ -1,0 +1,95 @@
+"""Build of iqmpc: setuptools drives CMake. The metadata is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, SetupError
+
+ROOT = Path(__file__).resolve().parent
+
+# Top-level directories installed inside iqmpc, so that no package named `kernels` or `configs`
+# lands in site-packages.
+MAPPED = ("kernels", "configs")
+
+
+def packages() -> list[str]:
+    excluded = [f"iqmpc.{directory}{rest}" for directory in MAPPED for rest in ("", ".*")]
+    names = find_packages(str(ROOT), include=["iqmpc", "iqmpc.*"], exclude=excluded)
+    for directory in MAPPED:
+        names.append(f"iqmpc.{directory}")
+        names += [f"iqmpc.{directory}.{sub}" for sub in find_packages(str(ROOT / directory))]
+    return names
+
+
+def program(name: str) -> str:
+    """Path of a build tool: PATH first, which isolated builds lead, then our own scripts."""
+    search = os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))
+    found = shutil.which(name, path=search)
+    if found is None:
+        raise SetupError(f"{name} is missing: {sys.executable} -m pip install {name}")
+    return found
+
+
+def check_toolchain() -> None:
+    """Name what is missing in one line, where CMake's answer would be a page."""
+    candidates = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+    if not any(shutil.which(candidate) for candidate in candidates):
+        raise SetupError(
+            f"no C++ compiler found (looked for {', '.join(candidates)}): install GCC or Clang "
+            "(Debian: apt-get install g++) or set CXX"
+        )
+    headers = [Path(sysconfig.get_path(key)) for key in ("include", "platinclude")]
+    if not any((directory / "Python.h").is_file() for directory in headers):
+        raise SetupError(
+            f"Python.h is missing from {headers[0]}: install the headers of "
+            f"Python {sysconfig.get_python_version()} (Debian: apt-get install python3-dev)"
+        )
+
+
+class CMakeBuild(build_ext):
+    """Builds iqmpc._C with CMake in build/, which the next build reuses."""
+
+    def build_extension(self, ext: Extension) -> None:
+        check_toolchain()
+        cmake = program("cmake")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        configure = [
+            cmake,
+            *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            # Given on every run, since a cached answer may lie in an earlier run's isolated
+            # environment, which is gone.
+            f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+        ]
+        for command in (configure, [cmake, "--build", str(build), "--target", "_C"]):
+            try:
+                subprocess.run(command, check=True)
+            except subprocess.CalledProcessError as error:
+                raise CompileError(
+                    f"building {ext.name} failed; the compiler's or CMake's message is above. "
+                    f"After moving the tree or changing compilers, remove {build} and try again"
+                ) from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The name CMake gives is asked of the same interpreter and so is the one setuptools wants.
+        shutil.copy2(build / target.name, target)
+
+
+setup(
+    packages=packages(),
+    package_dir={f"iqmpc.{directory}": directory for directory in MAPPED},
+    package_data={"iqmpc.demos": ["data/*.h5"], "iqmpc.configs": ["**/*.yaml"]},
+    ext_modules=[Extension("iqmpc._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
