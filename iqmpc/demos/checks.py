@@ -38,7 +38,7 @@ def describe(value: object) -> str:
         return "nothing"
     if isinstance(value, np.ndarray):
         return f"{value.dtype} array of shape {list(value.shape)}"
-    text = repr(value)
+    text = repr(value.item() if isinstance(value, np.generic) else value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -16,6 +16,7 @@ from iqmpc.demos.types import Defect, Draft, Episode
 
 FORMAT = "iqmpc-demonstrations"
 VERSION = 1
+# Most episodes are one chunk, which compresses best; a very long one stays readable in parts.
 _CHUNK_ROWS = 1024
 
 

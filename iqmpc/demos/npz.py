@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -45,10 +44,10 @@ def read(path: Path) -> Draft | Defect:
     return Draft(str(path), task, _episodes(members, at), {})
 
 
-def _member(archive: Mapping[str, object], key: str, at: partial[Defect]) -> object:
+def _member(archive: np.lib.npyio.NpzFile, key: str, at: partial[Defect]) -> object:
     """The array under a key; a Defect if it is unusable or missing, None if it may be missing."""
     dtype, ndim, expected = _LAYOUT[key]
-    if key not in archive:
+    if key not in archive.files:
         return None if key in _OPTIONAL else at(key, "nothing", expected)
     try:
         value = archive[key]

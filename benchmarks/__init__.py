@@ -1,0 +1,1 @@
+"""Latency and throughput: `pytest --benchmark` (see docs/benchmarks.md)."""

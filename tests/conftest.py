@@ -1,0 +1,80 @@
+"""What several tests share: a small configuration and a task small enough to be learnt in seconds."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from iqmpc import Config, Demonstrations, Episode
+
+# The tensors here are tiny: a second thread would only be waited for.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture
+def small_config() -> Config:
+    """Every part present, nothing larger than it must be."""
+    return Config.from_dict({
+        "task": {"name": "point", "episode_length": 20},
+        "model": {"encoder_dim": 32, "hidden_dim": 32, "latent_dim": 16, "critics": 3},
+        "planner": {"samples": 24, "elites": 6, "policy_trajectories": 4, "iterations": 2,
+                    "backend": "reference"},
+        "learner": {"batch": 8, "mode": "eager"},
+        "train": {"steps": 100, "random_steps": 40, "initial_updates": 5, "eval_every": 40,
+                  "eval_episodes": 1, "final_episodes": 2, "checkpoint_every": 40},
+    })
+
+
+class PointEnv(gymnasium.Env):
+    """A point on a plane: observe it, push it; the reward is its closeness to the origin."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self, episode_length: int = 20):
+        self.episode_length = episode_length
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        angle = self.np_random.uniform(0, 2 * np.pi)
+        self.position = np.array([np.cos(angle), np.sin(angle)], np.float32)
+        self.steps = 0
+        return self.position.copy(), {}
+
+    def step(self, action):
+        self.position = np.clip(self.position + 0.2 * np.asarray(action, np.float32), -2, 2)
+        self.steps += 1
+        distance = float(np.linalg.norm(self.position))
+        return (self.position.copy(), max(0.0, 1 - distance), False,
+                self.steps >= self.episode_length, {"success": distance < 0.2})
+
+
+@pytest.fixture
+def point_env() -> PointEnv:
+    return PointEnv()
+
+
+@pytest.fixture
+def point_demonstrations() -> Demonstrations:
+    """Ten episodes of the controller that walks straight to the origin."""
+    env, episodes = PointEnv(), []
+    for seed in range(10):
+        obs, _ = env.reset(seed=seed)
+        observations, actions, rewards, done = [obs], [], [], False
+        while not done:
+            action = np.clip(-obs / 0.2, -1, 1).astype(np.float32)
+            obs, reward, _, done, info = env.step(action)
+            observations.append(obs)
+            actions.append(action)
+            rewards.append(reward)
+        episodes.append(Episode(np.array(observations), np.array(actions),
+                                np.array(rewards, np.float32), False, bool(info["success"])))
+    return Demonstrations("point", tuple(episodes), {"demonstrator": "straight line"})

@@ -1,0 +1,86 @@
+import os
+
+import pytest
+import torch
+
+from iqmpc import checkpoint
+from iqmpc.errors import CheckpointError
+
+
+def tensors(step):
+    return {"a": torch.full((5,), float(step)), "b": torch.tensor(step),
+            "state": torch.arange(9, dtype=torch.uint8)}
+
+
+def test_round_trip_keeps_the_last_two(tmp_path):
+    for step in (10, 20, 30):
+        checkpoint.save(tmp_path, step, tensors(step), {"step": step, "wall_s": 1.5})
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_000000020.safetensors", "step_000000030.safetensors"]
+    path, loaded, meta = checkpoint.newest(tmp_path)
+    assert path.name == names[1] and meta == {"step": 30, "wall_s": 1.5}
+    assert all(torch.equal(v, loaded[k]) and v.dtype == loaded[k].dtype
+               for k, v in tensors(30).items())
+
+
+def flip(data):
+    return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+
+
+@pytest.mark.parametrize(("damage", "reason"), [
+    (lambda data: data[:-4], "cannot be read"), (flip, "does not match its digest"),
+    (lambda data: b"", "cannot be read"), (lambda data: b"\xff" * 100, "cannot be read"),
+])
+def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path, damage, reason):
+    checkpoint.save(tmp_path, 10, tensors(10), {})
+    bad = checkpoint.save(tmp_path, 20, tensors(20), {})
+    bad.write_bytes(damage(bad.read_bytes()))
+    with pytest.warns(RuntimeWarning, match=f"step_000000020.*{reason}"):
+        path, loaded, _ = checkpoint.newest(tmp_path)
+    assert path.name == "step_000000010.safetensors" and loaded["b"] == 10
+
+
+def test_without_a_whole_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="there is none"):
+        checkpoint.newest(tmp_path)
+    checkpoint.save(tmp_path, 10, tensors(10), {}).write_bytes(b"x")
+    with (pytest.warns(RuntimeWarning),
+          pytest.raises(CheckpointError, match="none of 1 can be used")):
+        checkpoint.newest(tmp_path)
+
+
+def test_other_safetensors_files_are_refused(tmp_path):
+    import safetensors.torch
+
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="is no iqmpc-checkpoint file"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, broken):
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, b"old")
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, broken, fail)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_config_errors_name_the_run(tmp_path, small_config):
+    with pytest.raises(CheckpointError, match="is no run folder: it has no config.yaml"):
+        checkpoint.load_config(tmp_path)
+    checkpoint.save_config(tmp_path, small_config)
+    assert checkpoint.load_config(tmp_path) == small_config
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text().replace("batch:", "bach:"))
+    with pytest.raises(CheckpointError, match="config.yaml: unknown setting 'learner.bach'"):
+        checkpoint.load_config(tmp_path)
+    path.write_text("a: [")
+    with pytest.raises(CheckpointError, match="config.yaml cannot be read"):
+        checkpoint.load_config(tmp_path)

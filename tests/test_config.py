@@ -1,0 +1,93 @@
+import dataclasses
+
+import pytest
+
+from iqmpc.compose import compose, options
+from iqmpc.config import Config, all_keys
+from iqmpc.envs import TASKS
+from iqmpc.errors import ConfigError
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["task=walker-wlak"], "unknown task 'walker-wlak'; did you mean 'walker-walk'?"),
+    (["preset=gpu"], "unknown preset 'gpu'"),
+    (["learner.bach=3"], "unknown setting 'learner.bach'; did you mean 'learner.batch'?"),
+    (["batch=3"], "unknown setting 'batch'; did you mean 'learner.batch'?"),
+    (["lerner.batch=3"], "unknown setting 'lerner.batch'; did you mean 'learner.batch'?"),
+    (["learner.batch.size=3"], "unknown setting 'learner.batch.size'"),
+    (["learner.batch=many"], "learner.batch must be int, got 'many' (str)"),
+    (["learner.batch=2.5"], "learner.batch must be int, got 2.5 (float)"),
+    (["learner.batch=true"], "learner.batch must be int, got True (bool)"),
+    (["learner.lr=fast"], "learner.lr must be float, got 'fast' (str)"),
+    (["learner.lr=inf"], "learner.lr must be finite, got inf"),
+    (["planner.enabled=1"], "planner.enabled must be bool, got 1 (int)"),
+    (["learner.objective=tdd"], "must be one of iq, v_diff, td, got 'tdd'; did you mean 'td'?"),
+    (["learner=5"], "unknown learner 5 (known: iq, td, v_diff)"),
+    (["train=5"], "train must be a mapping, got 5"),
+    (["planner.elites=600", "planner.samples=500"],
+     "planner.elites must be at most planner.samples, got 600 and 500"),
+    (["model.latent_dim=100"], "must be a multiple of model.simnorm_dim, got 100 and 8"),
+    (["train.steps=0"], "train.steps must be at least 1, got 0"),
+    (["learner.rho=1.5"], "learner.rho must lie in [0, 1], got 1.5"),
+    (["learner.lr=0"], "learner.lr must be positive, got 0.0"),
+    (["steps"], "expected key=value, got 'steps'"),
+    (["+train.steps=3"], "expected key=value, got '+train.steps=3'"),
+    (["seed=1,2"], "expected key=value, got 'seed=1,2'"),
+    (["train.steps=[1"], "cannot read 'train.steps=[1'"),
+])
+def test_what_is_wrong_is_named(words, message):
+    with pytest.raises(ConfigError) as caught:
+        compose(words)
+    assert message in str(caught.value)
+
+
+def test_what_the_command_line_names_wins():
+    assert compose(["model=paper"]).model.latent_dim == 512  # over the preset's choice
+    config = compose(["task=cheetah-run", "learner.lr=1e-3", "train.steps=1e5", "seed=3",
+                      "demos.path=a.h5", "planner.iterations=null"])
+    assert config.task.name == "cheetah-run" and config.learner.lr == 1e-3
+    assert config.train.steps == 100_000 and config.seed == 3
+    assert config.demos.path == "a.h5" and config.planner.iterations is None
+
+
+def test_the_paper_preset_is_the_papers_settings():
+    paper = compose(["preset=paper"])
+    assert paper.model == Config().model and paper.learner.batch == 256
+    planner = dataclasses.replace(paper.planner, mode="eager")
+    assert planner == Config().planner
+
+
+@pytest.mark.parametrize("group", ["task", "model", "planner", "learner", "preset"])
+def test_every_option_composes(group):
+    for option in options(group):
+        compose([f"{group}={option}"])
+
+
+def test_every_task_file_is_a_task():
+    assert set(options("task")) == set(TASKS)
+    for name in TASKS:
+        assert compose([f"task={name}"]).task == TASKS[name]
+
+
+def test_round_trip_through_a_dictionary():
+    config = compose(["task=dog-run", "learner.gradient_penalty=true", "threads=2"])
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_derived_values():
+    config = Config()
+    assert config.discount == pytest.approx(0.99)  # L = 500: (100 - 1) / 100
+    assert Config.from_dict({"task": {"episode_length": 100}}).discount == pytest.approx(0.95)
+    assert Config.from_dict({"task": {"episode_length": 10_000}}).discount == 0.995
+    assert config.random_steps == config.initial_updates == 2500
+    assert Config.from_dict({"task": {"episode_length": 100}}).random_steps == 1000
+    assert not config.gradient_penalty
+    assert config.replace({"task.gradient_penalty": True}).gradient_penalty
+    assert not config.replace(
+        {"task.gradient_penalty": True, "learner.gradient_penalty": False}).gradient_penalty
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 3
+    assert "learner.batch" in all_keys() and "run_dir" in all_keys()

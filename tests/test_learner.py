@@ -1,0 +1,120 @@
+import dataclasses
+
+import pytest
+import torch
+
+from iqmpc import Learner
+from iqmpc.kernels.weights import map_layers
+from iqmpc.losses import Batch
+
+
+def batch(experts=8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    rows = 2 * experts
+    return Batch(torch.randn(4, rows, 2, generator=g),
+                 torch.rand(3, rows, 2, generator=g) * 2 - 1,
+                 torch.randn(3, rows, generator=g), torch.zeros(3, rows), experts)
+
+
+def with_(config, **learner):
+    return dataclasses.replace(config, learner=dataclasses.replace(config.learner, **learner))
+
+
+def parameters(learner):
+    return torch.cat([p.detach().flatten() for p in learner.model.parameters()])
+
+
+@pytest.mark.parametrize("objective", ["iq", "v_diff", "td"])
+@pytest.mark.parametrize("penalty", [False, True])
+def test_updates_are_finite_and_change_every_part(small_config, objective, penalty):
+    learner = Learner(2, 2, with_(small_config, objective=objective, gradient_penalty=penalty))
+    before = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    data = batch() if objective != "td" else batch()._replace(experts=0)
+    for _ in range(3):
+        metrics = learner.update(data)
+    assert all(v.isfinite() for v in metrics.values()) and learner.updates == 3
+    assert ("gradient_penalty" in metrics) == (penalty and objective != "td")
+    for part in ("encoder", "dynamics", "policy", "critics"):
+        assert any(not torch.equal(v, before[k])
+                   for k, v in learner.model.state_dict().items() if k.startswith(part))
+
+
+def test_the_critics_learn_to_tell_experts_from_behaviour(small_config):
+    learner = Learner(2, 2, with_(small_config, lr=3e-3))
+    data = batch()
+    gaps = [learner.update(data)["q_difference"].item() for _ in range(60)]
+    assert gaps[0] == 0 and gaps[-1] > 0.2
+
+
+def test_td_regresses_on_the_reward(small_config):
+    """With γ = 0 the critic's target is the reward itself."""
+    learner = Learner(2, 2, with_(small_config, objective="td", discount=0.0, lr=3e-3))
+    data = batch()._replace(experts=0)
+    losses = [learner.update(data)["critic_loss"].item() for _ in range(150)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_targets_move_by_tau(small_config):
+    learner = Learner(2, 2, with_(small_config, tau=0.25))
+    old = map_layers(torch.clone, learner.targets)
+    learner.update(batch())
+    for before, after, critic in zip(old, learner.targets, learner.weights.critics, strict=True):
+        torch.testing.assert_close(
+            after.weight, before.weight + 0.25 * (critic.weight - before.weight))
+        torch.testing.assert_close(after.bias, before.bias + 0.25 * (critic.bias - before.bias))
+
+
+def test_gradients_are_clipped(small_config):
+    """Adam hides a scale, so the first moment is looked at: (1 - 0.9) times the clipped gradient."""
+    learner = Learner(2, 2, with_(small_config, grad_clip=1e-3, c_cons=1e4))
+    norm = learner.update(batch())["model_grad_norm"]
+    moments = [learner.model_optimiser.state[p]["exp_avg"] for p in learner.model_parameters]
+    clipped = torch.cat([m.flatten() for m in moments]).norm() / 0.1
+    assert norm > 1 and clipped.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_the_encoder_learns_at_its_own_rate(small_config):
+    """Adam's first step is the learning rate in every coordinate that has a gradient."""
+    learner = Learner(2, 2, small_config)
+    before = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    learner.update(batch())
+    step = {k: (v - before[k]).abs().max().item() for k, v in learner.model.state_dict().items()}
+    assert step["encoder.0.weight"] == pytest.approx(0.3 * 3e-4, rel=0.05)
+    assert step["dynamics.0.weight"] == pytest.approx(3e-4, rel=0.05)
+    assert step["policy.2.bias"] == pytest.approx(3e-4, rel=0.05)
+
+
+def test_same_seed_same_updates(small_config):
+    runs = []
+    for seed in (0, 0, 1):
+        learner = Learner(2, 2, dataclasses.replace(small_config, seed=seed))
+        for i in range(3):
+            learner.update(batch(seed=i))
+        runs.append(parameters(learner))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_state_round_trip_continues_exactly(small_config):
+    straight = Learner(2, 2, small_config)
+    for i in range(3):
+        straight.update(batch(seed=i))
+    state = {k: v.clone() for k, v in straight.state_dict().items()}
+    resumed = Learner(2, 2, dataclasses.replace(small_config, seed=5))
+    resumed.load_state_dict(state)
+    for learner in (straight, resumed):
+        for i in range(3, 6):
+            learner.update(batch(seed=i))
+    after = resumed.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in straight.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", [False, True])
+def test_compiled_is_eager(small_config, penalty):
+    config = with_(small_config, gradient_penalty=penalty)
+    eager, compiled = Learner(2, 2, config), Learner(2, 2, with_(config, mode="compile"))
+    for i in range(5):
+        one, two = eager.update(batch(seed=i)), compiled.update(batch(seed=i))
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5, msg=key)
+    torch.testing.assert_close(parameters(compiled), parameters(eager), rtol=1e-3, atol=2e-4)

@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+
+from iqmpc import WorldModel
+from iqmpc.config import ModelConfig
+from iqmpc.kernels import layers
+
+SMALL = ModelConfig(encoder_dim=20, hidden_dim=24, latent_dim=16, critics=3)
+
+
+def test_parameter_count_of_the_paper():
+    assert sum(p.numel() for p in WorldModel(91, 39).parameters()) == 4_274_259
+
+
+def test_initialisation():
+    model = WorldModel(5, 2, SMALL)
+    assert model.critics[-1].weight.count_nonzero() == 0
+    weight = WorldModel(91, 39).dynamics[1].weight
+    assert weight.std().item() == pytest.approx(0.02, rel=0.15) and weight.abs().max() < 2
+    for linear in (*model.encoder, *model.dynamics):
+        assert linear.bias.count_nonzero() == 0
+        assert torch.all(linear.gamma == 1) and torch.all(linear.beta == 0)
+
+
+def test_shapes_and_simplices():
+    model = WorldModel(5, 2, SMALL)
+    z = model.encode(torch.randn(4, 7, 5))
+    action = torch.rand(4, 7, 2) * 2 - 1
+    for latent in (z, model.next(z, action)):
+        assert latent.shape == (4, 7, 16)
+        torch.testing.assert_close(
+            latent.unflatten(-1, (2, 8)).sum(-1), torch.ones(4, 7, 2), rtol=1e-5, atol=1e-5)
+    assert model.q(z, action).shape == (3, 4, 7)
+
+
+def test_modules_of_torch_compute_the_same():
+    """The functions on weights against the textbook composition of torch's own modules."""
+    model = WorldModel(5, 2, SMALL).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    z = torch.rand(6, 16, dtype=torch.float64)
+    a = torch.rand(6, 2, dtype=torch.float64) * 2 - 1
+
+    def normed(linear, x, k=None):
+        pick = (lambda p: p) if k is None else (lambda p: p[k])
+        y = torch.nn.functional.linear(x, pick(linear.weight), pick(linear.bias))
+        norm = torch.nn.LayerNorm(y.shape[-1]).double()
+        norm.weight.data, norm.bias.data = pick(linear.gamma), pick(linear.beta)
+        return norm(y)
+
+    mish = torch.nn.Mish()
+    x = torch.cat([z, a], -1)
+    h = mish(normed(model.dynamics[1], mish(normed(model.dynamics[0], x))))
+    expected = normed(model.dynamics[2], h).reshape(6, 2, 8).softmax(-1).reshape(6, 16)
+    torch.testing.assert_close(model.next(z, a), expected)
+    for k in range(3):
+        h = mish(normed(model.critics[1], mish(normed(model.critics[0], x, k)), k))
+        last = model.critics[2]
+        torch.testing.assert_close(model.q(z, a)[k], h @ last.weight[k, 0] + last.bias[k, 0])
+
+
+def test_mish_is_torchs_over_the_whole_range():
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-1e30, 1e30])]).double()
+    x.requires_grad_()
+    ours, theirs = layers.mish(x), torch.nn.functional.mish(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    for y in (ours, theirs):
+        y.sum().backward(retain_graph=True)
+    (a,), (b,) = (torch.autograd.grad(y.sum(), x, retain_graph=True) for y in (ours, theirs))
+    torch.testing.assert_close(a[:-2], b[:-2], rtol=1e-8, atol=1e-10)
+    assert layers.mish(torch.tensor(math.nan)).isnan()
+
+
+def test_log_density_is_the_exact_squashed_gaussian():
+    weights = WorldModel(5, 3, SMALL).double().weights()
+    z, noise = torch.rand(10, 16).double(), torch.randn(10, 3).double()
+    action, log_prob = layers.policy_sample(weights, z, noise)
+    mean, log_std = layers.policy(weights, z)
+    squashed = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(mean, log_std.exp()),
+        [torch.distributions.transforms.TanhTransform()])
+    torch.testing.assert_close(log_prob, squashed.log_prob(action).sum(-1), rtol=1e-6, atol=1e-6)
+    assert -10 <= log_std.min() and log_std.max() <= 2
+
+
+def test_log_density_stays_finite_in_saturation():
+    weights = WorldModel(5, 1, SMALL).double().weights()
+    _, log_prob = layers.policy_sample(weights, torch.rand(1, 16).double(),
+                                       torch.full((1, 1), 1e4).double())
+    assert log_prob.isfinite().all()

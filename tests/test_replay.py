@@ -1,0 +1,101 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iqmpc.replay import SliceReplay, join
+
+
+def episode(number, steps):
+    """Rows that name their episode and step: obs = [number, t], action = [number + t / 1000]."""
+    t = torch.arange(steps + 1, dtype=torch.float32)
+    obs = torch.stack([torch.full_like(t, number), t], 1)
+    return obs, (number + t[:steps] / 1000).unsqueeze(1), t[:steps]
+
+
+def check(batch, horizon):
+    """Every slice lies in one episode, in order, with its own actions and rewards."""
+    number, t = batch.obs[..., 0], batch.obs[..., 1]
+    assert torch.all(number == number[0])
+    assert torch.equal(t[1:], t[:-1] + 1)
+    torch.testing.assert_close(batch.action[..., 0], number[:-1] + t[:-1] / 1000)
+    assert torch.equal(batch.reward, t[:-1])
+    assert batch.obs.shape[0] == horizon + 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=25),
+       horizon=st.integers(1, 5), capacity=st.integers(31, 90))
+def test_slices_never_cross_an_episode(lengths, horizon, capacity):
+    replay = SliceReplay(2, 1, horizon=horizon, capacity=capacity)
+    generator = torch.Generator().manual_seed(0)
+    for number, steps in enumerate(lengths):
+        replay.add_episode(*episode(number, steps))
+        assert sum(s + 1 for _, s in replay._episodes) <= capacity
+        if replay.slices:
+            check(replay.sample(64, generator), horizon)
+    kept = [n for n, s in enumerate(lengths) if s >= horizon]
+    if kept:  # the newest episode is always there, and the kept ones are the newest
+        held = sorted({int(x) for x in replay.sample(3000, generator).obs[0, :, 0]})
+        assert held == kept[-len(held):]
+
+
+def test_every_slice_is_drawn():
+    replay = SliceReplay(2, 1, horizon=3, capacity=100)
+    replay.add_episode(*episode(0, 5))
+    replay.add_episode(*episode(1, 3))
+    batch = replay.sample(2000, torch.Generator().manual_seed(0))
+    starts = {(int(n), int(t)) for n, t in batch.obs[0]}
+    assert starts == {(0, 0), (0, 1), (0, 2), (1, 0)} and replay.slices == 4
+
+
+def test_termination_is_the_last_step_alone():
+    replay = SliceReplay(2, 1, horizon=2, capacity=100)
+    replay.add_episode(*episode(0, 4), terminated=True)
+    replay.add_episode(*episode(1, 4))
+    batch = replay.sample(500, torch.Generator().manual_seed(0))
+    last = (batch.obs[:-1, :, 0] == 0) & (batch.obs[:-1, :, 1] == 3)
+    assert torch.equal(batch.terminated, last.float()) and last.any()
+
+
+def test_memory_grows_with_use():
+    replay = SliceReplay(2, 1, horizon=2, capacity=10_000_000)
+    assert len(replay._rows["obs"]) < 10_000
+    for number in range(20):
+        replay.add_episode(*episode(number, 500))
+    assert len(replay) == 10_000
+    check(replay.sample(500, torch.Generator().manual_seed(0)), 2)
+
+
+def test_state_round_trip_draws_the_same():
+    first = SliceReplay(2, 1, horizon=3, capacity=60)
+    for number in range(8):
+        first.add_episode(*episode(number, 11))
+    second = SliceReplay(2, 1, horizon=3, capacity=60)
+    second.load_state_dict(first.state_dict())
+    for replay in (first, second):
+        replay.add_episode(*episode(9, 17))
+    a, b = (r.sample(50, torch.Generator().manual_seed(1)) for r in (first, second))
+    assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+
+
+def test_join_puts_demonstrations_first():
+    replay = SliceReplay(2, 1, horizon=3, capacity=60)
+    replay.add_episode(*episode(4, 10))
+    one, two = (replay.sample(n, torch.Generator().manual_seed(n)) for n in (3, 5))
+    batch = join(one, two)
+    assert batch.experts == 3 and batch.obs.shape == (4, 8, 2)
+    assert torch.equal(batch.obs[:, :3], one.obs) and torch.equal(batch.action[:, 3:], two.action)
+
+
+def test_what_does_not_fit_is_named():
+    replay = SliceReplay(2, 1, horizon=3, capacity=20)
+    obs, action, reward = episode(0, 5)
+    with pytest.raises(ValueError, match=r"obs must be \[6, 2\], got \[5, 2\]"):
+        replay.add_episode(obs[:-1], action, reward)
+    with pytest.raises(ValueError, match=r"action must be \[5, 1\], got \[5, 2\]"):
+        replay.add_episode(obs, action.expand(-1, 2), reward)
+    with pytest.raises(ValueError, match="an episode of 20 steps does not fit a replay of 20"):
+        replay.add_episode(*episode(0, 20))
+    with pytest.raises(ValueError, match="no episode of at least 3 steps"):
+        replay.sample(1, torch.Generator())
