@@ -95,7 +95,11 @@ def scores(
 
 
 class EagerUnrolled:
-    """MPPI with `scores`. The same settings, draws and result as `iqmpc.planner.Planner.plan`."""
+    """MPPI with `scores`: the settings, draws and warm start of `iqmpc.planner.Planner`.
+
+    `compiled` puts one iteration under torch.compile, not the plan: the iterations are alike, and
+    compiling each of them takes minutes.
+    """
 
     def __init__(
         self,
@@ -111,65 +115,58 @@ class EagerUnrolled:
         self.discount, self.entropy, self.num_envs = discount, entropy, num_envs
         self.iterations = config.iterations or (8 if weights.action_dim >= 20 else 6)
         self.mean = torch.zeros(num_envs, config.horizon, weights.action_dim)
-        self._compute = torch.compile(self.compute, dynamic=False) if compiled else self.compute
+        self._improve = torch.compile(self.improve, dynamic=False) if compiled else self.improve
 
     @torch.no_grad()
     def plan(self, obs: Tensor) -> Tensor:
         """obs [E, O] -> action [E, A]."""
-        c, envs, size = self.config, self.num_envs, self.weights.action_dim
-        action, self.mean = self._compute(
-            obs,
-            self.mean,
-            torch.randn(envs, c.horizon, c.policy_trajectories, size),
-            torch.randn(self.iterations, envs, c.horizon, c.samples - c.policy_trajectories, size),
-            torch.randn(self.iterations, envs, c.horizon + 1, c.samples, size),
-            torch.rand(envs, c.elites),
-            torch.randperm(self.weights.num_critics)[:2],
-        )
-        return action
-
-    def compute(
-        self,
-        obs: Tensor,  # [E, O]
-        previous: Tensor,  # [E, H, A]
-        prior_noise: Tensor,  # [E, H, P, A]
-        sample_noise: Tensor,  # [I, E, H, S-P, A]
-        score_noise: Tensor,  # [I, E, H+1, S, A]
-        uniform: Tensor,  # [E, elites]
-        pair: Tensor,  # [2] int64
-    ) -> tuple[Tensor, Tensor]:
-        """One plan: action [E, A] and the mean [E, H, A] that the next one starts from."""
-        c, w = self.config, self.weights
+        c, envs, w = self.config, self.num_envs, self.weights
         z0 = latent(w, w.encoder, obs)
-        prior = self._prior(z0, prior_noise)
-        mean = torch.cat([previous[:, 1:], torch.zeros_like(previous[:, :1])], dim=1)
+        prior = self.prior(z0)
+        mean = torch.cat([self.mean[:, 1:], torch.zeros_like(self.mean[:, :1])], dim=1)
         std = torch.full_like(mean, c.std_max)
-        for i in range(self.iterations):
-            drawn = (mean.unsqueeze(2) + std.unsqueeze(2) * sample_noise[i]).clamp(-1, 1)
-            actions = torch.cat([prior, drawn], dim=2)
-            returns = scores(
-                w, z0, actions, score_noise[i], pair, self.discount, self.entropy)
-            best, index = returns.nan_to_num(-torch.inf).topk(c.elites, dim=1)
-            elites = actions.gather(
-                2, index[:, None, :, None].expand(-1, c.horizon, -1, actions.shape[3]))
-            weight = torch.softmax(c.temperature * best, dim=1)
-            share = weight[:, None, :, None]
-            mean = (share * elites).sum(2)
-            std = (share * (elites - mean.unsqueeze(2)).square()).sum(2).sqrt()
-            std = std.clamp(c.std_min, c.std_max)
-        # argmax of weight / exponential noise is one draw from the weights
-        chosen = (weight / -uniform.clamp_min(1e-10).log()).argmax(1)
-        action = elites[torch.arange(self.num_envs), 0, chosen]
-        return action, mean
+        pair = torch.randperm(w.num_critics)[:2]
+        for _ in range(self.iterations):
+            noise = torch.randn(envs, c.horizon, c.samples - c.policy_trajectories, w.action_dim)
+            score_noise = torch.randn(envs, c.horizon + 1, c.samples, w.action_dim)
+            mean, std, elites, weight = self._improve(
+                z0, prior, mean, std, noise, score_noise, pair)
+        self.mean = mean
+        chosen = torch.multinomial(weight, 1).squeeze(1)
+        return elites[torch.arange(envs), 0, chosen]
 
-    def _prior(self, z0: Tensor, noise: Tensor) -> Tensor:
-        """Actions of π rolled through d: noise [E, H, P, A] -> [E, H, P, A]."""
-        envs, horizon, rows, _ = noise.shape
-        z = z0.repeat_interleave(rows, dim=0)
+    def improve(
+        self,
+        z0: Tensor,  # [E, Z]
+        prior: Tensor,  # [E, H, P, A]
+        mean: Tensor,  # [E, H, A]
+        std: Tensor,  # [E, H, A]
+        noise: Tensor,  # [E, H, S-P, A]
+        score_noise: Tensor,  # [E, H+1, S, A]
+        pair: Tensor,  # [2] int64
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One iteration: new mean and std, elites [E, H, elites, A], their weights [E, elites]."""
+        c = self.config
+        drawn = (mean.unsqueeze(2) + std.unsqueeze(2) * noise).clamp(-1, 1)
+        actions = torch.cat([prior, drawn], dim=2)
+        returns = scores(
+            self.weights, z0, actions, score_noise, pair, self.discount, self.entropy)
+        best, index = returns.topk(c.elites, dim=1)
+        rows = index[:, None, :, None].expand(-1, c.horizon, -1, actions.shape[3])
+        elites = actions.gather(2, rows)
+        weight = torch.softmax(c.temperature * best, dim=1)
+        share = weight[:, None, :, None]
+        mean = (share * elites).sum(2)
+        variance = (share * (elites - mean.unsqueeze(2)).square()).sum(2)
+        return mean, variance.sqrt().clamp(c.std_min, c.std_max), elites, weight
+
+    def prior(self, z0: Tensor) -> Tensor:
+        """Actions of π rolled through d: z0 [E, Z] -> [E, H, P, A]."""
+        c, w = self.config, self.weights
+        z = z0.repeat_interleave(c.policy_trajectories, dim=0)
         actions = []
-        for t in range(horizon):
-            action, _ = policy(self.weights, z, noise[:, t].flatten(0, 1))
-            actions.append(action.view(envs, rows, -1))
-            if t + 1 < horizon:
-                z = dynamics(self.weights, z, action)
-        return torch.stack(actions, dim=1)
+        for t in range(c.horizon):
+            if t:
+                z = dynamics(w, z, actions[-1])
+            actions.append(policy(w, z, torch.randn(len(z), w.action_dim))[0])
+        return torch.stack(actions).unflatten(1, (len(z0), -1)).transpose(0, 1)

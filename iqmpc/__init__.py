@@ -1,6 +1,7 @@
 """IQ-MPC: reward-free world models for online imitation learning, with compiled kernels."""
 
 from iqmpc.agent import Agent
+from iqmpc.compose import compose
 from iqmpc.config import Config
 from iqmpc.demos import Demonstrations, Episode
 from iqmpc.envs import make_env
@@ -15,5 +16,5 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Agent", "Config", "Demonstrations", "Episode", "IqmpcError", "Learner", "Planner", "Trainer",
-    "WorldModel", "evaluate", "make_env",
+    "WorldModel", "compose", "evaluate", "make_env",
 ]

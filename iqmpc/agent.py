@@ -71,8 +71,8 @@ class Agent:
         """r(s, a) = Q(h(s), a) - γ V(h(s')), the reward that the critics imply.
 
         obs [N, O], action [N, A], next_obs [N, O] (or without N) -> float32 [N] (or a scalar).
-        Q is the mean over the ensemble; V averages `samples` draws of the prior, the same draws in
-        every call. Raises `ValueError` for shapes that do not fit.
+        Q is the mean over the ensemble; V averages `samples` draws of the prior, the same for every
+        row and call. Raises `ValueError` for shapes that do not fit.
         """
         given = [np.asarray(x, dtype=np.float32) for x in (obs, action, next_obs)]
         single = given[0].ndim == 1
@@ -88,8 +88,8 @@ class Agent:
         z = layers.encode(w, next_).expand(samples, -1, -1)
         generator = torch.Generator(self.device).manual_seed(0)
         noise = torch.randn(
-            samples, n, self.model.action_dim, generator=generator, device=self.device)
-        prior, log_prob = layers.policy_sample(w, z, noise)
+            samples, 1, self.model.action_dim, generator=generator, device=self.device)
+        prior, log_prob = layers.policy_sample(w, z, noise.expand(-1, n, -1))
         value = (layers.critics(w.critics, z, prior).mean(0) - self.beta * log_prob).mean(0)
         q = layers.critics(w.critics, layers.encode(w, obs_), action_).mean(0)
         reward = (q - self.config.discount * value).cpu().numpy()

@@ -41,7 +41,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def save(run: str | Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+def save(
+    run: str | Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> Path:
     """Write the checkpoint of `step` atomically and keep the newest two. Returns its path."""
     folder = Path(run) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,8 @@ def evaluate_run(
     planner: Annotated[
         bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
     video: Annotated[Path | None, typer.Option(help="Write the first episode as MP4.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the episodes; the run's own by default.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the episodes; the run's own by default.")] = None,
 ) -> None:
     """Evaluate a trained run."""
     if video is not None:  # before anything that the recording would need is spent

@@ -39,7 +39,7 @@ class Evaluation:
 
     @property
     def success_rate(self) -> float | None:
-        """Share of episodes that succeeded at their last step; None where the task has no notion."""
+        """Share of episodes solved at their last step; None where the task defines none."""
         known = [e.success for e in self.episodes if e.success is not None]
         return float(np.mean(known)) if known else None
 
@@ -52,7 +52,7 @@ def rollout(
     explore: bool = False,
     on_step: Callable[[gymnasium.Env], None] | None = None,
 ) -> Episode:
-    """One episode from `env.reset(seed=seed)`; `on_step` is called after the reset and each step."""
+    """One episode from `env.reset(seed=seed)`; `on_step` is called before each step."""
     obs, info = env.reset(seed=seed)
     agent.reset()
     observations, actions, rewards = [obs], [], []

@@ -77,7 +77,7 @@ def policy_action(w: Weights, z: Tensor, noise: Tensor) -> Tensor:
 
 
 def policy_sample(w: Weights, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The action and its exact squashed-Gaussian log-density [...], summed over action dimensions."""
+    """The action and its exact squashed-Gaussian log-density [...], summed over its dimensions."""
     mean, log_std = policy(w, z)
     u = mean + log_std.exp() * noise
     gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)

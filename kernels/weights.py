@@ -82,5 +82,5 @@ def snapshot(weights: Weights, dtype: torch.dtype = torch.float32) -> Weights:
 
 @torch.no_grad()
 def refresh(target: Weights, source: Weights) -> None:
-    """Copy `source` into the snapshot `target`, keeping its storage (and what was compiled on it)."""
+    """Copy `source` into the snapshot `target`, keeping its storage and what was compiled on it."""
     torch._foreach_copy_(target.tensors(), [t.detach() for t in source.tensors()])

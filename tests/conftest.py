@@ -1,4 +1,4 @@
-"""What several tests share: a small configuration and a task small enough to be learnt in seconds."""
+"""What several tests share: a small configuration and a task that is learnt in seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-    np.random.seed(0)
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_targets_move_by_tau(small_config):
 
 
 def test_gradients_are_clipped(small_config):
-    """Adam hides a scale, so the first moment is looked at: (1 - 0.9) times the clipped gradient."""
+    """Adam hides a scale: its first moment is looked at, (1 - 0.9) times the clipped gradient."""
     learner = Learner(2, 2, with_(small_config, grad_clip=1e-3, c_cons=1e4))
     norm = learner.update(batch())["model_grad_norm"]
     moments = [learner.model_optimiser.state[p]["exp_avg"] for p in learner.model_parameters]

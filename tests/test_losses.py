@@ -12,7 +12,7 @@ from iqmpc.kernels.weights import map_layers
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
 from iqmpc.model import WorldModel
 
-H, N, O, A, K, Z = 3, 2, 4, 2, 3, 8  # N experts and N behaviour rows
+H, N, OBS, A, K, Z = 3, 2, 4, 2, 3, 8  # N experts and N behaviour rows
 GAMMA, BETA, RHO, ALPHA = 0.97, 0.05, 0.5, 0.7
 
 
@@ -73,7 +73,7 @@ class Plain:
 
 def randomised(seed):
     torch.manual_seed(seed)
-    model = WorldModel(O, A, ModelConfig(encoder_dim=6, hidden_dim=5, latent_dim=Z, critics=K))
+    model = WorldModel(OBS, A, ModelConfig(encoder_dim=6, hidden_dim=5, latent_dim=Z, critics=K))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return model.double()
@@ -83,7 +83,7 @@ def randomised(seed):
 def case():
     model, target = randomised(1), randomised(2)
     batch = Batch(
-        torch.randn(H + 1, 2 * N, O).double(), torch.rand(H, 2 * N, A).double() * 2 - 1,
+        torch.randn(H + 1, 2 * N, OBS).double(), torch.rand(H, 2 * N, A).double() * 2 - 1,
         torch.randn(H, 2 * N).double(), (torch.rand(H, 2 * N) < 0.3).double(), N)
     noise = ModelNoise(
         torch.randn(H, 2 * N, A).double(), torch.randn(H, 2 * N, A).double(),
@@ -185,7 +185,7 @@ def test_gradient_penalty_enters_the_loss_and_trains_the_critics_alone(case):
 
 def test_gradient_penalty_is_differentiable_at_the_initial_critic():
     """The last layer starts at zero, where the norm's own gradient is infinite."""
-    model = WorldModel(O, A, ModelConfig(encoder_dim=6, hidden_dim=5, latent_dim=Z, critics=K))
+    model = WorldModel(OBS, A, ModelConfig(encoder_dim=6, hidden_dim=5, latent_dim=Z, critics=K))
     losses.gradient_penalty(model.weights().critics, torch.rand(H, 2 * N, Z),
                             torch.rand(H, 2 * N, A), torch.rand(H, N, 1), RHO).backward()
     assert all(p.grad.isfinite().all() for p in model.critics.parameters() if p.grad is not None)
@@ -220,7 +220,7 @@ def test_the_model_step_moves_all_but_the_policy(case, objective):
 
 def test_the_policy_step_moves_the_policy_alone(case):
     model, _, _, noise = case
-    latents = model.encode(torch.randn(H + 1, 2 * N, O).double())
+    latents = model.encode(torch.randn(H + 1, 2 * N, OBS).double())
     loss, _ = losses.policy_loss(
         model.weights(), latents, PolicyNoise(torch.randn(H + 1, 2 * N, A).double(), noise.pair),
         RHO, BETA)

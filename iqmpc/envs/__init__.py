@@ -34,7 +34,9 @@ def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any)
             raise TaskError(f"unknown task {task!r}{hint} (known: {', '.join(TASKS)})")
         task = TASKS[task]
     if task.suite != "dmcontrol":
-        raise TaskError(f"unknown suite {task.suite!r} of task {task.name!r} (known: dmcontrol)")
+        raise TaskError(
+            f"{task.name!r} belongs to suite {task.suite!r}, whose environments are not made here "
+            "(known: dmcontrol); evaluate your own with iqmpc.evaluate(agent, env)")
     return dmcontrol.make(task, seed=seed, **options)
 
 

@@ -1,0 +1,105 @@
+"""What is measured: sizes, settings and inputs. How it is computed is `benchmarks.variants`."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iqmpc.compose import compose
+from iqmpc.config import Config
+from iqmpc.losses import Batch
+from iqmpc.model import WorldModel
+
+
+@dataclass(frozen=True)
+class PlanCase:
+    """One plan for E problems at once; `model` and `planner` name groups of the configuration."""
+
+    model: str
+    planner: str
+    obs_dim: int
+    action_dim: int
+    envs: int
+
+    @property
+    def name(self) -> str:
+        return f"plan/{self.model}/{self.obs_dim}x{self.action_dim}/E{self.envs}"
+
+    @property
+    def config(self) -> Config:
+        return _compose(f"model={self.model}", f"planner={self.planner}")
+
+    @property
+    def iterations(self) -> int:
+        return self.config.planner.iterations or (8 if self.action_dim >= 20 else 6)
+
+    @property
+    def entropy(self) -> float:
+        """The entropy coefficient in force, β·A."""
+        return self.config.learner.beta * self.action_dim
+
+    def world_model(self) -> WorldModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = WorldModel(self.obs_dim, self.action_dim, self.config.model)
+            # A new model's critics are constant zero, and every trajectory would be an elite.
+            torch.nn.init.normal_(model.critics[-1].weight, std=0.1)
+        return model
+
+    def observations(self) -> Tensor:
+        """[E, O]"""
+        return torch.randn(
+            self.envs, self.obs_dim, generator=torch.Generator().manual_seed(1))
+
+
+@dataclass(frozen=True)
+class UpdateCase:
+    """One update on `batch` slices of demonstrations and as many of behaviour."""
+
+    model: str
+    obs_dim: int
+    action_dim: int
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"update/{self.model}/{self.obs_dim}x{self.action_dim}/{self.batch}+{self.batch}"
+
+    @property
+    def config(self) -> Config:
+        return _compose(f"model={self.model}", f"learner.batch={self.batch}")
+
+    def slices(self) -> Batch:
+        horizon, rows = self.config.learner.horizon, 2 * self.batch
+        draw = torch.Generator().manual_seed(1)
+        return Batch(
+            obs=torch.randn(horizon + 1, rows, self.obs_dim, generator=draw),
+            action=torch.rand(horizon, rows, self.action_dim, generator=draw) * 2 - 1,
+            reward=torch.zeros(horizon, rows),
+            terminated=torch.zeros(horizon, rows),
+            experts=self.batch,
+        )
+
+
+# `compose` costs tens of milliseconds and the properties above ask often.
+@functools.cache
+def _compose(*overrides: str) -> Config:
+    return compose(overrides)
+
+
+PLAN_CASES = [
+    PlanCase("tiny", "cpu", 24, 6, 1),
+    PlanCase("tiny", "cpu", 24, 6, 8),
+    PlanCase("small", "paper", 17, 6, 1),
+    PlanCase("small", "paper", 17, 6, 8),
+    PlanCase("paper", "paper", 17, 6, 1),
+    PlanCase("paper", "paper", 91, 39, 1),
+]
+UPDATE_CASES = [
+    UpdateCase("tiny", 24, 6, 64),
+    UpdateCase("small", 17, 6, 256),
+    UpdateCase("paper", 91, 39, 256),
+]

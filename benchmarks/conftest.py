@@ -1,0 +1,57 @@
+"""How a benchmark is timed and reported. The options are in the root's conftest.py."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import report
+from benchmarks.report import Measurement
+
+MEASUREMENTS = pytest.StashKey[list[Measurement]]()
+
+
+def rounds(seconds: float) -> int:
+    """How many rounds to take of something that lasts `seconds`.
+
+    About three seconds' worth, but at least 5, at least 100 below 50 ms (so that p99 is not simply
+    the slowest round), and at most 500.
+    """
+    return min(max(100 if seconds < 0.05 else 5, math.ceil(3 / seconds)), 500)
+
+
+@pytest.fixture
+def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Callable[..., None]:
+    """measure(case, variant, function, flops, dtype): time `function()` and record it."""
+
+    def run(
+        case: str, variant: str, function: Callable[[], object], flops: int, dtype: str
+    ) -> None:
+        function()  # what is compiled, is compiled here
+        start = time.perf_counter()
+        function()
+        estimate = time.perf_counter() - start
+        benchmark.group = case
+        benchmark.pedantic(function, rounds=rounds(estimate))
+        if benchmark.stats:  # none under --benchmark-disable
+            pytestconfig.stash.setdefault(MEASUREMENTS, []).append(
+                Measurement(case, variant, dtype, flops, benchmark.stats.stats.data))
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Compile each benchmark on its own: torch gives up on a function after eight variations."""
+    torch.compiler.reset()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    measurements = session.config.stash.get(MEASUREMENTS, [])
+    if measurements and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        report.write(session.config.getoption("benchmark_report"), report.records(measurements))

@@ -1,0 +1,120 @@
+"""Operation counts: the matrix products alone, a multiply-add as two operations.
+
+Symbols as in the documentation: O, A, Z sizes of observation, action and latent; H horizon; E
+problems, S samples, P policy trajectories, I iterations; K critics; B sequences in a batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from benchmarks.cases import PlanCase, UpdateCase
+
+
+class Macs(NamedTuple):
+    """Multiply-adds of one row through each network, and through parts of first layers."""
+
+    encoder: int
+    dynamics: int
+    policy: int
+    critic: int
+    encoder_first: int
+    z_part: int  # latent to hidden: the first layer of π, and of d and Q without the action
+
+    @classmethod
+    def of(cls, case: PlanCase | UpdateCase) -> Macs:
+        m, obs, act = case.config.model, case.obs_dim, case.action_dim
+        enc, hid, lat = m.encoder_dim, m.hidden_dim, m.latent_dim
+        return cls(
+            encoder=obs * enc + enc * lat,
+            dynamics=(lat + act) * hid + hid * hid + hid * lat,
+            policy=lat * hid + hid * hid + hid * 2 * act,
+            critic=(lat + act) * hid + hid * hid + hid,
+            encoder_first=obs * enc,
+            z_part=lat * hid,
+        )
+
+
+def _plan(case: PlanCase, sample: int, start: int) -> int:
+    """2 (I·E·S·sample + E·start): multiply-adds per sample and iteration, and per plan."""
+    c = case.config.planner
+    return 2 * case.envs * (case.iterations * c.samples * sample + start)
+
+
+def _start(case: PlanCase) -> int:
+    """The encoder and the policy trajectories, one by one: h + P (H π + (H-1) d)."""
+    c, m = case.config.planner, Macs.of(case)
+    rollout = c.horizon * m.policy + (c.horizon - 1) * m.dynamics
+    return m.encoder + c.policy_trajectories * rollout
+
+
+def plan_unrolled(case: PlanCase) -> int:
+    """`eager-unrolled`, a sample: H d + (2H+1) π + (2H+1) K Q."""
+    h, m = case.config.planner.horizon, Macs.of(case)
+    critics = case.config.model.critics
+    return _plan(
+        case, h * m.dynamics + (2 * h + 1) * (m.policy + critics * m.critic), _start(case))
+
+
+def plan_unrolled_compiled(case: PlanCase) -> int:
+    """`compiled-unrolled`, a sample: H d + (H+1) π + 2H K Q.
+
+    The compiler finds that the policy is asked twice at every later latent, with the same draw,
+    and that V(z_H) is computed twice.
+    """
+    h, m = case.config.planner.horizon, Macs.of(case)
+    critics = case.config.model.critics
+    return _plan(
+        case, h * m.dynamics + (h + 1) * m.policy + 2 * h * critics * m.critic, _start(case))
+
+
+def plan_advantage(case: PlanCase) -> int:
+    """`reference`, a sample: (H-1) (d + π) + 2 (2H-1) Q; at the end the mode of π."""
+    h, m = case.config.planner.horizon, Macs.of(case)
+    sample = (h - 1) * (m.dynamics + m.policy) + 2 * (2 * h - 1) * m.critic
+    return _plan(case, sample, _start(case) + m.policy)
+
+
+def plan_floor(case: PlanCase) -> int:
+    """The advantage form with all that can be shared computed once.
+
+    z_0 is common to all samples and iterations, so its part of the first layers of d and of both
+    critics, and π(z_0), are computed once; Q(z_t, a_t) and Q(z_t, ã_t) share the z part of theirs.
+    """
+    c, m = case.config.planner, Macs.of(case)
+    h = c.horizon
+    dynamics = (h - 1) * m.dynamics - m.z_part  # the first step is from z_0
+    critics = 2 * ((2 * h - 1) * m.critic - h * m.z_part)  # z_0's, and one of two for each later t
+    sample = dynamics + (h - 1) * m.policy + critics
+    start = m.encoder + m.policy + 3 * m.z_part
+    return _plan(case, sample,
+                 start + c.policy_trajectories * ((h - 1) * m.policy + dynamics))
+
+
+def update(case: UpdateCase) -> int:
+    """One update, forward and backward.
+
+    A product with a gradient for its weights costs one more, for its input another one. Of 2B
+    columns and H steps (R = 2B·H rows):
+      targets    R (h + π + 2 Q̄)                         forward only
+      rollout    2B (3 h - h_1) + 3 R d                  observations take no gradient
+      critics    3 K R Q
+      V(z_0)     B (π + 3·2 Q)                           experts only, π fixed
+      policy     2B (H+1) (3 π - π_1 + 2·2 Q)            latents and critics fixed
+    """
+    m, horizon = Macs.of(case), case.config.learner.horizon
+    columns, members = 2 * case.batch, case.config.model.critics
+    rows = columns * horizon
+    macs = (
+        rows * (m.encoder + m.policy + 2 * m.critic)
+        + columns * (3 * m.encoder - m.encoder_first) + 3 * rows * m.dynamics
+        + 3 * members * rows * m.critic
+        + case.batch * (m.policy + 6 * m.critic)
+        + columns * (horizon + 1) * (3 * m.policy - m.z_part + 4 * m.critic)
+    )
+    return 2 * macs
+
+
+def matmul(size: int) -> int:
+    """A square product: 2 N³."""
+    return 2 * size**3

@@ -1,0 +1,86 @@
+"""The report of a benchmark run: a JSON list with one record for each case and variant."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The rounds of one case and variant, in seconds, and the operations of each."""
+
+    case: str
+    variant: str
+    dtype: str
+    flops: int
+    seconds: Sequence[float]
+
+    @property
+    def gflops(self) -> float:
+        """The rate achieved in the median round, 1e9 operations a second."""
+        return self.flops / statistics.median(self.seconds) / 1e9
+
+
+def records(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """The report of one run; `docs/benchmarks.md` names the fields.
+
+    `share_of_matmul` is None where the run has no matrix product of the same dtype.
+    """
+    baseline = {m.dtype: m.gflops for m in measurements if m.case.startswith("matmul/")}
+    common = {
+        "threads": torch.get_num_threads(),
+        "device": device_name(),
+        "torch": torch.__version__,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+    return [
+        {
+            "case": m.case,
+            "variant": m.variant,
+            "dtype": m.dtype,
+            "rounds": len(m.seconds),
+            "median_ms": round(1e3 * statistics.median(m.seconds), 4),
+            "p99_ms": round(1e3 * _p99(m.seconds), 4),
+            "gflops": round(m.gflops, 2),
+            "share_of_matmul":
+                round(m.gflops / baseline[m.dtype], 4) if m.dtype in baseline else None,
+            **common,
+        }
+        for m in measurements
+    ]
+
+
+def write(path: Path, report: list[dict[str, Any]]) -> None:
+    """Replace the report at `path` as a whole: a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    lines = ",\n".join(json.dumps(record) for record in report)
+    partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def device_name() -> str:
+    """The processor's model name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _p99(seconds: Sequence[float]) -> float:
+    """The nearest-rank 99th percentile; with fewer than 100 rounds, the slowest one."""
+    return sorted(seconds)[math.ceil(0.99 * len(seconds)) - 1]

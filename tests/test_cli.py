@@ -1,0 +1,153 @@
+"""The command line as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from iqmpc import Demonstrations
+from iqmpc.cli import main
+
+TINY = [
+    "model.encoder_dim=16", "model.hidden_dim=16", "model.latent_dim=16", "planner.samples=16",
+    "planner.elites=4", "planner.policy_trajectories=4", "planner.iterations=1",
+    "planner.mode=eager", "planner.backend=reference", "learner.mode=eager", "learner.batch=8",
+    "task.episode_length=10", "train.steps=40", "train.random_steps=20", "train.initial_updates=2",
+    "train.eval_every=20", "train.eval_episodes=1", "train.final_episodes=2",
+    "train.checkpoint_every=20", "demos.episodes=3", "threads=1",
+]
+
+
+def iqmpc(*words, cwd=None, env=None):
+    """The installed console script, in a process of its own."""
+    program = Path(sys.executable).with_name("iqmpc")
+    return subprocess.run([str(program), *map(str, words)], capture_output=True, text=True,
+                          cwd=cwd, env=None if env is None else {**os.environ, **env})
+
+
+def run_main(monkeypatch, *words):
+    """The same in this process, for errors: returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["iqmpc", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "walker"
+    done = iqmpc("train", "task=walker-walk", *TINY, f"run_dir={path}")
+    assert done.returncode == 0, done.stderr
+    return path, done
+
+
+def test_train_ends_with_the_return_beside_the_demonstrators(run):
+    path, done = run
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["task"] == "walker-walk" and summary["env_steps"] == 40
+    expected = (f"return {summary['return_mean']:.1f} beside the demonstrator's "
+                f"{summary['demonstrator_return']:.1f}")
+    assert expected in done.stderr.replace("\n", " ") and done.stdout == ""
+    three = Demonstrations.packaged("walker-walk").select(3)
+    assert summary["demonstrator_return"] == pytest.approx(three.return_mean)
+
+
+def test_eval_prints_the_same_figures(run):
+    path, _ = run
+    done = iqmpc("eval", path, "--episodes", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    figures, summary = json.loads(done.stdout), json.loads((path / "summary.json").read_text())
+    assert set(summary) <= set(figures)
+    assert figures["return_mean"] == pytest.approx(summary["return_mean"], rel=1e-6)
+    assert figures["env_steps"] == 40 and figures["planner"] is True
+    prior = json.loads(iqmpc("eval", path, "--episodes", 2, "--json", "--no-planner").stdout)
+    assert prior["planner"] is False and prior["return_mean"] != figures["return_mean"]
+
+
+def test_resume_continues(run, tmp_path):
+    path, _ = run
+    straight = tmp_path / "straight"
+    assert iqmpc("train", *TINY, "train.steps=60", f"run_dir={straight}").returncode == 0
+    done = iqmpc("train", f"resume={path}", "train.steps=60")
+    assert done.returncode == 0 and "continuing from step_000000040" in done.stderr
+    summaries = [json.loads((p / "summary.json").read_text()) for p in (path, straight)]
+    for summary in summaries:
+        del summary["wall_s"]
+    assert summaries[0] == summaries[1] and summaries[0]["env_steps"] == 60
+
+
+def test_record_makes_demonstrations_that_train_reads(run, tmp_path):
+    path, _ = run
+    out = tmp_path / "mine.h5"
+    done = iqmpc("demos", "record", path, out, "--episodes", 2)
+    assert done.returncode == 0, done.stderr
+    recorded = Demonstrations.load(out, task="walker-walk", obs_dim=24, action_dim=6)
+    assert len(recorded) == 2 and recorded.episodes[0].actions.shape == (10, 6)
+    assert recorded.provenance["run"] == "walker" and np.isfinite(recorded.return_mean)
+    again = iqmpc("demos", "record", path, out)
+    assert again.returncode == 2 and "exists; --force overwrites it" in again.stderr
+    none = iqmpc("demos", "record", path, tmp_path / "none.h5", "--episodes", 1,
+                 "--min-return", 1e6)
+    assert none.returncode == 2 and "none of 1 episodes reached" in none.stderr
+    assert not (tmp_path / "none.h5").exists()
+    trained = iqmpc("train", *TINY[:-2], "threads=1", "train.steps=20", f"demos.path={out}",
+                    f"run_dir={tmp_path / 'second'}")
+    assert trained.returncode == 0, trained.stderr
+
+
+def test_video_is_written_or_says_what_is_missing(run, tmp_path):
+    path, _ = run
+    out = tmp_path / "walk.mp4"
+    done = iqmpc("eval", path, "--episodes", 1, "--video", out)
+    if done.returncode == 0:
+        import imageio.v3 as imageio
+
+        frames = imageio.imread(out)
+        assert frames.shape == (10, 256, 256, 3) and frames.std() > 5
+    else:  # a machine without any GL library
+        assert done.returncode == 2 and "cannot render here" in done.stderr
+        assert "apt-get install" in done.stderr and not out.exists()
+
+
+def test_doctor_names_backends_and_reasons():
+    done = iqmpc("doctor", env={"COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    for word in ("torch", "reference", "cpu", "triton", "cuda", "avx"):
+        assert word in done.stdout
+    assert "torch sees no CUDA device" in done.stdout or "sm_" in done.stdout
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["train", "task=walker-wlak"], "did you mean 'walker-walk'?"),
+    (["train", "learner.bach=3"], "did you mean 'learner.batch'?"),
+    (["train", "task=hopper-hop"], "walker-walk"),  # nothing packaged: says what is
+    (["train", "demos.path=nowhere.h5"], "nowhere.h5"),
+    (["train", "demos.path=demos.pkl"], "pickle"),
+    (["train", "demos.episodes=5000"], "5000"),
+    (["train", "task=walker-run", "demos.path=@walker-walk"], "walker-run"),
+    (["train", "threads=0"], "threads must be at least 1, got 0"),
+    (["train", "device=cuda"], "torch sees no CUDA device"),
+    (["train", "planner.backend=cuda"], "backend 'cuda' cannot run"),
+    (["train", "resume=nowhere"], "nowhere is no run folder"),
+    (["eval", "nowhere"], "nowhere is no run folder"),
+    (["eval", "nowhere", "--video", "a.gif"], "--video must name an .mp4 file, got a.gif"),
+    (["demos", "record", "nowhere", "a.h5"], "nowhere is no run folder"),
+])
+def test_errors_are_one_message_and_exit_code_2(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    from iqmpc.demos.demonstrations import packaged_path
+
+    words = [w.replace("@walker-walk", str(packaged_path("walker-walk"))) for w in words]
+    assert run_main(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert message in said.replace("\n", " ") and "Traceback" not in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resume_refuses_what_would_change_the_method(run, monkeypatch, capsys):
+    assert run_main(monkeypatch, "train", f"resume={run[0]}", "learner.batch=3") == 2
+    assert "learner.batch cannot change when a run is resumed" in capsys.readouterr().err
