@@ -49,27 +49,14 @@ def _start(case: PlanCase) -> int:
 
 
 def plan_unrolled(case: PlanCase) -> int:
-    """`eager-unrolled`, a sample: H d + (2H+1) π + (2H+1) K Q."""
+    """The unrolled variants, a sample: H d + (2H+1) (π + K Q); torch.compile merges none."""
     h, m = case.config.planner.horizon, Macs.of(case)
-    critics = case.config.model.critics
-    return _plan(
-        case, h * m.dynamics + (2 * h + 1) * (m.policy + critics * m.critic), _start(case))
-
-
-def plan_unrolled_compiled(case: PlanCase) -> int:
-    """`compiled-unrolled`, a sample: H d + (H+1) π + 2H K Q.
-
-    The compiler finds that the policy is asked twice at every later latent, with the same draw,
-    and that V(z_H) is computed twice.
-    """
-    h, m = case.config.planner.horizon, Macs.of(case)
-    critics = case.config.model.critics
-    return _plan(
-        case, h * m.dynamics + (h + 1) * m.policy + 2 * h * critics * m.critic, _start(case))
+    q = case.config.model.critics * m.critic
+    return _plan(case, h * m.dynamics + (2 * h + 1) * (m.policy + q), _start(case))
 
 
 def plan_advantage(case: PlanCase) -> int:
-    """`reference`, a sample: (H-1) (d + π) + 2 (2H-1) Q; at the end the mode of π."""
+    """The reference, a sample: (H-1) (d + π) + 2 (2H-1) Q; at the end the mode of π."""
     h, m = case.config.planner.horizon, Macs.of(case)
     sample = (h - 1) * (m.dynamics + m.policy) + 2 * (2 * h - 1) * m.critic
     return _plan(case, sample, _start(case) + m.policy)

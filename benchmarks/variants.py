@@ -1,4 +1,4 @@
-"""How a case is computed: a new backend or mode is one entry in `PLAN_VARIANTS` or `UPDATE_VARIANTS`."""
+"""How a case is computed: a new backend or mode is one more entry in a dictionary below."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PLAN_VARIANTS = {
     "eager-unrolled": Variant(
         functools.partial(unrolled, compiled=False), flops.plan_unrolled),
     "compiled-unrolled": Variant(
-        functools.partial(unrolled, compiled=True), flops.plan_unrolled_compiled),
+        functools.partial(unrolled, compiled=True), flops.plan_unrolled),
     "reference": Variant(
         functools.partial(package, backend="reference", mode="eager"), flops.plan_advantage),
     "reference-compiled": Variant(

@@ -1,4 +1,4 @@
-"""The command line: `iqmpc train | eval | demos | doctor`."""
+"""The command line: `iqmpc train | eval | plot | demos | doctor`."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def evaluate_run(
 
         check_video(video)
     agent, env, config = _load(run, planner=planner, seed=seed, render=video is not None)
-    from iqmpc.evaluation import evaluate, ratio
+    from iqmpc.evaluation import evaluate, ratio, reward_correlation
 
     seed = config.seed if seed is None else seed
     with _console.status("evaluating") as status:
@@ -110,6 +110,7 @@ def evaluate_run(
         "backend": agent.planner.backend, "nonfinite_plans": agent.planner.nonfinite_plans,
     }
     summary["ratio"] = ratio(result.return_mean, summary["demonstrator_return"])
+    summary["reward_correlation"] = reward_correlation(agent, result.episodes)
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
@@ -161,6 +162,18 @@ def record(
     demonstrations = Demonstrations(config.task.name, tuple(kept), provenance)
     demonstrations.save(out)
     _console.print(f"wrote {len(kept)} episodes to {out}, return {demonstrations.return_mean:.1f}")
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="The figure: .png, .pdf or .svg.")] = Path("curves.png"),
+) -> None:
+    """Draw the learning curves of runs and write their points to a CSV beside the figure."""
+    from iqmpc.plot import plot as draw
+
+    draw(runs, out)
+    _console.print(f"wrote {out} and {out.with_suffix('.csv')}")
 
 
 @app.command()
@@ -230,7 +243,7 @@ def _print_summary(summary: dict[str, Any], run: Path) -> None:
     table = Table(title=f"{summary['task']}  ({run})", show_header=False)
     for key, value in summary.items():
         if value is not None and key != "task":
-            text = f"{value:.3g}" if key == "ratio" else \
+            text = f"{value:.3g}" if key in ("ratio", "reward_correlation") else \
                 f"{value:.1f}" if isinstance(value, float) else str(value)
             table.add_row(key, text)
     _console.print(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import gymnasium
@@ -87,6 +87,20 @@ def evaluate(
         if progress is not None:
             progress(index + 1, float(done[-1].rewards.sum()))
     return Evaluation(tuple(done))
+
+
+def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | None:
+    """Pearson correlation of the decoded reward with the true one, over all steps (paper, Table 7).
+
+    None where either does not vary.
+    """
+    decoded = np.concatenate([
+        agent.decode_reward(e.observations[:-1], e.actions, e.observations[1:])
+        for e in episodes]).astype(np.float64)
+    true = np.concatenate([e.rewards for e in episodes]).astype(np.float64)
+    if not decoded.std() or not true.std():
+        return None
+    return float(np.corrcoef(decoded, true)[0, 1])
 
 
 def ratio(return_mean: float, demonstrator: float | None) -> float | None:

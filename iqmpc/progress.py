@@ -38,7 +38,9 @@ class TrainingDisplay:
         if self._start is None:
             self._start = (now, step)
         rate = (step - self._start[1]) / max(now - self._start[0], 1e-9)
-        note = f"return {values['return']:.0f}  {rate:.0f} steps/s"
+        note = f"{rate:.0f} steps/s"
+        if values["return"] is not None:
+            note = f"last return {values['return']:.0f}  {note}"
         if "q_difference" in values:
             note += (f"  Q expert-behaviour {values['q_difference']:.2f}"
                      f"  consistency {values['consistency']:.1e}")

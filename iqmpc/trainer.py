@@ -31,7 +31,7 @@ class Trainer:
     `env` is any `gymnasium.Env` with flat Box observations and actions in [-1, 1]. `run` is the
     folder that receives config, metrics and checkpoints; a folder that holds a run already is
     refused unless `resume` continues it. `on_progress(values)` is called now and then with the
-    current figures, `on_message(text)` with events in words.
+    current figures (`return` is the last episode's), `on_message(text)` with events in words.
 
     Raises `TaskError`, `ConfigError`, `DemonstrationError` or `CheckpointError` for what does not
     fit, before anything is written.
@@ -75,6 +75,7 @@ class Trainer:
         self.initialised = False  # the burst of initial updates has been made
         self._wall_before, self._started = 0.0, time.monotonic()
         self._metrics: dict[str, torch.Tensor] = {}
+        self._last_return: float | None = None
         self._evaluated_at = self._saved_at = 0
         if resume:
             self._restore()
@@ -128,12 +129,13 @@ class Trainer:
             self.env_steps += 1
             self._learn()
             if self.env_steps % _REPORT_EVERY == 0:
-                self._report(rewards)
+                self._report()
         self.behaviour.add_episode(
             *(torch.as_tensor(np.asarray(x, np.float32))
               for x in (observations, actions, rewards)), terminated=bool(terminated))
         self.episodes += 1
-        self._log.write({**self._progress(), "return": float(np.sum(rewards)),
+        self._last_return = float(np.sum(rewards))
+        self._log.write({**self._progress(), "return": self._last_return,
                          **{k: v.item() for k, v in self._metrics.items()}})
         self._metrics = {}
 
@@ -155,7 +157,7 @@ class Trainer:
         for done in range(count):
             self._update(self.behaviour)
             if done and done % _REPORT_EVERY == 0:
-                self._report([])
+                self._report()
         self.agent.planner.publish(self.learner.weights)
 
     def _update(self, behaviour: SliceReplay) -> None:
@@ -167,7 +169,7 @@ class Trainer:
 
     def _evaluate(self, episodes: int) -> Evaluation:
         """Without exploration, and without a trace in the state of training."""
-        planner = self.agent.planner
+        planner, at = self.agent.planner, self._progress()
         before = {k: v.clone() for k, v in planner.state_dict().items()}
         planner.generator.manual_seed(self.config.seed)
         result = evaluate(self.agent, self.env, episodes=episodes, seed=self.config.seed)
@@ -176,7 +178,7 @@ class Trainer:
         planner.nonfinite_plans = counted
         self._evaluated_at = self.env_steps
         self._log.write({
-            **self._progress(), "eval_return_mean": result.return_mean,
+            **at, "eval_return_mean": result.return_mean,
             "eval_return_std": result.return_std, "eval_success_rate": result.success_rate,
             "nonfinite_plans": counted})
         share = ratio(result.return_mean, self.demonstrator_return)
@@ -187,6 +189,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         trained_s = self.wall_s
+        self._on_message(f"evaluating {self.config.train.final_episodes} episodes")
         result = self._evaluate(self.config.train.final_episodes)
         summary = {
             "task": self.config.task.name,
@@ -209,8 +212,8 @@ class Trainer:
         return {"env_steps": self.env_steps, "updates": self.learner.updates,
                 "episodes": self.episodes, "wall_s": round(self.wall_s, 1)}
 
-    def _report(self, rewards: list[float]) -> None:
-        self._on_progress({**self._progress(), "return": float(np.sum(rewards)),
+    def _report(self) -> None:
+        self._on_progress({**self._progress(), "return": self._last_return,
                            **{k: v.item() for k, v in self._metrics.items()}})
 
     def _save(self) -> None:

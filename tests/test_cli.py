@@ -99,6 +99,21 @@ def test_record_makes_demonstrations_that_train_reads(run, tmp_path):
     assert trained.returncode == 0, trained.stderr
 
 
+def test_plot_draws_a_curve_and_writes_its_points(run, tmp_path):
+    path, _ = run
+    out = tmp_path / "curve.png"
+    done = iqmpc("plot", path, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    lines = (tmp_path / "curve.csv").read_text().splitlines()
+    assert lines[0] == "task,seed,env_steps,minutes,kind,return"
+    rows = [line.split(",") for line in lines[1:]]
+    assert {r[4] for r in rows} == {"training", "evaluation"} and rows[0][:3] == [
+        "walker-walk", "0", "10"]
+    bad = iqmpc("plot", path, "--out", "curve.doc")
+    assert bad.returncode == 2 and "must be a .png, .pdf or .svg file" in bad.stderr
+
+
 def test_video_is_written_or_says_what_is_missing(run, tmp_path):
     path, _ = run
     out = tmp_path / "walk.mp4"

@@ -16,7 +16,7 @@ import torch
 
 from iqmpc import Agent, Config, Trainer, checkpoint, evaluate
 from iqmpc.errors import CheckpointError, ConfigError, TaskError
-from iqmpc.evaluation import episode_seed
+from iqmpc.evaluation import episode_seed, reward_correlation
 
 
 def train(config, env, demonstrations, run, **options):
@@ -93,10 +93,20 @@ def test_decoded_reward_ranks_the_expert_above_its_opposite(
     good = agent.decode_reward(obs, toward, obs + 0.2 * toward)
     bad = agent.decode_reward(obs, away, obs + 0.2 * away)
     assert good.shape == (2,) and np.all(good > bad)
+    episodes = evaluate(agent, point_env, episodes=4).episodes
+    decoded = np.concatenate([agent.decode_reward(
+        e.observations[:-1], e.actions, e.observations[1:]) for e in episodes])
+    assert reward_correlation(agent, episodes) == pytest.approx(
+        pearson(decoded, np.concatenate([e.rewards for e in episodes])), rel=1e-4)
     single = agent.decode_reward(obs[0], toward[0], (obs + 0.2 * toward)[0])
     assert single == pytest.approx(good[0], rel=1e-4, abs=1e-5)
     with pytest.raises(ValueError, match=r"action must be \[2, 2\], got \[1, 2\]"):
         agent.decode_reward(obs, toward[:1], obs)
+
+
+def pearson(x, y):
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / np.sqrt((x**2).sum() * (y**2).sum())
 
 
 def test_terminations_reach_the_replay(tmp_path, small_config, point_env, point_demonstrations):

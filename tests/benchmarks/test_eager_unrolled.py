@@ -1,55 +1,82 @@
-"""benchmarks.eager_unrolled: a baseline that computes what the package's unrolled score means."""
+"""benchmarks.eager_unrolled: the baseline computes what the package's unrolled score means."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
 
 from benchmarks.eager_unrolled import EagerUnrolled, scores
 from iqmpc.config import ModelConfig, PlannerConfig
+from iqmpc.kernels.mppi_refit import mppi_refit
 from iqmpc.kernels.mppi_rollout import mppi_rollout
 from iqmpc.kernels.weights import Weights, snapshot
 from iqmpc.model import WorldModel
 
-ENVS, HORIZON, SAMPLES, OBS, ACTIONS = 3, 4, 7, 5, 2
+ENVS, HORIZON, SAMPLES, OBS, LATENT, ACTIONS = 3, 4, 12, 5, 16, 2
+DISCOUNT, ENTROPY = 0.95, 0.3
 
 
 def weights(critics: int, dtype: torch.dtype = torch.float64) -> Weights:
+    """Every parameter random: zero biases and unit scales would hide their absence."""
     model = WorldModel(OBS, ACTIONS, ModelConfig(
-        encoder_dim=12, hidden_dim=20, latent_dim=16, critics=critics))
-    for name, tensor in model.named_parameters():
-        if not name.endswith("gamma"):
-            torch.nn.init.normal_(tensor, std=0.3)
+        encoder_dim=12, hidden_dim=20, latent_dim=LATENT, critics=critics))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
     return snapshot(model.weights(), dtype)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("critics", "pair"), [(2, [0, 1]), (5, [3, 1])])
 def test_scores_are_the_unrolled_returns(critics: int, pair: list[int]) -> None:
-    w = weights(critics)
-    z0 = torch.rand(ENVS, 16, dtype=torch.float64)
-    actions = torch.rand(ENVS, HORIZON, SAMPLES, ACTIONS, dtype=torch.float64) * 2 - 1
-    noise = torch.randn(ENVS, HORIZON + 1, SAMPLES, ACTIONS, dtype=torch.float64)
-    kept = torch.tensor(pair)
+    w, kept = weights(critics), torch.tensor(pair)
+    z0 = normal(ENVS, LATENT).softmax(1)
+    actions = normal(ENVS, HORIZON, SAMPLES, ACTIONS).clamp(-1, 1)
+    noise = normal(ENVS, HORIZON + 1, SAMPLES, ACTIONS)
     expected = mppi_rollout(
-        w, z0, actions, noise, kept, 0.95, "unrolled", entropy=0.3, backend="reference")
-    found = scores(w, z0, actions, noise, kept, 0.95, 0.3)
-    assert expected.std() > 0.01  # neither constant nor trivially zero
+        w, z0, actions, noise, kept, DISCOUNT, "unrolled", entropy=ENTROPY, backend="reference")
+    assert expected.std(1).min() > 0.01  # the samples differ
+    found = scores(w, z0, actions, noise, kept, DISCOUNT, ENTROPY)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_the_planner_climbs_the_score() -> None:
-    config = PlannerConfig(samples=64, elites=8, policy_trajectories=4, iterations=4)
-    w = weights(2, torch.float32)
-    obs = torch.randn(ENVS, OBS)
+def planner(w: Weights) -> EagerUnrolled:
+    config = PlannerConfig(
+        horizon=HORIZON, samples=SAMPLES, elites=5, policy_trajectories=3, iterations=2)
+    return EagerUnrolled(
+        w, config, discount=DISCOUNT, entropy=ENTROPY, num_envs=ENVS, compiled=False)
 
-    def improvement(iterations: int) -> torch.Tensor:
-        planner = EagerUnrolled(
-            w, dataclasses.replace(config, iterations=iterations), discount=0.95, entropy=0.0,
-            num_envs=ENVS, compiled=False)
-        action = planner.plan(obs)
-        assert action.shape == (ENVS, ACTIONS)
-        assert action.abs().max() <= 1
-        return planner.mean
-    ...
+
+def test_an_iteration_is_a_rollout_and_a_refit() -> None:
+    w, pair = weights(4), torch.tensor([2, 0])
+    baseline = planner(w)
+    c = baseline.config
+    z0 = normal(ENVS, LATENT).softmax(1)
+    prior = normal(ENVS, HORIZON, c.policy_trajectories, ACTIONS).tanh()
+    mean, std = normal(ENVS, HORIZON, ACTIONS).tanh(), normal(ENVS, HORIZON, ACTIONS).exp()
+    draws = normal(ENVS, HORIZON, SAMPLES - c.policy_trajectories, ACTIONS)
+    noise = normal(ENVS, HORIZON + 1, SAMPLES, ACTIONS)
+
+    drawn = (mean.unsqueeze(2) + std.unsqueeze(2) * draws).clamp(-1, 1)
+    actions = torch.cat([prior, drawn], dim=2)
+    returns = mppi_rollout(
+        w, z0, actions, noise, pair, DISCOUNT, "unrolled", entropy=ENTROPY, backend="reference")
+    new_mean, new_std, index, weight = mppi_refit(
+        actions, returns, elites=c.elites, temperature=c.temperature, std_min=c.std_min,
+        std_max=c.std_max, backend="reference")
+    elites = torch.stack([actions[e][:, index[e]] for e in range(ENVS)])
+
+    found = baseline.improve(z0, prior, mean, std, draws, noise, pair)
+    for one, other in zip(found, (new_mean, new_std, elites, weight), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_a_plan_is_an_action_and_warms_the_next() -> None:
+    baseline = planner(weights(3, torch.float32))
+    action = baseline.plan(torch.randn(ENVS, OBS))
+    assert action.shape == (ENVS, ACTIONS)
+    assert action.abs().max() <= 1
+    assert baseline.mean.shape == (ENVS, HORIZON, ACTIONS)
+    assert baseline.mean.abs().max() > 0

@@ -1,0 +1,87 @@
+"""Learning curves of runs: return against environment steps and minutes, as a figure and a CSV."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from iqmpc.checkpoint import load_config, write_atomically
+from iqmpc.errors import CheckpointError, IqmpcError
+
+
+class Point(NamedTuple):
+    """One episode of training or one evaluation (the mean over its episodes)."""
+
+    task: str
+    seed: int
+    env_steps: int
+    minutes: float
+    kind: str
+    value: float
+
+
+def read_curve(run: Path) -> tuple[list[Point], float | None]:
+    """The points of a run and its demonstrator's return (None while the run has not ended)."""
+    config = load_config(run)
+    path = run / "metrics.csv"
+    if not path.exists():
+        raise CheckpointError(f"{run} has no metrics.csv")
+    points = []
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            for kind, column in (("training", "return"), ("evaluation", "eval_return_mean")):
+                if row[column]:
+                    points.append(Point(
+                        config.task.name, config.seed, int(row["env_steps"]),
+                        float(row["wall_s"]) / 60, kind, float(row[column])))
+    summary = run / "summary.json"
+    demonstrator = None
+    if summary.exists():
+        demonstrator = json.loads(summary.read_text())["demonstrator_return"]
+    return points, demonstrator
+
+
+def plot(runs: Sequence[Path], out: Path) -> None:
+    """Draw the curves of `runs` into `out` (.png, .pdf or .svg) and write their points beside it.
+
+    The CSV has the columns task, seed, env_steps, minutes, kind, return.
+    """
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise IqmpcError(f"the figure must be a .png, .pdf or .svg file, got {out}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise IqmpcError("plotting needs the extra 'plots': pip install 'iqmpc[plots]'")
+    from matplotlib.figure import Figure
+
+    curves = [read_curve(run) for run in runs]
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for index, (points, demonstrator) in enumerate(curves):
+        colour = f"C{index}"
+        label = f"{points[0].task}, seed {points[0].seed}" if points else runs[index].name
+        for axis, x in zip(axes, ("env_steps", "minutes"), strict=True):
+            for kind, style in (("training", dict(alpha=0.35, lw=1)),
+                                ("evaluation", dict(marker="o", ms=4, label=label))):
+                chosen = [p for p in points if p.kind == kind]
+                axis.plot([getattr(p, x) for p in chosen], [p.value for p in chosen],
+                          color=colour, **style)
+            if demonstrator is not None:
+                axis.axhline(demonstrator, color=colour, ls="--", lw=1)
+    axes[0].set(xlabel="environment steps", ylabel="return")
+    axes[1].set(xlabel="minutes")
+    axes[0].legend(title="dots: evaluations; pale: training\ndashed: the demonstrator",
+                   title_fontsize="small", fontsize="small")
+    image = io.BytesIO()
+    figure.savefig(image, format=out.suffix[1:], dpi=120)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["task", "seed", "env_steps", "minutes", "kind", "return"])
+    for points, _ in curves:
+        writer.writerows(
+            p._replace(minutes=round(p.minutes, 2), value=round(p.value, 1)) for p in points)
+    write_atomically(out, image.getvalue())
+    write_atomically(out.with_suffix(".csv"), text.getvalue().encode())

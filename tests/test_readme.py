@@ -1,0 +1,69 @@
+"""What the README shows a reader is what runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+
+from iqmpc import Demonstrations, Episode
+
+README = Path(__file__).parents[1] / "README.md"
+if not README.exists():
+    pytest.skip("the README is not beside the tests", allow_module_level=True)
+TEXT = README.read_text()
+
+
+def test_the_ten_lines_train_on_ones_own_environment(tmp_path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", TEXT, re.S).group(1)
+    small = ["train.random_steps=20", "train.initial_updates=1", "train.final_episodes=1",
+             "model.hidden_dim=16", "planner.samples=16", "planner.elites=4",
+             "planner.policy_trajectories=4", "planner.mode=eager", "planner.backend=reference",
+             "learner.mode=eager", "learner.batch=8"]
+    assert '"train.steps=20000"]' in code
+    code = code.replace('"train.steps=20000"]', f'"train.steps=30", *{small}]')
+    code = code.replace("episodes=10", "episodes=1")
+    env = gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
+    obs = [env.reset(seed=0)[0]]
+    actions = np.random.default_rng(0).uniform(-1, 1, (30, 1)).astype(np.float32)
+    rewards = []
+    for action in actions:
+        o, reward, *_ = env.step(action)
+        obs.append(o)
+        rewards.append(reward)
+    episode = Episode(np.array(obs, np.float32), actions, np.array(rewards, np.float32), False,
+                      None)
+    Demonstrations("pendulum", (episode,), {}).save(tmp_path / "pendulum.h5")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert float(capsys.readouterr().out) < 0  # Pendulum's return
+    assert (tmp_path / "runs" / "pendulum" / "summary.json").exists()
+
+
+def test_every_command_exists():
+    """Each `iqmpc …` line of the README: its subcommand, options and settings are known."""
+    from typer.testing import CliRunner
+
+    from iqmpc.cli import app
+    from iqmpc.compose import compose
+
+    lines = [line.split("#")[0].strip() for line in TEXT.splitlines()
+             if re.match(r"(\.venv/bin/)?iqmpc ", line)]
+    assert len(lines) >= 10
+    for line in lines:
+        words = shlex.split(line)[1:]
+        command = words[:2] if words[0] == "demos" else words[:1]
+        shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, line
+        assert all(w in shown.output for w in words if w.startswith("--")), line
+        if command == ["train"] and not words[1].startswith("resume="):
+            compose(words[1:])
+
+
+def test_the_public_names_are_those_the_readme_lists():
+    import iqmpc
+
+    listed = re.search(r"The public names are (.*?)\.\n", TEXT, re.S).group(1)
+    assert set(re.findall(r"`(\w+)`", listed)) == set(iqmpc.__all__) - {"IqmpcError"}
