@@ -68,8 +68,10 @@ class Planner:
         self.mean = torch.zeros(
             num_envs, config.horizon, weights.action_dim, dtype=self.dtype, device=self.device)
         self.nonfinite_plans = 0
-        self._plan = torch.compile(self._compute, dynamic=False) if config.mode == "compile" \
-            else self._compute
+        self._start, self._improve, self._choose = self._begin, self._iterate, self._end
+        if config.mode == "compile":
+            self._start, self._improve, self._choose = (
+                torch.compile(f, dynamic=False) for f in (self._begin, self._iterate, self._end))
 
     def publish(self, weights: Weights) -> None:
         """Copy `weights` into the snapshot that plans are computed on."""
@@ -93,7 +95,7 @@ class Planner:
             noise = self._draw()
             if not explore:
                 noise = noise._replace(explore=torch.zeros_like(noise.explore))
-            action, mean = self._plan(self.weights, obs, self.mean, noise)
+            action, mean = self._compute(self.weights, obs, self.mean, noise)
             self.mean.copy_(mean)
         else:
             noise = self._normal(len(obs), self.weights.action_dim)
@@ -120,28 +122,52 @@ class Planner:
     def _compute(
         self, w: Weights, obs: Tensor, previous: Tensor, noise: PlanNoise
     ) -> tuple[Tensor, Tensor]:
-        """One plan: (action with its mark [E, A+1], mean [E, H, A]), a pure function."""
-        c = self.config
+        """One plan: (action with its mark [E, A+1], mean [E, H, A])."""
+        z0, prior, mean, std = self._start(w, obs, previous, noise.prior)
+        for samples, score in zip(noise.samples, noise.score, strict=True):
+            actions, mean, std, index, weight = self._improve(
+                w, z0, prior, mean, std, samples, score, noise.pair)
+        action = self._choose(w, z0, actions, std, index, weight, noise.gumbel, noise.explore)
+        return action, torch.where(action[:, -1:, None] > 0, 0.0, mean)
+
+    # The three parts of a plan are pure functions. They are compiled one by one, because the
+    # iterations are alike and compiling each of them again would take minutes.
+
+    def _begin(
+        self, w: Weights, obs: Tensor, previous: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z_0 [E, Z], the policy's trajectories [E, H, P, A], shifted mean and std [E, H, A]."""
         z0 = layers.encode(w, obs)
-        prior = self._policy_trajectories(w, z0, noise.prior)
         mean = torch.cat([previous[:, 1:], torch.zeros_like(previous[:, :1])], dim=1)
-        std = torch.full_like(mean, c.std_max)
-        for i in range(self.iterations):
-            drawn = mean.unsqueeze(2) + std.unsqueeze(2) * noise.samples[i]
-            actions = torch.cat([prior, drawn.clamp(-1, 1)], dim=2)
-            returns = self._rollout(
-                w, z0, actions, noise.score[i], noise.pair, self.discount, c.score, self.beta)
-            mean, std, index, weight = self._refit(
-                actions, returns, c.elites, c.temperature, c.std_min, c.std_max)
+        std = torch.full_like(mean, self.config.std_max)
+        return z0, self._policy_trajectories(w, z0, noise), mean, std
+
+    def _iterate(
+        self, w: Weights, z0: Tensor, prior: Tensor, mean: Tensor, std: Tensor, samples: Tensor,
+        score: Tensor, pair: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Actions [E, H, S, A] of one iteration and the refit on their returns."""
+        c = self.config
+        drawn = (mean.unsqueeze(2) + std.unsqueeze(2) * samples).clamp(-1, 1)
+        actions = torch.cat([prior, drawn], dim=2)
+        returns = self._rollout(
+            w, z0, actions, score, pair, self.discount, c.score, self.beta)
+        return actions, *self._refit(
+            actions, returns, c.elites, c.temperature, c.std_min, c.std_max)
+
+    def _end(
+        self, w: Weights, z0: Tensor, actions: Tensor, std: Tensor, index: Tensor, weight: Tensor,
+        gumbel: Tensor, explore: Tensor,
+    ) -> Tensor:
+        """One elite's first action, in range, with the mark of a plan without a finite score."""
         # argmax of log-weight + Gumbel noise is one draw from the weights
-        pick = (weight.log() + noise.gumbel).argmax(1, keepdim=True)
+        pick = (weight.log() + gumbel).argmax(1, keepdim=True)
         chosen = index.gather(1, pick)[:, None, :, None].expand(-1, 1, -1, actions.shape[3])
-        action = actions.gather(2, chosen)[:, 0, 0] + std[:, 0] * noise.explore
+        action = actions.gather(2, chosen)[:, 0, 0] + std[:, 0] * explore
         finite = weight.sum(1, keepdim=True) > 0
         mode = torch.tanh(layers.policy(w, z0)[0])
         action = torch.where(finite, action, mode).nan_to_num(0).clamp(-1, 1)
-        mean = torch.where(finite.unsqueeze(2), mean, 0.0)
-        return torch.cat([action, (~finite).to(action.dtype)], dim=1), mean
+        return torch.cat([action, (~finite).to(action.dtype)], dim=1)
 
     def _policy_trajectories(self, w: Weights, z0: Tensor, noise: Tensor) -> Tensor:
         """Actions of π rolled through d: noise [E, H, P, A] -> [E, H, P, A]."""

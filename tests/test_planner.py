@@ -64,8 +64,8 @@ def test_same_seed_same_plans_other_seed_other_plans():
 def test_warm_start_shifts_and_reset_forgets():
     planner, _ = make(num_envs=2)
     seen = []
-    compute = planner._plan
-    planner._plan = lambda w, obs, previous, noise: seen.append(previous.clone()) or compute(
+    compute = planner._compute
+    planner._compute = lambda w, obs, previous, noise: seen.append(previous.clone()) or compute(
         w, obs, previous, noise)
     planner.plan(torch.randn(2, 5))
     left = planner.mean.clone()
