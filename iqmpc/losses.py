@@ -106,19 +106,16 @@ def gradient_penalty(
     mix [H, B_E, 1] in [0, 1] is the expert's share. Latents are taken as given: the penalty shapes
     the critics, not the encoder.
     """
-    experts = mix.shape[1]
+    horizon, experts = mix.shape[:2]
     x = torch.cat([z, action], dim=-1).detach()
-    x = mix * x[:, :experts] + (1 - mix) * x[:, experts:]
-    latent = z.shape[-1]
-
-    def q_sum(x: Tensor) -> Tensor:
-        return layers.critics(critics, x[..., :latent], x[..., latent:]).sum((1, 2))
-
-    # Rows and critics are independent, so the gradient of a critic's sum is each row's gradient.
-    slopes = torch.func.jacrev(q_sum)(x)  # [K, H, B_E, Z+A]
+    x = (mix * x[:, :experts] + (1 - mix) * x[:, experts:]).flatten(0, 1)
+    # A copy of the rows for each critic: then the gradient of one sum is every row's own gradient.
+    x = x.repeat(critics[0].weight.shape[0], 1, 1)
+    slopes = torch.func.grad(lambda x: layers.ensemble(critics, x).sum())(x)  # [K, H·B_E, Z+A]
     # The root's gradient is infinite at 0, and the critics start there (zero last layer).
-    error = (slopes.square().sum(-1).clamp_min(1e-12).sqrt() - 1).square().mean(-1)
-    return (horizon_weights(rho, error.shape[1], error) * error).mean()
+    error = (slopes.square().sum(-1).clamp_min(1e-12).sqrt() - 1).square()
+    error = error.unflatten(1, (horizon, experts)).mean(-1)
+    return (horizon_weights(rho, horizon, error) * error).mean()
 
 
 def model_loss(

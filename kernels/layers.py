@@ -86,16 +86,11 @@ def policy_sample(w: Weights, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]
     return torch.tanh(u), (gaussian - squash).sum(-1)
 
 
-def critics(
-    layers: tuple[Layer, ...], z: Tensor, action: Tensor, keep: Tensor | None = None
-) -> Tensor:
-    """Q of every critic in `layers`: z [..., Z], action [..., A] -> [K, ...].
+def ensemble(layers: tuple[Layer, ...], x: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Every critic on its own rows: x [K, N, Z+A] -> [K, N].
 
-    keep: dropout multipliers for the first layer's pre-activations, [K, N, hidden] with N the
-    product of the leading dimensions, or None for no dropout.
+    keep: dropout multipliers for the first layer's pre-activations, [K, N, hidden], or None.
     """
-    x = torch.cat([z, action], dim=-1).flatten(0, -2)
-    x = x.expand(layers[0].weight.shape[0], *x.shape)
     first = layers[0]
     if keep is None:
         x = mish(linear(first, x))
@@ -103,7 +98,19 @@ def critics(
         x = linear(Layer(first.weight, first.bias), x) * keep
         x = F.layer_norm(x, x.shape[-1:], eps=_EPS)
         x = mish(x * first.gamma.unsqueeze(1) + first.beta.unsqueeze(1))
-    return mlp(layers[1:], x).squeeze(-1).unflatten(-1, z.shape[:-1])
+    return mlp(layers[1:], x).squeeze(-1)
+
+
+def critics(
+    layers: tuple[Layer, ...], z: Tensor, action: Tensor, keep: Tensor | None = None
+) -> Tensor:
+    """Q of every critic in `layers` on the same rows: z [..., Z], action [..., A] -> [K, ...].
+
+    keep: as in `ensemble`, with N the product of the leading dimensions.
+    """
+    x = torch.cat([z, action], dim=-1).flatten(0, -2)
+    x = x.expand(layers[0].weight.shape[0], *x.shape)
+    return ensemble(layers, x, keep).unflatten(-1, z.shape[:-1])
 
 
 def draw_pair(layers: tuple[Layer, ...], pair: Tensor) -> tuple[Layer, ...]:
