@@ -34,12 +34,12 @@ class PlanCase:
 
     @property
     def iterations(self) -> int:
-        return self.config.planner.iterations or (8 if self.action_dim >= 20 else 6)
+        return self.config.planner.iterations_for(self.action_dim)
 
     @property
     def entropy(self) -> float:
         """The entropy coefficient in force, β·A."""
-        return self.config.learner.beta * self.action_dim
+        return self.config.entropy_coefficient(self.action_dim)
 
     def world_model(self) -> WorldModel:
         with torch.random.fork_rng(devices=[]):

@@ -113,7 +113,7 @@ class EagerUnrolled:
     ):
         self.weights, self.config = weights, config
         self.discount, self.entropy, self.num_envs = discount, entropy, num_envs
-        self.iterations = config.iterations or (8 if weights.action_dim >= 20 else 6)
+        self.iterations = config.iterations_for(weights.action_dim)
         self.mean = torch.zeros(num_envs, config.horizon, weights.action_dim)
         self._improve = torch.compile(self.improve, dynamic=False) if compiled else self.improve
 

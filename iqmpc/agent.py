@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from iqmpc import checkpoint
 from iqmpc.config import Config
-from iqmpc.errors import CheckpointError
+from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.kernels import layers
 from iqmpc.model import WorldModel
 from iqmpc.planner import Planner
+from iqmpc.seeding import stream_seed
 
 
-def entropy_coefficient(config: Config, action_dim: int) -> float:
-    """β·A or β, as `learner.entropy_scale` says."""
-    scale = action_dim if config.learner.entropy_scale == "action_dim" else 1
-    return config.learner.beta * scale
+def resolve_device(name: str) -> str:
+    """`auto` as cuda or cpu; `ConfigError` where cuda is asked for and absent."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda was asked for, but torch sees no CUDA device")
+    return name
 
 
 class Agent:
@@ -30,22 +36,26 @@ class Agent:
     def __init__(self, model: WorldModel, config: Config, *, seed: int = 0):
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
-        self.beta = entropy_coefficient(config, model.action_dim)
+        self.beta = config.entropy_coefficient(model.action_dim)
         self.planner = Planner(
-            model.weights(), config.planner, discount=config.discount, beta=self.beta, seed=seed)
+            model.weights(), config.planner, discount=config.discount, beta=self.beta,
+            seed=stream_seed(seed, "planner"))
+        # What training says of the checkpoint: env_steps, updates, wall_s, demonstrator_return.
+        self.facts: dict[str, Any] = {}
 
     @classmethod
     def load(
-        cls, run: str | Path, *, device: str = "cpu", seed: int = 0, planner: bool = True
+        cls, run: str | Path, *, changes: Mapping[str, Any] | None = None, seed: int | None = None
     ) -> Agent:
-        """The agent of a run folder's newest valid checkpoint.
+        """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there.
 
-        `planner=False` acts with the policy prior. Raises `CheckpointError` where there is none.
+        `changes` replaces settings, such as {"planner.enabled": False} to act with the policy
+        prior or {"device": "cpu"}. `seed` is the run's own by default.
+        Raises `CheckpointError` where there is no checkpoint, `ConfigError` for wrong changes.
         """
-        config = checkpoint.load_config(run)
+        config = checkpoint.load_config(run).replace(changes or {})
+        device = resolve_device(config.device)
         path, tensors, meta = checkpoint.newest(run)
-        if not planner:
-            config = config.replace({"planner.enabled": False})
         model = WorldModel(int(meta["obs_dim"]), int(meta["action_dim"]), config.model)
         prefix = "learner.model."
         try:
@@ -53,7 +63,10 @@ class Agent:
                 {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         except RuntimeError as error:
             raise CheckpointError(f"{path} does not fit the run's config.yaml: {error}") from error
-        return cls(model.to(device), config, seed=seed)
+        agent = cls(model.to(device), config, seed=config.seed if seed is None else seed)
+        agent.facts = {k: meta[k] for k in ("env_steps", "updates", "wall_s",
+                                            "demonstrator_return")}
+        return agent
 
     def reset(self) -> None:
         """An episode starts."""
@@ -66,11 +79,13 @@ class Agent:
 
     @torch.no_grad()
     def decode_reward(
-        self, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, *, samples: int = 16
+        self, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, *,
+        terminated: np.ndarray | bool = False, samples: int = 16,
     ) -> np.ndarray:
-        """r(s, a) = Q(h(s), a) - γ V(h(s')), the reward that the critics imply.
+        """r(s, a) = Q(h(s), a) - γ (1 - d) V(h(s')), the reward that the critics imply.
 
-        obs [N, O], action [N, A], next_obs [N, O] (or without N) -> float32 [N] (or a scalar).
+        obs [N, O], action [N, A], next_obs [N, O] (or without N) -> float32 [N] (or a scalar);
+        `terminated` [N] marks steps that ended the task.
         Q is the mean over the ensemble; V averages `samples` draws of the prior, the same for every
         row and call. Raises `ValueError` for shapes that do not fit.
         """
@@ -92,5 +107,6 @@ class Agent:
         prior, log_prob = layers.policy_sample(w, z, noise.expand(-1, n, -1))
         value = (layers.critics(w.critics, z, prior).mean(0) - self.beta * log_prob).mean(0)
         q = layers.critics(w.critics, layers.encode(w, obs_), action_).mean(0)
-        reward = (q - self.config.discount * value).cpu().numpy()
+        alive = 1 - torch.as_tensor(terminated, dtype=torch.float32, device=self.device)
+        reward = (q - self.config.discount * alive * value).cpu().numpy()
         return reward[0] if single else reward

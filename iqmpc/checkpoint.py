@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,24 +20,10 @@ from torch import Tensor
 
 from iqmpc.config import Config
 from iqmpc.errors import CheckpointError, ConfigError
+from iqmpc.files import write_atomically
 
 FORMAT, VERSION = "iqmpc-checkpoint", 1
 KEPT = 2
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Temporary file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def save(
@@ -48,8 +33,9 @@ def save(
     folder = Path(run) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    header = {"format": FORMAT, "version": str(VERSION), "digest": _digest(tensors),
-              "meta": json.dumps(dict(meta))}
+    text = json.dumps(dict(meta))
+    header = {"format": FORMAT, "version": str(VERSION), "meta": text,
+              "digest": digest(tensors, text)}
     path = folder / f"step_{step:09d}.safetensors"
     write_atomically(path, safetensors.torch.save(tensors, header))
     for old in _paths(folder)[KEPT:]:
@@ -63,7 +49,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if header.get("format") != FORMAT:
         raise CheckpointError(
@@ -71,9 +57,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if header.get("version") != str(VERSION):
         raise CheckpointError(
             f"{path} has version {header.get('version')}, this program reads {VERSION}")
-    if _digest(tensors) != header.get("digest"):
+    text = header.get("meta", "")
+    if digest(tensors, text) != header.get("digest"):
         raise CheckpointError(f"{path} is damaged: its content does not match its digest")
-    return tensors, json.loads(header["meta"])
+    return tensors, json.loads(text)
 
 
 def newest(run: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -92,9 +79,22 @@ def newest(run: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     raise CheckpointError(f"no checkpoint in {folder}: {found}")
 
 
-def save_config(run: str | Path, config: Config) -> None:
+def set_aside(run: str | Path, path: Path) -> None:
+    """Rename the checkpoints newer than `path`, which could not be used, to `….damaged`."""
+    for other in _paths(Path(run) / "checkpoints"):
+        if other.name > path.name:
+            other.rename(other.with_name(other.name + ".damaged"))
+
+
+def exists(run: str | Path) -> bool:
+    """Whether the run has written a checkpoint, whole or not."""
+    return bool(_paths(Path(run) / "checkpoints"))
+
+
+def save_config(run: str | Path, config: Config, *, new: bool) -> None:
+    """Write config.yaml; a `new` run claims its folder with it (`FileExistsError` if taken)."""
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    write_atomically(Path(run) / "config.yaml", text.encode())
+    write_atomically(Path(run) / "config.yaml", text.encode(), exclusive=new)
 
 
 def load_config(run: str | Path) -> Config:
@@ -102,9 +102,9 @@ def load_config(run: str | Path) -> Config:
     path = Path(run) / "config.yaml"
     try:
         values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{run} is no run folder: it has no config.yaml") from None
-    except yaml.YAMLError as error:
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     try:
         return Config.from_dict(values)
@@ -117,11 +117,11 @@ def _paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*.safetensors"), reverse=True)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, dtypes, shapes and bytes: what a flipped bit changes."""
-    digest = hashlib.blake2b(digest_size=16)
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Of names, dtypes, shapes and bytes, and of `text`: a flipped bit changes it."""
+    total = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        total.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()

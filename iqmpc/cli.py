@@ -31,14 +31,11 @@ def main() -> None:
     """Entry point: an error that is the input's fault is one message and exit code 2."""
     warnings.showwarning = _show_warning
     try:
-        app(standalone_mode=True)
-    except IqmpcError as error:
+        app()
+    except (IqmpcError, OSError) as error:
         _console.print(f"iqmpc: {error}", style="bold red", markup=False, highlight=False,
                        soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        _console.print("interrupted; continue from the last checkpoint with resume=RUN")
-        sys.exit(130)
 
 
 @app.command()
@@ -47,7 +44,7 @@ def train(
 ) -> None:
     """Train an agent; ends with an evaluation beside the demonstrator's return.
 
-    `resume=RUN` continues a run; only train.*, threads and device may then be changed.
+    `resume=RUN` continues a run; only train.* and threads may then be changed.
     """
     from iqmpc.compose import parse
     from iqmpc.progress import TrainingDisplay
@@ -60,13 +57,17 @@ def train(
         from iqmpc.compose import compose
 
         config, resume = compose(overrides or []), False
-        run = Path(config.run_dir or f"runs/{config.task.name}/{time.strftime('%Y%m%d-%H%M%S')}")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        run = Path(config.run_dir or f"runs/{config.task.name}/{stamp}-seed{config.seed}")
+        if config.demos.path is not None:  # the run may be continued from another folder
+            config = config.replace({"demos.path": str(Path(config.demos.path).resolve())})
     _prepare_torch(config)
-    demonstrations = _demonstrations(config)
 
     import iqmpc
+    from iqmpc.envs import check_spaces
 
     env = iqmpc.make_env(config.task, seed=config.seed)
+    demonstrations = _demonstrations(config, *check_spaces(env, config.task.name))
     with TrainingDisplay(config.train.steps, _console) as display:
         trainer = iqmpc.Trainer(
             config, env, demonstrations, run=run, resume=resume,
@@ -75,7 +76,11 @@ def train(
         display.message(
             f"{config.task.name}: {parameters:,} parameters on {trainer.device}, planner "
             f"{trainer.agent.planner.backend}, run folder {run}")
-        summary = trainer.train()
+        try:
+            summary = trainer.train()
+        except KeyboardInterrupt:
+            display.message(f"interrupted; continue with: iqmpc train resume={run}")
+            raise
     _print_summary(summary, run)
 
 
@@ -88,37 +93,41 @@ def evaluate_run(
         bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
     video: Annotated[Path | None, typer.Option(help="Write the first episode as MP4.")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the episodes; the run's own by default.")] = None,
+        int | None, typer.Option(min=0, help="Of the episodes; the run's own by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    backend: Annotated[str | None, typer.Option(help="The planner's kernel backend.")] = None,
 ) -> None:
     """Evaluate a trained run."""
-    if video is not None:  # before anything that the recording would need is spent
-        from iqmpc.video import check_video
+    changes = {"planner.enabled": planner, "device": device, "planner.backend": backend}
+    changes = {k: v for k, v in changes.items() if v is not None and v is not True}
+    recorder = None
+    if video is not None:
+        from iqmpc.video import Recorder
 
-        check_video(video)
-    agent, env, config = _load(run, planner=planner, seed=seed, render=video is not None)
+        recorder = Recorder(video)
+    agent, env = _load(run, changes, seed=seed, render=video is not None)
     from iqmpc.evaluation import evaluate, ratio, reward_correlation
 
-    seed = config.seed if seed is None else seed
+    seed = agent.config.seed if seed is None else seed
     with _console.status("evaluating") as status:
         result = evaluate(
-            agent, env, episodes=episodes, seed=seed,
+            agent, env, episodes=episodes, seed=seed, on_step=recorder,
             progress=lambda n, g: status.update(f"episode {n}/{episodes}: return {g:.1f}"))
     summary = {
-        **_run_facts(run), "task": config.task.name, "seed": seed, "episodes": episodes,
+        "task": agent.config.task.name, "seed": seed, **agent.facts, "episodes": episodes,
         "return_mean": result.return_mean, "return_std": result.return_std,
-        "success_rate": result.success_rate, "planner": planner,
-        "backend": agent.planner.backend, "nonfinite_plans": agent.planner.nonfinite_plans,
+        "success_rate": result.success_rate,
+        "ratio": ratio(result.return_mean, agent.facts["demonstrator_return"]),
+        "reward_correlation": reward_correlation(agent, result.episodes),
+        "planner": planner, "backend": agent.planner.backend,
+        "nonfinite_plans": agent.planner.nonfinite_plans,
     }
-    summary["ratio"] = ratio(result.return_mean, summary["demonstrator_return"])
-    summary["reward_correlation"] = reward_correlation(agent, result.episodes)
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
         _print_summary(summary, run)
-    if video is not None:
-        from iqmpc.video import record_video
-
-        record_video(agent, env, video, seed=seed)
+    if recorder is not None:
+        recorder.save()
         _console.print(f"wrote {video}")
 
 
@@ -130,7 +139,7 @@ def record(
     planner: Annotated[bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
     min_return: Annotated[
         float | None, typer.Option(help="Keep only episodes with at least this return.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the episodes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the episodes.")] = 0,
     force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
 ) -> None:
     """Roll out a trained run and keep the episodes as demonstrations."""
@@ -138,14 +147,17 @@ def record(
 
     if out.exists() and not force:
         raise DemonstrationError(f"{out} exists; --force overwrites it")
-    agent, env, config = _load(run, planner=planner, seed=seed)
+    if out.suffix not in (".h5", ".hdf5") or not out.resolve().parent.is_dir():
+        raise DemonstrationError(f"{out} must be an .h5 file in a folder that exists")
+    agent, env = _load(run, {} if planner else {"planner.enabled": False}, seed=seed)
     import iqmpc
-    from iqmpc.evaluation import episode_seed, rollout
+    from iqmpc.evaluation import rollout
+    from iqmpc.seeding import stream_seed
 
     kept = []
     with _console.status("recording") as status:
         for index in range(episodes):
-            episode = rollout(agent, env, seed=episode_seed(seed, "record", index))
+            episode = rollout(agent, env, seed=stream_seed(seed, "record", index))
             total = float(episode.rewards.sum())
             if min_return is None or total >= min_return:
                 kept.append(episode)
@@ -157,9 +169,9 @@ def record(
         "actor": "planner" if planner else "policy prior", "seed": str(seed),
         "kept": f"{len(kept)} of {episodes}"
         + ("" if min_return is None else f" with return >= {min_return:g}"),
-        "objective": config.learner.objective,
+        "objective": agent.config.learner.objective,
     }
-    demonstrations = Demonstrations(config.task.name, tuple(kept), provenance)
+    demonstrations = Demonstrations(agent.config.task.name, tuple(kept), provenance)
     demonstrations.save(out)
     _console.print(f"wrote {len(kept)} episodes to {out}, return {demonstrations.return_mean:.1f}")
 
@@ -189,13 +201,11 @@ def _prepare_torch(config: Any) -> None:
     import torch
 
     if config.threads is not None:
-        if config.threads < 1:
-            raise ConfigError(f"threads must be at least 1, got {config.threads}")
         torch.set_num_threads(config.threads)
     torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
 
 
-def _demonstrations(config: Any) -> Any:
+def _demonstrations(config: Any, obs_dim: int, action_dim: int) -> Any:
     from iqmpc.demos import Demonstrations
 
     task = config.task.name
@@ -204,7 +214,8 @@ def _demonstrations(config: Any) -> Any:
             return None
         found = Demonstrations.packaged(task)
     else:
-        found = Demonstrations.load(config.demos.path, task=task)
+        found = Demonstrations.load(
+            config.demos.path, task=task, obs_dim=obs_dim, action_dim=action_dim)
     return found if config.demos.episodes is None else found.select(config.demos.episodes)
 
 
@@ -212,31 +223,22 @@ def _resumed(run: Path, changes: dict[str, Any]) -> Any:
     from iqmpc.checkpoint import load_config
 
     for key in changes:
-        if not key.startswith("train.") and key not in ("threads", "device"):
+        if not key.startswith("train.") and key != "threads":
             raise ConfigError(
-                f"{key} cannot change when a run is resumed (only train.*, threads and device)")
+                f"{key} cannot change when a run is resumed (only train.* and threads)")
     return load_config(run).replace(changes)
 
 
 def _load(
-    run: Path, *, planner: bool, seed: int | None, render: bool = False
-) -> tuple[Any, Any, Any]:
+    run: Path, changes: dict[str, Any], *, seed: int | None, render: bool = False
+) -> tuple[Any, Any]:
     import iqmpc
     from iqmpc.checkpoint import load_config
 
     config = load_config(run)
     _prepare_torch(config)
     env = iqmpc.make_env(config.task, render_mode="rgb_array" if render else None)
-    agent = iqmpc.Agent.load(run, planner=planner, seed=config.seed if seed is None else seed)
-    return agent, env, config
-
-
-def _run_facts(run: Path) -> dict[str, Any]:
-    """What summary.json says of the training, or nulls where the run has not ended."""
-    keys = ("env_steps", "updates", "wall_s", "demonstrator_return")
-    path = run / "summary.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    return {key: known.get(key) for key in keys}
+    return iqmpc.Agent.load(run, changes=changes, seed=seed), env
 
 
 def _print_summary(summary: dict[str, Any], run: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -56,9 +58,20 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         field_type(key)
     for group, value in groups.items():
         _check_option(group, value)
-    with initialize_config_module("iqmpc.configs", version_base="1.3"):
+    with _own_hydra(), initialize_config_module("iqmpc.configs", version_base="1.3"):
         node = hydra_compose("config", [f"{k}={v}" for k, v in groups.items()])
     return Config.from_dict(OmegaConf.to_container(node)).replace(keys)
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Hydra holds one instance a process; a caller that is a Hydra program keeps its own."""
+    theirs = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = theirs
 
 
 def _check_option(group: str, value: Any) -> None:

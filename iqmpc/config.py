@@ -32,6 +32,9 @@ class TaskConfig:
     action_repeat: int = 2
     gradient_penalty: bool = False
 
+    def __post_init__(self) -> None:
+        _at_least("task", self, 1, "episode_length", "action_repeat")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -83,6 +86,10 @@ class PlannerConfig:
     precision: Literal["float32", "float64"] = "float32"
     mode: Literal["eager", "compile"] = "eager"
 
+    def iterations_for(self, action_dim: int) -> int:
+        """`iterations`, or the paper's 6 (8 when the task has 20 actions or more)."""
+        return self.iterations or (8 if action_dim >= 20 else 6)
+
     def __post_init__(self) -> None:
         _at_least("planner", self, 1, "horizon", "samples", "elites")
         _at_least("planner", self, 0, "policy_trajectories")
@@ -129,6 +136,7 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         _at_least("learner", self, 1, "batch", "horizon")
         _positive("learner", self, "alpha", "lr", "grad_clip")
+        _at_least("learner", self, 0, "beta", "c_cons", "c_iq", "c_gp", "encoder_lr_scale")
         _in_range("learner", self, 0.0, 1.0, "rho", "tau")
         if self.discount is not None:
             _in_range("learner", self, 0.0, 1.0, "discount")
@@ -169,6 +177,10 @@ class DemosConfig:
     path: str | None = None
     episodes: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.episodes is not None:
+            _at_least("demos", self, 1, "episodes")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -184,6 +196,24 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     run_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must lie in [0, 2**32), got {self.seed}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {self.threads}")
+        length = self.task.episode_length
+        if self.learner.horizon > length:
+            raise ConfigError(
+                f"learner.horizon must be at most task.episode_length, got {self.learner.horizon} "
+                f"and {length}")
+        if self.train.capacity <= length:
+            raise ConfigError(
+                f"train.capacity must be above task.episode_length, got {self.train.capacity} and "
+                f"{length}")
+        if self.train.demo_updates and self.learner.objective == "td":
+            raise ConfigError("train.demo_updates needs demonstrations, which learner.objective=td "
+                              "does not use")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -224,6 +254,11 @@ class Config:
         if self.train.initial_updates is not None:
             return self.train.initial_updates
         return self.random_steps
+
+    def entropy_coefficient(self, action_dim: int) -> float:
+        """β·A or β, as `learner.entropy_scale` says."""
+        scale = action_dim if self.learner.entropy_scale == "action_dim" else 1
+        return self.learner.beta * scale
 
     @property
     def gradient_penalty(self) -> bool:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import sys
 
 import torch
 from rich.table import Table
 
+from iqmpc.kernels import mppi_refit, mppi_rollout, normed_linear
 from iqmpc.kernels.backends import available_backends
 
 _PACKAGES = (
     "iqmpc", "torch", "numpy", "gymnasium", "hydra-core", "triton", "dm-control", "mujoco",
     "myosuite", "mani_skill2", "h5py", "safetensors", "tensorboard", "imageio-ffmpeg",
 )
+_OPERATIONS = {
+    "mppi_rollout": mppi_rollout.BACKENDS,
+    "mppi_refit": mppi_refit.BACKENDS,
+    "normed_linear": normed_linear.BACKENDS,
+}
 
 
 def report() -> list[Table]:
@@ -32,10 +37,21 @@ def report() -> list[Table]:
         major, minor = torch.cuda.get_device_capability(index)
         devices.add_row(
             f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}")
-    backends = Table("backend", "can run", "why not", title="kernel backends")
-    for name, reason in available_backends().items():
-        backends.add_row(name, "no" if reason else "yes", reason or "")
-    if "iqmpc._C" in sys.modules:
-        extension = sys.modules["iqmpc._C"]
-        devices.add_row("iqmpc._C", f"{extension.isa()} of {', '.join(extension.isa_levels())}")
+    reasons = available_backends()
+    backends = Table("operation", *reasons, title="kernel backends: which can run, or why not")
+    for name, implemented in _OPERATIONS.items():
+        backends.add_row(name, *(
+            "not implemented" if b not in implemented else why or "yes"
+            for b, why in reasons.items()))
+    if reasons["cpu"] is None:
+        devices.add_row("iqmpc._C", _instruction_sets())
     return [versions, devices, backends]
+
+
+def _instruction_sets() -> str:
+    from iqmpc import _C
+
+    try:
+        return f"{_C.isa()} of {', '.join(_C.isa_levels())}"
+    except ValueError as error:  # IQMPC_ISA names none
+        return str(error)

@@ -11,12 +11,7 @@ import numpy as np
 
 from iqmpc.agent import Agent
 from iqmpc.demos import Episode
-
-
-def episode_seed(seed: int, stream: str, index: int) -> int:
-    """The seed of an episode's reset: a run needs no environment state to be continued exactly."""
-    entropy = [seed, *stream.encode(), index]
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+from iqmpc.seeding import stream_seed
 
 
 @dataclass(frozen=True)
@@ -44,32 +39,42 @@ class Evaluation:
         return float(np.mean(known)) if known else None
 
 
+def run_episode(
+    env: gymnasium.Env,
+    act: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int,
+    on_step: Callable[[gymnasium.Env], None] | None = None,
+) -> Episode:
+    """One episode from `env.reset(seed=seed)`; `on_step` is called before each step."""
+    obs, info = env.reset(seed=seed)
+    # Copies: an environment may write its next observation into the same array.
+    observations, actions, rewards = [np.array(obs, np.float32)], [], []
+    terminated = truncated = False
+    while not (terminated or truncated):
+        if on_step is not None:
+            on_step(env)
+        action = act(observations[-1])
+        obs, reward, terminated, truncated, info = env.step(action)
+        observations.append(np.array(obs, np.float32))
+        actions.append(action)
+        rewards.append(reward)
+    success = info.get("success")
+    return Episode(
+        np.array(observations), np.array(actions), np.array(rewards, np.float32),
+        bool(terminated), None if success is None else bool(success))
+
+
 def rollout(
     agent: Agent,
     env: gymnasium.Env,
     *,
     seed: int,
-    explore: bool = False,
     on_step: Callable[[gymnasium.Env], None] | None = None,
 ) -> Episode:
-    """One episode from `env.reset(seed=seed)`; `on_step` is called before each step."""
-    obs, info = env.reset(seed=seed)
+    """One episode of the agent, without exploration noise."""
     agent.reset()
-    observations, actions, rewards = [obs], [], []
-    terminated = truncated = False
-    while not (terminated or truncated):
-        if on_step is not None:
-            on_step(env)
-        action = agent.act(obs, explore=explore)
-        obs, reward, terminated, truncated, info = env.step(action)
-        observations.append(obs)
-        actions.append(action)
-        rewards.append(reward)
-    success = info.get("success")
-    return Episode(
-        np.asarray(observations, np.float32), np.asarray(actions, np.float32),
-        np.asarray(rewards, np.float32), bool(terminated),
-        None if success is None else bool(success))
+    return run_episode(env, agent.act, seed=seed, on_step=on_step)
 
 
 def evaluate(
@@ -79,11 +84,16 @@ def evaluate(
     episodes: int,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
+    on_step: Callable[[gymnasium.Env], None] | None = None,
 ) -> Evaluation:
-    """`episodes` episodes without exploration noise; `progress(done, return)` after each."""
+    """`episodes` episodes without exploration noise.
+
+    `progress(done, return)` is called after each; `on_step(env)` before each step of the first.
+    """
     done = []
     for index in range(episodes):
-        done.append(rollout(agent, env, seed=episode_seed(seed, "eval", index)))
+        done.append(rollout(agent, env, seed=stream_seed(seed, "eval", index),
+                            on_step=on_step if index == 0 else None))
         if progress is not None:
             progress(index + 1, float(done[-1].rewards.sum()))
     return Evaluation(tuple(done))
@@ -95,7 +105,9 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
     None where either does not vary.
     """
     decoded = np.concatenate([
-        agent.decode_reward(e.observations[:-1], e.actions, e.observations[1:])
+        agent.decode_reward(
+            e.observations[:-1], e.actions, e.observations[1:],
+            terminated=e.terminated & (np.arange(len(e.actions)) == len(e.actions) - 1))
         for e in episodes]).astype(np.float64)
     true = np.concatenate([e.rewards for e in episodes]).astype(np.float64)
     if not decoded.std() or not true.std():

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from iqmpc import losses
 from iqmpc.config import Config
+from iqmpc.kernels import layers
 from iqmpc.kernels.weights import frozen, map_layers
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
 from iqmpc.model import WorldModel
+from iqmpc.seeding import stream_seed
 
 
 class Learner:
@@ -26,13 +28,13 @@ class Learner:
         self.config, self.settings = config, config.learner
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(stream_seed(config.seed, "model"))
             self.model = WorldModel(obs_dim, action_dim, config.model).to(self.device)
         self.weights = self.model.weights()
         self.targets = map_layers(lambda t: t.detach().clone(), self.weights.critics)
-        self.beta = self.settings.beta * (
-            action_dim if self.settings.entropy_scale == "action_dim" else 1)
-        self.generator = torch.Generator(self.device).manual_seed(config.seed + 1)
+        self.beta = config.entropy_coefficient(action_dim)
+        self.generator = torch.Generator(self.device).manual_seed(
+            stream_seed(config.seed, "learner"))
         self.updates = 0
 
         s, m = self.settings, self.model
@@ -93,10 +95,7 @@ class Learner:
         return torch.randn(shape, device=self.device, generator=self.generator)
 
     def _pair(self) -> Tensor:
-        """Two different critics, drawn on the device."""
-        order = torch.rand(self.config.model.critics, device=self.device,
-                           generator=self.generator)
-        return order.topk(2).indices
+        return layers.random_pair(self.config.model.critics, self.generator)
 
     def _model_noise(self, batch: Batch) -> ModelNoise:
         horizon, rows, action_dim = batch.action.shape

@@ -134,11 +134,10 @@ def model_loss(
     the coefficient in force, β or β·A; `penalise` adds the gradient penalty.
     """
     horizon = batch.action.shape[0]
-    fixed = weights._replace(policy=frozen(weights.policy))
     with torch.no_grad():
         encoded = layers.encode(weights, batch.obs[1:])
         target_value = soft_value(
-            fixed, layers.draw_pair(targets, noise.pair), encoded, noise.target, beta)
+            weights, layers.draw_pair(targets, noise.pair), encoded, noise.target, beta)
         backup = discount * (1 - batch.terminated) * target_value
     rollout = [layers.encode(weights, batch.obs[0])]
     for t in range(horizon):
@@ -156,10 +155,10 @@ def model_loss(
         n = batch.experts
         pair = layers.draw_pair(weights.critics, noise.pair)
         if config.objective == "iq":
-            value = soft_value(fixed, pair, latents[0, :n], noise.initial[0, :n], beta)
+            value = soft_value(weights, pair, latents[0, :n], noise.initial[0, :n], beta)
             value_term = (1 - discount) * value.mean()
         else:
-            value = soft_value(fixed, pair, latents[:-1, n:], noise.initial[:, n:], beta)
+            value = soft_value(weights, pair, latents[:-1, n:], noise.initial[:, n:], beta)
             value_term = (value - backup[:, n:]).mean(-1)
         critic = iq_loss(residual, value_term, n, config.alpha, config.rho)
         metrics |= {

@@ -60,7 +60,7 @@ class Planner:
         self._rollout = mppi_rollout.BACKENDS[self.backend]
         self._refit = mppi_refit.BACKENDS[self.backend]
         self.discount, self.beta, self.num_envs = discount, beta, num_envs
-        self.iterations = config.iterations or (8 if weights.action_dim >= 20 else 6)
+        self.iterations = config.iterations_for(weights.action_dim)
         self.dtype = _DTYPES[config.precision]
         self.weights = snapshot(weights, self.dtype)
         self.device = weights.encoder[0].weight.device
@@ -182,8 +182,6 @@ class Planner:
     def _draw(self) -> PlanNoise:
         c, envs, action_dim = self.config, self.num_envs, self.weights.action_dim
         uniform = torch.rand(envs, c.elites, device=self.device, generator=self.generator)
-        order = torch.rand(
-            self.weights.num_critics, device=self.device, generator=self.generator)
         return PlanNoise(
             prior=self._normal(envs, c.horizon, c.policy_trajectories, action_dim),
             samples=self._normal(self.iterations, envs, c.horizon,
@@ -192,7 +190,7 @@ class Planner:
                                action_dim),
             explore=self._normal(envs, action_dim),
             gumbel=-torch.log(-torch.log(uniform.clamp(1e-10, 1 - 1e-7))).to(self.dtype),
-            pair=order.topk(2).indices,
+            pair=layers.random_pair(self.weights.num_critics, self.generator),
         )
 
     def _normal(self, *shape: int) -> Tensor:

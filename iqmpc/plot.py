@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from iqmpc.checkpoint import load_config, write_atomically
+from iqmpc.checkpoint import load_config
 from iqmpc.errors import CheckpointError, IqmpcError
+from iqmpc.files import write_atomically
 
 
 class Point(NamedTuple):

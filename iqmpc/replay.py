@@ -104,9 +104,11 @@ class SliceReplay:
         return first
 
     def _index(self) -> None:
-        self._starts = torch.cat([
-            torch.arange(first, first + steps - self.horizon + 1, device=self.device)
-            for first, steps in self._episodes])
+        first, steps = torch.tensor(self._episodes).unbind(1)
+        count = steps - self.horizon + 1
+        skipped = first - (count.cumsum(0) - count)  # from a slice's place in line to its row
+        line = torch.arange(int(count.sum()))
+        self._starts = (line + skipped.repeat_interleave(count)).to(self.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rows in use and where the episodes lie."""

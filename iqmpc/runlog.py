@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from iqmpc.checkpoint import write_atomically
+from iqmpc.files import write_atomically
 
 PROGRESS = ("env_steps", "updates", "episodes", "wall_s")
 RESULTS = ("return", "eval_return_mean", "eval_return_std", "eval_success_rate",
@@ -26,17 +26,19 @@ COLUMNS = PROGRESS + RESULTS + LEARNING
 class RunLog:
     """One row per call: a line in metrics.csv (empty where absent) and TensorBoard scalars.
 
-    `since` drops rows and events after that environment step, which a resumed run writes again.
+    A resumed run writes again what came after its checkpoint: `since` is the checkpoint's
+    environment step and `evaluated` the step of the last evaluation before it; later rows are
+    dropped, and so is a line that a crash left incomplete.
     """
 
-    def __init__(self, run: Path, *, since: int | None = None):
+    def __init__(self, run: Path, *, since: int | None = None, evaluated: int = 0):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         path = run / "metrics.csv"
         rows = []
         if since is not None and path.exists():
             with open(path, newline="") as file:
-                rows = [r for r in csv.DictReader(file) if _step(r) <= since]
+                rows = [r for r in csv.DictReader(file) if _kept(r, since, evaluated)]
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS)
         writer.writeheader()
@@ -66,5 +68,7 @@ def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
     write_atomically(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
 
-def _step(row: Mapping[str, str]) -> int:
-    return int(float(row["env_steps"]))
+def _kept(row: Mapping[str, str | None], since: int, evaluated: int) -> bool:
+    if None in row.values() or not str(row["env_steps"]).isdigit():
+        return False
+    return int(row["env_steps"]) <= (evaluated if row["eval_return_mean"] else since)

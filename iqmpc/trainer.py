@@ -12,15 +12,16 @@ import numpy as np
 import torch
 
 from iqmpc import checkpoint
-from iqmpc.agent import Agent
+from iqmpc.agent import Agent, resolve_device
 from iqmpc.config import Config
 from iqmpc.demos import Demonstrations
 from iqmpc.envs import check_spaces
 from iqmpc.errors import CheckpointError, ConfigError
-from iqmpc.evaluation import Evaluation, episode_seed, evaluate, ratio
+from iqmpc.evaluation import Evaluation, evaluate, ratio
 from iqmpc.learner import Learner
 from iqmpc.replay import SliceReplay, join
 from iqmpc.runlog import RunLog, write_summary
+from iqmpc.seeding import stream_seed
 
 _REPORT_EVERY = 25  # steps between progress reports; metrics are fetched no oftener
 
@@ -52,7 +53,7 @@ class Trainer:
         self._on_progress = on_progress or (lambda values: None)
         self._on_message = on_message or (lambda text: None)
         obs_dim, action_dim = check_spaces(env, config.task.name)
-        self.device = _device(config.device)
+        self.device = resolve_device(config.device)
         self.learner = Learner(obs_dim, action_dim, config, self.device)
         self.agent = Agent(self.learner.model, config, seed=config.seed)
         horizon = config.learner.horizon
@@ -69,10 +70,11 @@ class Trainer:
                     f"learner.objective={config.learner.objective} learns from demonstrations: "
                     "none were given")
             self.experts = _expert_replay(
-                demonstrations, obs_dim, action_dim, horizon, self.device)
-        self.generator = torch.Generator(self.device).manual_seed(config.seed + 2)
+                demonstrations, config.task.name, obs_dim, action_dim, horizon, self.device)
+        self.generator = torch.Generator(self.device).manual_seed(
+            stream_seed(config.seed, "trainer"))
         self.env_steps = self.episodes = 0
-        self.initialised = False  # the burst of initial updates has been made
+        self._resumed = False
         self._wall_before, self._started = 0.0, time.monotonic()
         self._metrics: dict[str, torch.Tensor] = {}
         self._last_return: float | None = None
@@ -80,9 +82,7 @@ class Trainer:
         if resume:
             self._restore()
         elif (self.run / "config.yaml").exists():
-            raise ConfigError(
-                f"{self.run} already holds a run: continue it with resume={self.run}, or give "
-                "another run_dir")
+            raise self._taken()
 
     @property
     def wall_s(self) -> float:
@@ -92,14 +92,17 @@ class Trainer:
         """Train to `config.train.steps`, evaluate, write summary.json and return it."""
         c = self.config.train
         self.run.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_config(self.run, self.config)
-        self._log = RunLog(self.run, since=self.env_steps if self.env_steps else None)
         try:
-            if self.learner.updates == 0 and c.demo_updates and self.experts:
+            checkpoint.save_config(self.run, self.config, new=not self._resumed)
+        except FileExistsError:
+            raise self._taken() from None
+        (self.run / "summary.json").unlink(missing_ok=True)  # of what came before resuming
+        since = self.env_steps if self._resumed else None
+        self._log = RunLog(self.run, since=since, evaluated=self._evaluated_at)
+        try:
+            if self.learner.updates == 0 and c.demo_updates:
                 self._on_message(f"{c.demo_updates} updates on the demonstrations alone")
-                for _ in range(c.demo_updates):
-                    self._update(self.experts)
-                self.agent.planner.publish(self.learner.weights)
+                self._update_to(c.demo_updates, self.experts)
             while self.env_steps < c.steps:
                 self._episode()
                 if self.env_steps < c.steps:
@@ -114,64 +117,75 @@ class Trainer:
             self._log.close()
 
     def _episode(self) -> None:
-        """One episode of interaction, learning at every step."""
+        """One episode of interaction, learning after every step."""
         c = self.config
-        obs, _ = self.env.reset(seed=episode_seed(c.seed, "train", self.episodes))
+        obs, _ = self.env.reset(seed=stream_seed(c.seed, "train", self.episodes))
         self.agent.reset()
-        observations, actions, rewards = [obs], [], []
-        terminated = truncated = False
-        while not (terminated or truncated) and self.env_steps < c.train.steps:
-            action = self._act(obs)
+        # Copies: an environment may write its next observation into the same array.
+        observations, actions, rewards = [np.array(obs, np.float32)], [], []
+        ended = False
+        while not ended:
+            action = self._act(observations[-1])
             obs, reward, terminated, truncated, _ = self.env.step(action)
-            observations.append(obs)
+            observations.append(np.array(obs, np.float32))
             actions.append(action)
             rewards.append(reward)
             self.env_steps += 1
+            ended = terminated or truncated or self.env_steps >= c.train.steps
+            if ended:
+                self.behaviour.add_episode(
+                    *(torch.as_tensor(np.asarray(x, np.float32))
+                      for x in (observations, actions, rewards)), terminated=bool(terminated))
             self._learn()
             if self.env_steps % _REPORT_EVERY == 0:
                 self._report()
-        self.behaviour.add_episode(
-            *(torch.as_tensor(np.asarray(x, np.float32))
-              for x in (observations, actions, rewards)), terminated=bool(terminated))
         self.episodes += 1
         self._last_return = float(np.sum(rewards))
         self._log.write({**self._progress(), "return": self._last_return,
                          **{k: v.item() for k, v in self._metrics.items()}})
         self._metrics = {}
 
+    @property
+    def _exploring_at_random(self) -> bool:
+        """At first, and for as long as there is nothing to learn from."""
+        return self.env_steps < self.config.random_steps or not self.behaviour.slices
+
     def _act(self, obs: np.ndarray) -> np.ndarray:
-        if self.env_steps < self.config.random_steps:
+        if self._exploring_at_random:
             uniform = torch.rand(
                 self.env.action_space.shape, generator=self.generator, device=self.device)
             return (2 * uniform - 1).cpu().numpy()
         return self.agent.act(obs, explore=True)
 
     def _learn(self) -> None:
+        """Make the updates that are due: the initial ones, then `updates_per_step` a step."""
         c = self.config
-        if self.env_steps < c.random_steps or not self.behaviour.slices:
+        if self._exploring_at_random:
             return
-        count = c.train.updates_per_step
-        if not self.initialised:
-            count, self.initialised = max(c.initial_updates, count), True
-            self._on_message(f"{count} updates on the first {self.env_steps} steps")
-        for done in range(count):
-            self._update(self.behaviour)
-            if done and done % _REPORT_EVERY == 0:
+        since = self.env_steps - c.random_steps
+        due = c.train.demo_updates + c.initial_updates + since * c.train.updates_per_step
+        if due - self.learner.updates > max(1, c.train.updates_per_step):
+            self._on_message(
+                f"{due - self.learner.updates} updates on the first {self.env_steps} steps")
+        self._update_to(due, self.behaviour)
+
+    def _update_to(self, updates: int, behaviour: SliceReplay) -> None:
+        """Update until `updates` have been made in all, then publish the weights."""
+        size = self.config.learner.batch
+        while self.learner.updates < updates:
+            batch = behaviour.sample(size, self.generator)
+            if self.experts is not None:
+                batch = join(self.experts.sample(size, self.generator), batch)
+            self._metrics = self.learner.update(batch)
+            if updates - self.learner.updates > 1 and self.learner.updates % _REPORT_EVERY == 0:
                 self._report()
         self.agent.planner.publish(self.learner.weights)
-
-    def _update(self, behaviour: SliceReplay) -> None:
-        size = self.config.learner.batch
-        batch = behaviour.sample(size, self.generator)
-        if self.experts is not None:
-            batch = join(self.experts.sample(size, self.generator), batch)
-        self._metrics = self.learner.update(batch)
 
     def _evaluate(self, episodes: int) -> Evaluation:
         """Without exploration, and without a trace in the state of training."""
         planner, at = self.agent.planner, self._progress()
         before = {k: v.clone() for k, v in planner.state_dict().items()}
-        planner.generator.manual_seed(self.config.seed)
+        planner.generator.manual_seed(stream_seed(self.config.seed, "planner"))
         result = evaluate(self.agent, self.env, episodes=episodes, seed=self.config.seed)
         counted = planner.nonfinite_plans
         planner.load_state_dict(before)
@@ -225,12 +239,34 @@ class Trainer:
         }
         checkpoint.save(self.run, self.env_steps, tensors, {
             "obs_dim": self.learner.model.obs_dim, "action_dim": self.learner.model.action_dim,
-            "env_steps": self.env_steps, "episodes": self.episodes, "wall_s": self.wall_s,
-            "initialised": self.initialised, "evaluated_at": self._evaluated_at})
+            **self._progress(), "evaluated_at": self._evaluated_at,
+            "demonstrator_return": self.demonstrator_return,
+            "demonstrations": self._demonstrations_digest()})
         self._saved_at = self.env_steps
 
+    def _demonstrations_digest(self) -> str | None:
+        """What a continuation must be given again, to be one."""
+        return None if self.experts is None else checkpoint.digest(self.experts.state_dict())
+
+    def _taken(self) -> ConfigError:
+        return ConfigError(
+            f"{self.run} already holds a run: continue it with resume={self.run}, or give another "
+            "run_dir")
+
     def _restore(self) -> None:
+        checkpoint.load_config(self.run)  # refuses what is no run folder
+        self._resumed = True
+        if not checkpoint.exists(self.run):
+            self._on_message("the run has no checkpoint yet: starting from its beginning")
+            return
         path, tensors, meta = checkpoint.newest(self.run)
+        if meta["demonstrations"] != self._demonstrations_digest():
+            raise CheckpointError(
+                f"{self.run} was trained on other demonstrations than those given now")
+        if meta["env_steps"] > self.config.train.steps:
+            raise ConfigError(
+                f"train.steps must be at least the {meta['env_steps']} that {path.name} has "
+                f"made, got {self.config.train.steps}")
 
         def part(name: str) -> dict[str, torch.Tensor]:
             prefix = name + "."
@@ -245,22 +281,19 @@ class Trainer:
             raise CheckpointError(f"{path} does not fit this run's settings: {error}") from error
         self.agent.planner.publish(self.learner.weights)
         self.env_steps, self.episodes = meta["env_steps"], meta["episodes"]
-        self.initialised, self._wall_before = meta["initialised"], meta["wall_s"]
-        self._evaluated_at, self._saved_at = meta["evaluated_at"], self.env_steps
+        self._wall_before, self._evaluated_at = meta["wall_s"], meta["evaluated_at"]
+        self._saved_at = self.env_steps
+        checkpoint.set_aside(self.run, path)
         self._on_message(f"continuing from {path.name}")
 
 
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda was asked for, but torch sees no CUDA device")
-    return name
-
-
 def _expert_replay(
-    demonstrations: Demonstrations, obs_dim: int, action_dim: int, horizon: int, device: str
+    demonstrations: Demonstrations, task: str, obs_dim: int, action_dim: int, horizon: int,
+    device: str,
 ) -> SliceReplay:
+    if demonstrations.task != task:
+        raise ConfigError(
+            f"the demonstrations are of task {demonstrations.task!r}, the run's is {task!r}")
     dims = (demonstrations.obs_dim, demonstrations.action_dim)
     if dims != (obs_dim, action_dim):
         raise ConfigError(

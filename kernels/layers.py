@@ -113,6 +113,12 @@ def critics(
     return ensemble(layers, x, keep).unflatten(-1, z.shape[:-1])
 
 
+def random_pair(critics: int, generator: torch.Generator) -> Tensor:
+    """Two different critics out of `critics`, drawn on the generator's device: [2] int64."""
+    order = torch.rand(critics, device=generator.device, generator=generator)
+    return order.topk(2).indices
+
+
 def draw_pair(layers: tuple[Layer, ...], pair: Tensor) -> tuple[Layer, ...]:
     """The two critics named by `pair` ([2] int64): only these are evaluated for Q_min."""
     return tuple(

@@ -5,6 +5,7 @@ import torch
 
 from iqmpc import checkpoint
 from iqmpc.errors import CheckpointError
+from iqmpc.files import write_atomically
 
 
 def tensors(step):
@@ -27,13 +28,23 @@ def flip(data):
     return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
 
 
+def rewritten(old, new):
+    """A header that still parses but says something else."""
+    def damage(data):
+        assert old in data and len(old) == len(new)
+        return data.replace(old, new)
+    return damage
+
+
 @pytest.mark.parametrize(("damage", "reason"), [
     (lambda data: data[:-4], "cannot be read"), (flip, "does not match its digest"),
+    (rewritten(b"wall_s", b"wall_x"), "does not match its digest"),
+    (rewritten(b'{\\"wall_s', b'[\\"wall_s'), "does not match its digest"),
     (lambda data: b"", "cannot be read"), (lambda data: b"\xff" * 100, "cannot be read"),
 ])
 def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path, damage, reason):
     checkpoint.save(tmp_path, 10, tensors(10), {})
-    bad = checkpoint.save(tmp_path, 20, tensors(20), {})
+    bad = checkpoint.save(tmp_path, 20, tensors(20), {"wall_s": 3})
     bad.write_bytes(damage(bad.read_bytes()))
     with pytest.warns(RuntimeWarning, match=f"step_000000020.*{reason}"):
         path, loaded, _ = checkpoint.newest(tmp_path)
@@ -61,21 +72,29 @@ def test_other_safetensors_files_are_refused(tmp_path):
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, broken):
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, b"old")
+    write_atomically(path, b"old")
 
     def fail(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, broken, fail)
     with pytest.raises(OSError, match="no space left"):
-        checkpoint.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_exclusive_writes_do_not_replace(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"old", exclusive=True)
+    with pytest.raises(FileExistsError):
+        write_atomically(path, b"new", exclusive=True)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_config_errors_name_the_run(tmp_path, small_config):
     with pytest.raises(CheckpointError, match="is no run folder: it has no config.yaml"):
         checkpoint.load_config(tmp_path)
-    checkpoint.save_config(tmp_path, small_config)
+    checkpoint.save_config(tmp_path, small_config, new=True)
     assert checkpoint.load_config(tmp_path) == small_config
     path = tmp_path / "config.yaml"
     path.write_text(path.read_text().replace("batch:", "bach:"))

@@ -87,6 +87,18 @@ def test_derived_values():
         {"task.gradient_penalty": True, "learner.gradient_penalty": False}).gradient_penalty
 
 
+def test_compose_inside_a_hydra_program():
+    """`@hydra.main` holds Hydra's one instance; composing must neither fail nor take it away."""
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    with initialize_config_module("iqmpc.configs", version_base="1.3"):
+        theirs = GlobalHydra.instance().hydra
+        assert compose(["seed=3"]).seed == 3
+        assert GlobalHydra.instance().hydra is theirs
+    assert not GlobalHydra.instance().is_initialized()
+
+
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 3

@@ -62,6 +62,10 @@ def test_targets_move_by_tau(small_config):
         torch.testing.assert_close(
             after.weight, before.weight + 0.25 * (critic.weight - before.weight))
         torch.testing.assert_close(after.bias, before.bias + 0.25 * (critic.bias - before.bias))
+        if critic.gamma is not None:
+            for name in ("gamma", "beta"):
+                was, now, new = (getattr(x, name) for x in (before, after, critic))
+                torch.testing.assert_close(now, was + 0.25 * (new - was))
 
 
 def test_gradients_are_clipped(small_config):

@@ -1,7 +1,6 @@
 """Whole runs on a task that is learnt in seconds, and the exact continuation of one."""
 
 import csv
-import dataclasses
 import json
 import os
 import signal
@@ -16,7 +15,8 @@ import torch
 
 from iqmpc import Agent, Config, Trainer, checkpoint, evaluate
 from iqmpc.errors import CheckpointError, ConfigError, TaskError
-from iqmpc.evaluation import episode_seed, reward_correlation
+from iqmpc.evaluation import reward_correlation
+from iqmpc.seeding import stream_seed
 
 
 def train(config, env, demonstrations, run, **options):
@@ -84,15 +84,18 @@ def test_td_learns_from_the_reward_without_demonstrations(tmp_path, small_config
 def test_decoded_reward_ranks_the_expert_above_its_opposite(
         tmp_path, small_config, point_env, point_demonstrations):
     config = small_config.replace({
-        "train.steps": 400, "train.random_steps": 100, "train.initial_updates": 100,
-        "learner.batch": 32, "learner.lr": 1e-3})
+        "train.steps": 600, "train.random_steps": 100, "train.initial_updates": 100,
+        "train.eval_every": 1000, "learner.batch": 32, "learner.lr": 1e-3})
     train(config, point_env, point_demonstrations, tmp_path / "run")
     agent = Agent.load(tmp_path / "run")
-    obs = np.array([[0.8, 0.0], [0.0, -0.8]], np.float32)
+    angle = np.linspace(0, 2 * np.pi, 64, dtype=np.float32)
+    obs = 0.8 * np.stack([np.cos(angle), np.sin(angle)], 1)
     toward, away = (np.clip(sign * obs / 0.2, -1, 1) for sign in (-1, 1))
     good = agent.decode_reward(obs, toward, obs + 0.2 * toward)
     bad = agent.decode_reward(obs, away, obs + 0.2 * away)
-    assert good.shape == (2,) and np.all(good > bad)
+    assert good.shape == (64,) and good.mean() > bad.mean() + 0.1
+    ends = agent.decode_reward(obs, toward, obs + 0.2 * toward, terminated=np.arange(64) == 3)
+    assert np.flatnonzero(ends != good).tolist() == [3]
     episodes = evaluate(agent, point_env, episodes=4).episodes
     decoded = np.concatenate([agent.decode_reward(
         e.observations[:-1], e.actions, e.observations[1:]) for e in episodes])
@@ -100,7 +103,7 @@ def test_decoded_reward_ranks_the_expert_above_its_opposite(
         pearson(decoded, np.concatenate([e.rewards for e in episodes])), rel=1e-4)
     single = agent.decode_reward(obs[0], toward[0], (obs + 0.2 * toward)[0])
     assert single == pytest.approx(good[0], rel=1e-4, abs=1e-5)
-    with pytest.raises(ValueError, match=r"action must be \[2, 2\], got \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"action must be \[64, 2\], got \[1, 2\]"):
         agent.decode_reward(obs, toward[:1], obs)
 
 
@@ -122,7 +125,8 @@ def test_terminations_reach_the_replay(tmp_path, small_config, point_env, point_
 
 def tensors_of(run):
     _, tensors, meta = checkpoint.newest(run)
-    return tensors, {k: v for k, v in meta.items() if k != "wall_s"}
+    del meta["wall_s"]
+    return tensors, meta
 
 
 def assert_same_state(one, two):
@@ -198,6 +202,7 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, small_config, point_en
         trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run",
                           resume=True)
     assert trainer.env_steps == 80
+    newest.with_name(newest.name + ".damaged").rename(newest)  # set aside by the resumed run
     with pytest.warns(RuntimeWarning, match=newest.name):
         Agent.load(tmp_path / "run")
 
@@ -218,14 +223,16 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         Trainer(small_config, point_env, None, run=run)
     other = gymnasium.make("Pendulum-v1")
     other = gymnasium.wrappers.RescaleAction(other, -1.0, 1.0)
+    with pytest.raises(ConfigError, match="are of task 'point', the run's is 'line'"):
+        Trainer(small_config.replace({"task.name": "line"}), point_env, point_demonstrations,
+                run=run)
     with pytest.raises(ConfigError, match="have 2 observations and 2 actions, the environment "
                                           "has 3 and 1"):
         Trainer(small_config, other, point_demonstrations, run=run)
-    long = dataclasses.replace(
-        small_config, learner=dataclasses.replace(small_config.learner, horizon=30))
+    long = small_config.replace({"learner.horizon": 30, "task.episode_length": 40})
     with pytest.raises(ConfigError, match="no demonstration is as long as learner.horizon=30"):
         Trainer(long, point_env, point_demonstrations, run=run)
-    with pytest.raises(CheckpointError, match="there is none"):
+    with pytest.raises(CheckpointError, match="is no run folder"):
         Trainer(small_config, point_env, point_demonstrations, run=run, resume=True)
     assert not run.exists()
 
@@ -235,6 +242,12 @@ def test_a_run_is_not_overwritten(tmp_path, small_config, point_env, point_demon
     train(config, point_env, point_demonstrations, tmp_path / "run")
     with pytest.raises(ConfigError, match="already holds a run: continue it with resume="):
         Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
+    # two that start at once: only one gets the folder
+    one, two = (Trainer(config, point_env, point_demonstrations, run=tmp_path / "both")
+                for _ in range(2))
+    one.train()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        two.train()
 
 
 def test_another_models_checkpoint_is_refused(tmp_path, small_config, point_env,
@@ -252,7 +265,7 @@ def test_evaluation_is_repeatable_and_episode_seeds_differ(tmp_path, small_confi
     one, two = (evaluate(Agent.load(tmp_path / "run"), point_env, episodes=3).returns
                 for _ in range(2))
     np.testing.assert_array_equal(one, two)
-    seeds = {episode_seed(s, stream, i) for s in range(3) for stream in ("train", "eval")
+    seeds = {stream_seed(s, stream, i) for s in range(3) for stream in ("train", "eval")
              for i in range(50)}
     assert len(seeds) == 300
 
@@ -266,6 +279,97 @@ def test_random_actions_come_first(tmp_path, small_config, point_env, point_demo
     trainer._finish = dict
     trainer.train()
     assert planned == list(range(40, 100))
+
+
+def test_the_initial_updates_see_all_random_steps(tmp_path, small_config, point_env,
+                                                  point_demonstrations):
+    trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run")
+    held = []
+    update = trainer.learner.update
+    trainer.learner.update = lambda batch: held.append(len(trainer.behaviour)) or update(batch)
+    trainer.train()
+    assert held[:6] == [40] * 6 and trainer.learner.updates == 5 + 60
+
+
+def test_short_random_phases_lose_no_updates(tmp_path, small_config, point_env,
+                                             point_demonstrations):
+    """Until an episode has ended there is nothing to learn from: act at random, then catch up."""
+    config = small_config.replace({"train.random_steps": 5})
+    trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
+    planned = []
+    act = trainer.agent.act
+    trainer.agent.act = lambda obs, **k: planned.append(trainer.env_steps) or act(obs, **k)
+    trainer._evaluate = lambda episodes: None
+    trainer._finish = dict
+    trainer.train()
+    assert planned == list(range(20, 100)) and trainer.learner.updates == 5 + 95
+
+
+def test_updates_on_the_demonstrations_alone(tmp_path, small_config, point_env,
+                                             point_demonstrations):
+    config = small_config.replace({"train.demo_updates": 7, "train.steps": 60})
+    trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
+    at = []
+    update = trainer.learner.update
+    trainer.learner.update = lambda batch: at.append(trainer.env_steps) or update(batch)
+    trainer.train()
+    assert at[:7] == [0] * 7 and trainer.learner.updates == 7 + 5 + 20
+    with pytest.raises(ConfigError, match="demo_updates needs demonstrations"):
+        config.replace({"learner.objective": "td"})
+
+
+def test_an_environment_may_reuse_its_observation(tmp_path, small_config, point_env,
+                                                  point_demonstrations):
+    class Reusing(gymnasium.Wrapper):
+        buffer = np.zeros(2, np.float32)
+
+        def reset(self, **k):
+            self.buffer[:], info = self.env.reset(**k)
+            return self.buffer, info
+
+        def step(self, action):
+            self.buffer[:], *rest = self.env.step(action)
+            return self.buffer, *rest
+
+    config = small_config.replace({"train.steps": 20})
+    for name, env in (("plain", point_env), ("reusing", Reusing(point_env))):
+        train(config, env, point_demonstrations, tmp_path / name)
+    assert_same_state(tmp_path / "plain", tmp_path / "reusing")
+
+
+def test_a_run_cut_before_its_first_checkpoint_starts_again(
+        tmp_path, small_config, point_env, point_demonstrations):
+    run = tmp_path / "run"
+    run.mkdir()
+    checkpoint.save_config(run, small_config, new=True)
+    train(small_config, point_env, point_demonstrations, run, resume=True)
+    train(small_config, point_env, point_demonstrations, tmp_path / "straight")
+    assert_same_state(run, tmp_path / "straight")
+
+
+def test_resume_refuses_what_is_no_continuation(tmp_path, small_config, point_env,
+                                                point_demonstrations):
+    run = tmp_path / "run"
+    train(small_config, point_env, point_demonstrations, run)
+    with pytest.raises(CheckpointError, match="was trained on other demonstrations"):
+        Trainer(small_config, point_env, point_demonstrations.select(5), run=run, resume=True)
+    with pytest.raises(ConfigError, match="train.steps must be at least the 100"):
+        Trainer(small_config.replace({"train.steps": 60}), point_env, point_demonstrations,
+                run=run, resume=True)
+
+
+def test_a_finished_run_resumed_says_the_same_again(tmp_path, small_config, point_env,
+                                                    point_demonstrations):
+    """Also with a line of metrics.csv that a crash left incomplete."""
+    run = tmp_path / "run"
+    first = train(small_config, point_env, point_demonstrations, run)
+    rows = (run / "metrics.csv").read_text()
+    (run / "metrics.csv").write_text(rows + "100,6")
+    second = train(small_config, point_env, point_demonstrations, run, resume=True)
+    again = (run / "metrics.csv").read_text().splitlines()
+    assert [r.split(",")[0] for r in again] == [r.split(",")[0] for r in rows.splitlines()]
+    del first["wall_s"], second["wall_s"]
+    assert first == second
 
 
 def test_config_is_written(tmp_path, small_config, point_env, point_demonstrations):

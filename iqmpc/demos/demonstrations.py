@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from iqmpc.demos import hdf5, npz
 from iqmpc.demos.checks import find_defects
 from iqmpc.demos.types import Defect, DemonstrationError, Draft, Episode
+from iqmpc.files import write_atomically
 
 _READERS = {".h5": hdf5.read, ".hdf5": hdf5.read, ".npz": npz.read}
 _PICKLES = (".pkl", ".pickle", ".p", ".pt", ".pth", ".joblib")
@@ -130,17 +130,10 @@ class Demonstrations:
         if path.suffix.lower() not in (".h5", ".hdf5"):
             raise DemonstrationError(f"{path}: demonstrations are saved as .h5 or .hdf5")
         payload = hdf5.encode(self.task, self.episodes, self.provenance)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            with open(temporary, "xb") as file:
-                file.write(payload)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            write_atomically(path, payload)
         except OSError as error:
             raise DemonstrationError(f"{path}: cannot be written: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def packaged_tasks() -> list[str]:

@@ -70,6 +70,11 @@ class DMControlEnv(gymnasium.Env):
         if render_mode not in (None, "rgb_array"):
             raise TaskError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         suite = import_suite(render=render_mode is not None)
+        if render_mode is not None and os.environ.get("MUJOCO_GL") == "disabled":
+            raise TaskError(
+                "this process loaded dm_control without GL, for a task that is not rendered (or "
+                "MUJOCO_GL=disabled is set): set MUJOCO_GL=egl or MUJOCO_GL=osmesa before the "
+                "first environment is made")
         domain, name = TASKS[task.name]
         self.config, self.render_mode, self._render_size = task, render_mode, render_size
         self._env = suite.load(

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -96,6 +97,14 @@ def test_what_does_not_exist_is_named(call, message):
         call()
 
 
+def test_a_process_without_gl_says_so_when_asked_to_render():
+    code = ("import iqmpc\niqmpc.make_env('cheetah-run')\n"
+            "iqmpc.make_env('cheetah-run', render_mode='rgb_array')")
+    env = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert "TaskError: this process loaded dm_control without GL" in done.stderr
+
+
 def test_wrong_actions_are_named():
     env = make_env("walker-walk")
     env.reset(seed=0)
@@ -116,8 +125,6 @@ def test_a_missing_extra_is_an_error_that_says_which():
 def test_triton_and_gl_live_in_one_process(gl):
     """Triton loaded after Mesa's GL ends the process: the order must hold whatever is imported."""
     pytest.importorskip("triton")
-    import os
-
     env = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
     if gl is not None:
         env["MUJOCO_GL"] = gl
