@@ -41,7 +41,7 @@ def report() -> list[Table]:
     backends = Table("operation", *reasons, title="kernel backends: which can run, or why not")
     for name, implemented in _OPERATIONS.items():
         backends.add_row(name, *(
-            "not implemented" if b not in implemented else why or "yes"
+            why or ("yes" if b in implemented else "not implemented")
             for b, why in reasons.items()))
     if reasons["cpu"] is None:
         devices.add_row("iqmpc._C", _instruction_sets())

@@ -63,8 +63,8 @@ def test_eval_prints_the_same_figures(run):
     done = iqmpc("eval", path, "--episodes", 2, "--json")
     assert done.returncode == 0, done.stderr
     figures, summary = json.loads(done.stdout), json.loads((path / "summary.json").read_text())
-    same = {k: v for k, v in summary.items() if k != "wall_s"}
-    assert {k: figures[k] for k in same} == pytest.approx(same, rel=1e-6)
+    assert {k: figures[k] for k in summary if k != "wall_s"} == {
+        k: v for k, v in summary.items() if k != "wall_s"}
     assert figures["wall_s"] == pytest.approx(summary["wall_s"], abs=5)
     assert figures["env_steps"] == 40 and figures["planner"] is True
     assert -1 <= figures["reward_correlation"] <= 1
@@ -138,7 +138,8 @@ def test_doctor_names_backends_and_reasons():
     assert done.returncode == 0, done.stderr
     for word in ("torch", "reference", "cpu", "triton", "cuda", "avx"):
         assert word in done.stdout
-    assert "torch sees no CUDA device" in done.stdout or "sm_" in done.stdout
+    assert "not implemented" in done.stdout  # the planner's C++ backend
+    assert "sees no CUDA device" in " ".join(done.stdout.split()) or "sm_" in done.stdout
 
 
 @pytest.mark.parametrize(("words", "message"), [
