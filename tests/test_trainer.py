@@ -136,12 +136,15 @@ def assert_same_state(one, two):
     assert not different
 
 
-def test_resume_is_exact(tmp_path, small_config, point_env, point_demonstrations):
+@pytest.mark.parametrize("mode", [
+    "eager", pytest.param("compile", marks=pytest.mark.slow)])
+def test_resume_is_exact(tmp_path, small_config, point_env, point_demonstrations, mode):
     """40 + 60 steps are 100 steps, evaluations in between or not."""
-    train(small_config, point_env, point_demonstrations, tmp_path / "straight")
-    first = small_config.replace({"train.steps": 40, "train.eval_every": 20})
+    config = small_config.replace({"planner.mode": mode, "learner.mode": mode})
+    train(config, point_env, point_demonstrations, tmp_path / "straight")
+    first = config.replace({"train.steps": 40, "train.eval_every": 20})
     train(first, point_env, point_demonstrations, tmp_path / "parts")
-    train(small_config, point_env, point_demonstrations, tmp_path / "parts", resume=True)
+    train(config, point_env, point_demonstrations, tmp_path / "parts", resume=True)
     one, two = (tensors_of(tmp_path / n)[0] for n in ("straight", "parts"))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
@@ -270,15 +273,20 @@ def test_evaluation_is_repeatable_and_episode_seeds_differ(tmp_path, small_confi
     assert len(seeds) == 300
 
 
-def test_random_actions_come_first(tmp_path, small_config, point_env, point_demonstrations):
-    trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run")
+def planned_steps(trainer):
+    """Train, and the environment steps at which the planner acted."""
     planned = []
     act = trainer.agent.act
     trainer.agent.act = lambda obs, **k: planned.append(trainer.env_steps) or act(obs, **k)
     trainer._evaluate = lambda episodes: None
     trainer._finish = dict
     trainer.train()
-    assert planned == list(range(40, 100))
+    return planned
+
+
+def test_random_actions_come_first(tmp_path, small_config, point_env, point_demonstrations):
+    trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run")
+    assert planned_steps(trainer) == list(range(40, 100))
 
 
 def test_the_initial_updates_see_all_random_steps(tmp_path, small_config, point_env,
@@ -296,13 +304,7 @@ def test_short_random_phases_lose_no_updates(tmp_path, small_config, point_env,
     """Until an episode has ended there is nothing to learn from: act at random, then catch up."""
     config = small_config.replace({"train.random_steps": 5})
     trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
-    planned = []
-    act = trainer.agent.act
-    trainer.agent.act = lambda obs, **k: planned.append(trainer.env_steps) or act(obs, **k)
-    trainer._evaluate = lambda episodes: None
-    trainer._finish = dict
-    trainer.train()
-    assert planned == list(range(20, 100)) and trainer.learner.updates == 5 + 95
+    assert planned_steps(trainer) == list(range(20, 100)) and trainer.learner.updates == 5 + 95
 
 
 def test_updates_on_the_demonstrations_alone(tmp_path, small_config, point_env,
