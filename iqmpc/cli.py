@@ -46,7 +46,7 @@ def train(
 
     `resume=RUN` continues a run; only train.* and threads may then be changed.
     """
-    from iqmpc.compose import parse
+    from iqmpc.compose import compose, parse
     from iqmpc.progress import TrainingDisplay
 
     words = parse(overrides or [])
@@ -54,8 +54,6 @@ def train(
         run = Path(str(words.pop("resume")))
         config, resume = _resumed(run, words), True
     else:
-        from iqmpc.compose import compose
-
         config, resume = compose(overrides or []), False
         stamp = time.strftime("%Y%m%d-%H%M%S")
         run = Path(config.run_dir or f"runs/{config.task.name}/{stamp}-seed{config.seed}")
