@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from iqmpc.config import Config, field_type
+from iqmpc.config import Config
 from iqmpc.errors import ConfigError
 
 GROUPS = ("task", "model", "planner", "learner", "preset")
@@ -54,8 +54,6 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     parsed = parse(overrides)
     groups = {k: v for k, v in parsed.items() if k in GROUPS}
     keys = {k: v for k, v in parsed.items() if k not in GROUPS}
-    for key in keys:
-        field_type(key)
     for group, value in groups.items():
         _check_option(group, value)
     with _own_hydra(), initialize_config_module("iqmpc.configs", version_base="1.3"):

@@ -227,7 +227,7 @@ class Config:
         """A copy with dotted keys changed, checked as in `from_dict`."""
         values = self.to_dict()
         for key, value in changes.items():
-            field_type(key)
+            _check_key(key)
             *sections, last = key.split(".")
             node = values
             for section in sections:
@@ -267,8 +267,8 @@ class Config:
         return self.task.gradient_penalty
 
 
-def field_type(key: str) -> Any:
-    """The type of a dotted key such as `learner.batch`; `ConfigError` with the nearest if none."""
+def _check_key(key: str) -> None:
+    """Raise `ConfigError`, with the nearest, where a dotted key such as `learner.batch` is none."""
     node: Any = Config
     done: list[str] = []
     for part in key.split("."):
@@ -277,7 +277,6 @@ def field_type(key: str) -> Any:
             raise ConfigError(_unknown(key, ".".join(done), part, node))
         node = hints[part]
         done.append(part)
-    return node
 
 
 def all_keys(cls: Any = Config, prefix: str = "") -> list[str]:

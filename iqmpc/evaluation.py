@@ -39,22 +39,26 @@ class Evaluation:
         return float(np.mean(known)) if known else None
 
 
-def run_episode(
+def rollout(
+    agent: Agent,
     env: gymnasium.Env,
-    act: Callable[[np.ndarray], np.ndarray],
     *,
     seed: int,
     on_step: Callable[[gymnasium.Env], None] | None = None,
 ) -> Episode:
-    """One episode from `env.reset(seed=seed)`; `on_step` is called before each step."""
+    """One episode from `env.reset(seed=seed)`, without exploration noise.
+
+    `on_step(env)` is called before each step.
+    """
     obs, info = env.reset(seed=seed)
+    agent.reset()
     # Copies: an environment may write its next observation into the same array.
     observations, actions, rewards = [np.array(obs, np.float32)], [], []
     terminated = truncated = False
     while not (terminated or truncated):
         if on_step is not None:
             on_step(env)
-        action = act(observations[-1])
+        action = agent.act(observations[-1])
         obs, reward, terminated, truncated, info = env.step(action)
         observations.append(np.array(obs, np.float32))
         actions.append(action)
@@ -63,18 +67,6 @@ def run_episode(
     return Episode(
         np.array(observations), np.array(actions), np.array(rewards, np.float32),
         bool(terminated), None if success is None else bool(success))
-
-
-def rollout(
-    agent: Agent,
-    env: gymnasium.Env,
-    *,
-    seed: int,
-    on_step: Callable[[gymnasium.Env], None] | None = None,
-) -> Episode:
-    """One episode of the agent, without exploration noise."""
-    agent.reset()
-    return run_episode(env, agent.act, seed=seed, on_step=on_step)
 
 
 def evaluate(
