@@ -9,7 +9,7 @@ READY := .venv/.ready
 train: $(READY)
 	$(BIN)/iqmpc train $(ARGS)
 
-test: cpp-test
+test: cpp-test cpp-test-asan cpp-test-tsan
 	$(BIN)/ruff check .
 	$(BIN)/pytest $(ARGS)
 

@@ -10,6 +10,10 @@
 
 #include "iqmpc/isa.hpp"
 #include "iqmpc/normed_linear.hpp"
+#include "iqmpc/planner.hpp"
+#include "iqmpc/rollout.hpp"
+#include "iqmpc/thread_pool.hpp"
+#include "iqmpc/world_model.hpp"
 
 namespace py = pybind11;
 
@@ -81,17 +85,145 @@ std::unique_ptr<iqmpc::NormedLinear> pack(const py::object& weight, const py::ob
                                                level);
 }
 
+// `object` as an array of the expected shape to write into.
+float* writeable(const py::object& object, const char* name, const std::vector<Side>& shape) {
+  py::array array = checked(object, name, shape);
+  if (!array.writeable()) throw py::value_error(std::string(name) + " must be writeable");
+  return static_cast<float*>(array.mutable_data());
+}
+
 void forward(const iqmpc::NormedLinear& layer, const py::object& x, const py::object& out) {
   const py::array input = checked(x, "x", {"N", layer.in_features()});
   const py::ssize_t rows = input.shape(0);
-  py::array output = checked(out, "out", {rows, layer.out_features()});
-  if (!output.writeable()) throw py::value_error("out must be writeable");
-  auto* y = static_cast<float*>(output.mutable_data());
-  if (data(input) < y + output.size() && y < data(input) + input.size()) {
+  float* y = writeable(out, "out", {rows, layer.out_features()});
+  if (data(input) < y + rows * layer.out_features() && y < data(input) + input.size()) {
     throw py::value_error("x and out must not overlap");
   }
   py::gil_scoped_release release;
   layer.forward(data(input), rows, y);
+}
+
+using Model = std::shared_ptr<iqmpc::WorldModel>;
+
+// (weight, bias) or (weight, bias, gamma, beta) as a view; `arrays` keeps them alive.
+iqmpc::LinearView linear_view(const py::handle& layer, const std::string& name,
+                              std::vector<py::array>& arrays) {
+  const auto parts = py::cast<py::sequence>(layer);
+  if (parts.size() != 2 && parts.size() != 4) {
+    throw py::value_error(name + " must be (weight, bias) or (weight, bias, gamma, beta), got " +
+                          std::to_string(parts.size()) + " arrays");
+  }
+  arrays.push_back(checked(parts[0], (name + " weight").c_str(), {"O", "I"}));
+  const py::ssize_t out = arrays.back().shape(0), in = arrays.back().shape(1);
+  iqmpc::LinearView view;
+  view.weight = data(arrays.back());
+  view.out = out;
+  view.in = in;
+  const float** fields[] = {nullptr, &view.bias, &view.gamma, &view.beta};
+  const char* names[] = {"", " bias", " gamma", " beta"};
+  for (std::size_t i = 1; i < parts.size(); ++i) {
+    arrays.push_back(checked(parts[i], (name + names[i]).c_str(), {out}));
+    *fields[i] = data(arrays.back());
+  }
+  return view;
+}
+
+std::vector<iqmpc::LinearView> stack_view(const py::sequence& layers, const std::string& name,
+                                          std::vector<py::array>& arrays) {
+  std::vector<iqmpc::LinearView> views;
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    views.push_back(linear_view(layers[i], name + " layer " + std::to_string(i), arrays));
+  }
+  return views;
+}
+
+Model world_model(const py::sequence& encoder, const py::sequence& dynamics,
+                  const py::sequence& policy, const py::sequence& critics,
+                  py::ssize_t simnorm_dim, float log_std_min, float log_std_max,
+                  const std::string& precision, const std::optional<std::string>& isa) {
+  std::vector<py::array> arrays;
+  iqmpc::WorldModelView view;
+  view.encoder = stack_view(encoder, "encoder", arrays);
+  view.dynamics = stack_view(dynamics, "dynamics", arrays);
+  view.policy = stack_view(policy, "policy", arrays);
+  for (std::size_t k = 0; k < critics.size(); ++k) {
+    view.critics.push_back(stack_view(py::cast<py::sequence>(critics[k]),
+                                      "critic " + std::to_string(k), arrays));
+  }
+  view.simnorm_dim = simnorm_dim;
+  view.log_std_min = log_std_min;
+  view.log_std_max = log_std_max;
+  const iqmpc::Precision operands = iqmpc::precision_from_name(precision);
+  const iqmpc::Isa level = isa ? iqmpc::isa_from_name(*isa, "isa") : iqmpc::active_isa();
+  py::gil_scoped_release release;
+  return std::make_shared<iqmpc::WorldModel>(view, operands, level);
+}
+
+void rollout(const Model& model, const py::object& z0, const py::object& actions,
+             const py::object& policy_noise, std::pair<py::ssize_t, py::ssize_t> critic_pair,
+             float discount, const std::string& score, float entropy, const py::object& returns,
+             int threads) {
+  if (score != "advantage" && score != "unrolled") {
+    throw py::value_error("score must be advantage or unrolled, got " + score);
+  }
+  iqmpc::RolloutView view;
+  const py::array a = checked(actions, "actions", {"E", "H", "S", model->action_dim()});
+  view.problems = a.shape(0);
+  view.horizon = a.shape(1);
+  view.samples = a.shape(2);
+  view.score = score == "unrolled" ? iqmpc::Score::unrolled : iqmpc::Score::advantage;
+  const py::ssize_t steps = view.score == iqmpc::Score::unrolled ? view.horizon + 1
+                                                                 : view.horizon - 1;
+  const py::array z = checked(z0, "z0", {view.problems, model->latent_dim()});
+  const py::array noise = checked(policy_noise, "policy_noise",
+                                  {view.problems, steps, view.samples, model->action_dim()});
+  view.returns = writeable(returns, "returns", {view.problems, view.samples});
+  view.z0 = data(z);
+  view.actions = data(a);
+  view.policy_noise = data(noise);
+  view.critic_pair[0] = critic_pair.first;
+  view.critic_pair[1] = critic_pair.second;
+  view.discount = discount;
+  view.entropy = entropy;
+  py::gil_scoped_release release;
+  iqmpc::ThreadPool pool(threads);
+  iqmpc::rollout(*model, pool, view);
+}
+
+py::tuple plan(iqmpc::Planner& planner, const py::object& obs, bool explore,
+               const py::object& action) {
+  const py::ssize_t envs = planner.settings().num_envs;
+  const auto model = planner.model();
+  const py::array input = checked(obs, "obs", {envs, model->obs_dim()});
+  float* output = writeable(action, "action", {envs, model->action_dim()});
+  iqmpc::PlanResult result;
+  {
+    py::gil_scoped_release release;
+    result = planner.plan(data(input), explore, output);
+  }
+  return py::make_tuple(result.iterations, result.nonfinite, result.missed, result.elapsed_us);
+}
+
+py::dict draws(const iqmpc::Planner& planner, std::uint64_t step) {
+  const iqmpc::PlannerSettings& s = planner.settings();
+  const py::ssize_t a = planner.model()->action_dim(), e = s.num_envs, h = s.horizon;
+  const py::ssize_t p = s.policy_trajectories, rest = s.samples - p, i = s.iterations;
+  py::array_t<float> prior({e, h, p, a}), samples({i, e, h, rest, a});
+  py::array_t<float> prior_score({e, h - 1, p, a}), score({i, e, h - 1, rest, a});
+  py::array_t<float> explore({e, a}), gumbel({e, s.elites});
+  iqmpc::PlanDraws out{prior.mutable_data(),   samples.mutable_data(), prior_score.mutable_data(),
+                       score.mutable_data(),   explore.mutable_data(), gumbel.mutable_data(),
+                       {0, 0}};
+  planner.draws(step, out);
+  py::dict named;
+  named["prior"] = prior;
+  named["samples"] = samples;
+  named["prior_score"] = prior_score;
+  named["score"] = score;
+  named["explore"] = explore;
+  named["gumbel"] = gumbel;
+  named["pair"] = py::make_tuple(out.pair[0], out.pair[1]);
+  return named;
 }
 
 }  // namespace
@@ -128,4 +260,69 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("isa", [](const iqmpc::NormedLinear& layer) {
         return std::string(iqmpc::isa_name(layer.isa()));
       });
+
+  py::class_<iqmpc::WorldModel, Model>(
+      module, "WorldModel",
+      "An immutable copy of a world model, packed for one instruction-set level and precision.")
+      .def(py::init(&world_model), py::kw_only(), py::arg("encoder"), py::arg("dynamics"),
+           py::arg("policy"), py::arg("critics"), py::arg("simnorm_dim"), py::arg("log_std_min"),
+           py::arg("log_std_max"), py::arg("precision") = "float32", py::arg("isa") = py::none(),
+           "Each part is a sequence of layers (weight [O, I], bias [O], gamma [O], beta [O]), the "
+           "policy's last one and the critics' without gamma and beta; critics is a sequence of "
+           "such parts. precision is float32 or bf16. Raises ValueError for what does not fit.")
+      .def_property_readonly("obs_dim", &iqmpc::WorldModel::obs_dim)
+      .def_property_readonly("action_dim", &iqmpc::WorldModel::action_dim)
+      .def_property_readonly("latent_dim", &iqmpc::WorldModel::latent_dim)
+      .def_property_readonly("num_critics", &iqmpc::WorldModel::num_critics)
+      .def_property_readonly("precision", [](const iqmpc::WorldModel& model) {
+        return std::string(iqmpc::precision_name(model.precision()));
+      })
+      .def_property_readonly("isa", [](const iqmpc::WorldModel& model) {
+        return std::string(iqmpc::isa_name(model.isa()));
+      });
+
+  module.def("rollout", &rollout, py::arg("model"), py::arg("z0"), py::arg("actions"),
+             py::arg("policy_noise"), py::arg("critic_pair"), py::arg("discount"),
+             py::arg("score"), py::arg("entropy"), py::arg("returns"), py::arg("threads"),
+             "Write the soft returns of iqmpc.kernels.mppi_rollout into `returns` [E, S].");
+
+  py::class_<iqmpc::Planner>(module, "Planner", "MPPI for E problems: a whole plan in one call.")
+      .def(py::init([](Model model, py::ssize_t num_envs, py::ssize_t horizon,
+                       py::ssize_t samples, py::ssize_t elites, py::ssize_t policy_trajectories,
+                       py::ssize_t iterations, float temperature, float std_min, float std_max,
+                       float discount, bool enabled, int threads, double budget_us,
+                       std::uint64_t seed) {
+             return std::make_unique<iqmpc::Planner>(
+                 std::move(model),
+                 iqmpc::PlannerSettings{num_envs, horizon, samples, elites, policy_trajectories,
+                                        iterations, temperature, std_min, std_max, discount,
+                                        enabled, threads, budget_us},
+                 seed);
+           }),
+           py::arg("model"), py::kw_only(), py::arg("num_envs"), py::arg("horizon"),
+           py::arg("samples"), py::arg("elites"), py::arg("policy_trajectories"),
+           py::arg("iterations"), py::arg("temperature"), py::arg("std_min"), py::arg("std_max"),
+           py::arg("discount"), py::arg("enabled"), py::arg("threads"), py::arg("budget_us"),
+           py::arg("seed"))
+      .def("plan", &plan, py::arg("obs"), py::arg("explore"), py::arg("action"),
+           "Write the actions for float32 obs [E, O] into float32 action [E, A]; returns "
+           "(iterations, nonfinite problems, missed, elapsed_us).")
+      .def("publish", &iqmpc::Planner::publish, py::arg("model"))
+      .def("warm_up", &iqmpc::Planner::warm_up, py::call_guard<py::gil_scoped_release>())
+      .def("reset", py::overload_cast<>(&iqmpc::Planner::reset),
+           py::call_guard<py::gil_scoped_release>())
+      .def("reset", py::overload_cast<std::ptrdiff_t>(&iqmpc::Planner::reset), py::arg("problem"),
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly(
+          "mean",
+          [](py::object self) {
+            auto& planner = self.cast<iqmpc::Planner&>();
+            const iqmpc::PlannerSettings& s = planner.settings();
+            return py::array_t<float>({s.num_envs, s.horizon, planner.model()->action_dim()},
+                                      planner.mean(), self);
+          },
+          "The last plan's mean [E, H, A], the planner's own memory. Not to be touched while a "
+          "plan runs.")
+      .def_property("step", &iqmpc::Planner::step, &iqmpc::Planner::set_step)
+      .def("draws", &draws, py::arg("step"), "What plan number `step` draws, by name.");
 }

@@ -69,7 +69,10 @@ class ModelConfig:
 class PlannerConfig:
     """MPPI over latents. `iterations: null` means 6, or 8 when the task has 20 actions or more.
 
-    `enabled: false` acts with the policy prior alone, in training and evaluation.
+    `enabled: false` acts with the policy prior alone, in training and evaluation. `precision` is
+    that of matrix products; `bf16` needs the cpu backend, `float64` the reference. `mode` is the
+    reference's. `threads` and `budget_us` are the cpu backend's: threads of a plan (null: as many
+    as torch uses) and microseconds it may take (null: as long as it takes).
     """
 
     enabled: bool = True
@@ -83,8 +86,10 @@ class PlannerConfig:
     std_max: float = 2.0
     score: Literal["advantage", "unrolled"] = "advantage"
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "bf16", "float64"] = "float32"
     mode: Literal["eager", "compile"] = "eager"
+    threads: int | None = None
+    budget_us: float | None = None
 
     def iterations_for(self, action_dim: int) -> int:
         """`iterations`, or the paper's 6 (8 when the task has 20 actions or more)."""
@@ -93,8 +98,11 @@ class PlannerConfig:
     def __post_init__(self) -> None:
         _at_least("planner", self, 1, "horizon", "samples", "elites")
         _at_least("planner", self, 0, "policy_trajectories")
-        if self.iterations is not None:
-            _at_least("planner", self, 1, "iterations")
+        for key in ("iterations", "threads"):
+            if getattr(self, key) is not None:
+                _at_least("planner", self, 1, key)
+        if self.budget_us is not None:
+            _positive("planner", self, "budget_us")
         _positive("planner", self, "temperature", "std_min")
         for key, limit in (("elites", "samples"), ("policy_trajectories", "samples"),
                            ("std_min", "std_max")):
@@ -146,11 +154,14 @@ class LearnerConfig:
 class TrainConfig:
     """How long a run is and how it is spent. All counts are control steps of the environment.
 
+    `num_envs` environments are stepped together, their actions planned in one call; counts are
+    over all of them, and `updates_per_step` updates follow for the step of each.
     `random_steps: null` means max(1000, 5 episodes); `initial_updates: null` as many as those.
     `demo_updates` are updates before any interaction, with demonstrations on both sides.
     """
 
     steps: int = 100_000
+    num_envs: int = 1
     random_steps: int | None = None
     initial_updates: int | None = None
     demo_updates: int = 0
@@ -162,8 +173,8 @@ class TrainConfig:
     checkpoint_every: int = 10_000
 
     def __post_init__(self) -> None:
-        _at_least("train", self, 1, "steps", "updates_per_step", "capacity", "eval_every",
-                  "eval_episodes", "final_episodes", "checkpoint_every")
+        _at_least("train", self, 1, "steps", "num_envs", "updates_per_step", "capacity",
+                  "eval_every", "eval_episodes", "final_episodes", "checkpoint_every")
         _at_least("train", self, 0, "demo_updates")
         for key in ("random_steps", "initial_updates"):
             if getattr(self, key) is not None:

@@ -8,7 +8,7 @@ import platform
 import torch
 from rich.table import Table
 
-from iqmpc.kernels import mppi_refit, mppi_rollout, normed_linear
+from iqmpc.kernels import mppi_plan, mppi_refit, mppi_rollout, normed_linear
 from iqmpc.kernels.backends import available_backends
 
 _PACKAGES = (
@@ -16,6 +16,7 @@ _PACKAGES = (
     "myosuite", "mani_skill2", "h5py", "safetensors", "tensorboard", "imageio-ffmpeg",
 )
 _OPERATIONS = {
+    "mppi_plan": mppi_plan.BACKENDS,
     "mppi_rollout": mppi_rollout.BACKENDS,
     "mppi_refit": mppi_refit.BACKENDS,
     "normed_linear": normed_linear.BACKENDS,

@@ -184,8 +184,8 @@ class Trainer:
     def _evaluate(self, episodes: int) -> Evaluation:
         """Without exploration, and without a trace in the state of training."""
         planner, at = self.agent.planner, self._progress()
-        before = {k: v.clone() for k, v in planner.state_dict().items()}
-        planner.generator.manual_seed(stream_seed(self.config.seed, "planner"))
+        before = planner.state_dict()
+        planner.step = 0
         result = evaluate(self.agent, self.env, episodes=episodes, seed=self.config.seed)
         counted = planner.nonfinite_plans
         planner.load_state_dict(before)

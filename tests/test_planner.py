@@ -9,11 +9,15 @@ from iqmpc.errors import BackendError
 from iqmpc.kernels import layers
 
 MODEL = ModelConfig(encoder_dim=16, hidden_dim=16, latent_dim=16, critics=3)
-CONFIG = PlannerConfig(samples=32, elites=8, policy_trajectories=4, iterations=3,
-                       backend="reference")
+CONFIG = PlannerConfig(samples=32, elites=8, policy_trajectories=4, iterations=3)
 
 
-def make(config=CONFIG, *, num_envs=1, seed=0, action_dim=2, model=MODEL):
+@pytest.fixture(params=["reference", "cpu"])
+def config(request):
+    return dataclasses.replace(CONFIG, backend=request.param)
+
+
+def make(config, *, num_envs=1, seed=0, action_dim=2, model=MODEL):
     torch.manual_seed(3)
     model = WorldModel(5, action_dim, model)
     for p in model.parameters():
@@ -27,8 +31,8 @@ def make(config=CONFIG, *, num_envs=1, seed=0, action_dim=2, model=MODEL):
 @pytest.mark.parametrize("shape", [dict(), dict(horizon=1), dict(samples=1, elites=1,
                                                                 policy_trajectories=0),
                                    dict(policy_trajectories=32), dict(policy_trajectories=0)])
-def test_actions_are_in_range(shape, score, explore):
-    planner, _ = make(dataclasses.replace(CONFIG, score=score, **shape), num_envs=3, action_dim=1)
+def test_actions_are_in_range(config, shape, score, explore):
+    planner, _ = make(dataclasses.replace(config, score=score, **shape), num_envs=3, action_dim=1)
     for _ in range(4):
         action = planner.plan(torch.randn(3, 5) * 10, explore=explore)
         assert action.shape == (3, 1) and action.dtype == torch.float32
@@ -36,9 +40,9 @@ def test_actions_are_in_range(shape, score, explore):
     assert planner.nonfinite_plans == 0
 
 
-def test_the_plan_beats_the_prior_by_the_models_own_critic():
+def test_the_plan_beats_the_prior_by_the_models_own_critic(config):
     """What MPPI is for: looking one step ahead, its action has a higher Q than the policy's."""
-    config = dataclasses.replace(CONFIG, horizon=1, iterations=6, samples=256, elites=16)
+    config = dataclasses.replace(config, horizon=1, iterations=6, samples=256, elites=16)
     planner, model = make(config, model=dataclasses.replace(MODEL, critics=2))
     obs = torch.randn(20, 5)
     z = model.encode(obs)
@@ -52,56 +56,57 @@ def test_the_plan_beats_the_prior_by_the_models_own_critic():
     assert (q(planned) > uniform.quantile(0.9, dim=0)).float().mean() > 0.9
 
 
-def test_same_seed_same_plans_other_seed_other_plans():
+def test_same_seed_same_plans_other_seed_other_plans(config):
     obs = torch.randn(6, 1, 5)
     runs = []
     for seed in (0, 0, 1):
-        planner, _ = make(seed=seed)
+        planner, _ = make(config, seed=seed)
         runs.append(torch.cat([planner.plan(o, explore=True) for o in obs]))
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
-def test_warm_start_shifts_and_reset_forgets():
-    planner, _ = make(num_envs=2)
-    seen = []
-    compute = planner._compute
-    planner._compute = lambda w, obs, previous, noise: seen.append(previous.clone()) or compute(
-        w, obs, previous, noise)
+def test_reset_forgets(config):
+    planner, _ = make(config, num_envs=2)
     planner.plan(torch.randn(2, 5))
-    left = planner.mean.clone()
-    planner.plan(torch.randn(2, 5))
-    assert seen[0].count_nonzero() == 0 and torch.equal(seen[1], left)
     planner.reset(0)
     assert planner.mean[0].count_nonzero() == 0 and planner.mean[1].count_nonzero() > 0
     planner.reset()
     assert planner.mean.count_nonzero() == 0
 
 
-def test_the_shifted_mean_is_where_sampling_starts():
-    """With no iteration to move it and std at its floor, samples lie around the shifted mean."""
+def test_the_shifted_mean_is_where_sampling_starts(config):
+    """With one iteration and std at its floor, samples lie around the shifted mean."""
     planner, _ = make(dataclasses.replace(
-        CONFIG, iterations=1, std_max=0.05, policy_trajectories=0, elites=32))
+        config, iterations=1, std_max=0.05, policy_trajectories=0, elites=32))
     planner.mean[0] = torch.tensor([[0.9, 0.9], [0.5, -0.5], [0.1, 0.2]])
     planner.plan(torch.randn(1, 5))
     expected = torch.tensor([[0.5, -0.5], [0.1, 0.2], [0.0, 0.0]])
     torch.testing.assert_close(planner.mean[0], expected, atol=0.06, rtol=0)
 
 
-def test_problems_in_a_batch_are_independent():
-    planner, _ = make(num_envs=3)
-    noise = planner._draw()
+def test_problems_in_a_batch_are_independent(config):
     obs = torch.randn(3, 5)
-    together, _ = planner._compute(planner.weights, obs, planner.mean, noise)
     changed = obs.clone()
     changed[1] += 5
-    other, _ = planner._compute(planner.weights, changed, planner.mean, noise)
+    together, other = (make(config, num_envs=3)[0].plan(o) for o in (obs, changed))
     torch.testing.assert_close(together[[0, 2]], other[[0, 2]])
     assert not torch.allclose(together[1], other[1])
 
 
+def test_a_step_can_be_repeated_from_its_state(config):
+    planner, _ = make(config)
+    obs = torch.randn(3, 1, 5)
+    planner.plan(obs[0])
+    state = planner.state_dict()
+    first = torch.cat([planner.plan(o, explore=True) for o in obs])
+    planner.load_state_dict(state)
+    assert planner.step == 1
+    assert torch.equal(torch.cat([planner.plan(o, explore=True) for o in obs]), first)
+
+
 @pytest.mark.parametrize("part", ["encoder", "dynamics", "policy", "critics"])
-def test_nan_weights_never_reach_the_action(part):
-    planner, model = make(num_envs=2)
+def test_nan_weights_never_reach_the_action(config, part):
+    planner, model = make(config, num_envs=2)
     for p in getattr(model, part).parameters():
         p.data.fill_(torch.nan)
     planner.publish(model.weights())
@@ -109,57 +114,62 @@ def test_nan_weights_never_reach_the_action(part):
         action = planner.plan(torch.randn(2, 5), explore=True)
     assert action.isfinite().all() and action.abs().max() <= 1
     assert planner.nonfinite_plans == 2
-    _, sound = make()
+    _, sound = make(config)
     planner.publish(sound.weights())
     planner.plan(torch.randn(2, 5))
     assert planner.nonfinite_plans == 2  # nothing of the bad plan was kept
 
 
-def test_the_fallback_is_the_policys_mean_action():
-    planner, model = make()
+@pytest.mark.parametrize("explore", [False, True])
+def test_the_fallback_is_the_policys_mean_action(config, explore):
+    planner, model = make(config)
     for p in model.critics.parameters():
         p.data.fill_(torch.nan)
     planner.publish(model.weights())
     obs = torch.randn(1, 5)
     with pytest.warns(RuntimeWarning):
-        action = planner.plan(obs)
+        action = planner.plan(obs, explore=explore)
     torch.testing.assert_close(action, torch.tanh(model.pi(model.encode(obs))[0]))
 
 
-def test_nan_observations_fall_back_too():
-    planner, _ = make()
+def test_nan_observations_fall_back_too(config):
+    planner, _ = make(config)
     with pytest.warns(RuntimeWarning):
         action = planner.plan(torch.full((1, 5), torch.nan))
     assert torch.equal(action, torch.zeros(1, 2)) and planner.nonfinite_plans == 1
 
 
-def test_publish_takes_a_copy():
-    planner, model = make()
-    obs, before = torch.randn(1, 5), planner.state_dict()["generator"]
-    first = planner.plan(obs)
+def test_publish_takes_a_copy(config):
+    planner, model = make(config)
+    obs = torch.randn(1, 5)
+
+    def plan():
+        planner.reset()
+        planner.step = 0
+        return planner.plan(obs)
+
+    first = plan()
     for p in model.parameters():
         p.data.normal_()
-    planner.reset()
-    planner.generator.set_state(before)
-    assert torch.equal(planner.plan(obs), first)
+    assert torch.equal(plan(), first)
     planner.publish(model.weights())
-    planner.reset()
-    planner.generator.set_state(before)
-    assert not torch.equal(planner.plan(obs), first)
+    assert not torch.equal(plan(), first)
 
 
-def test_without_planning_the_prior_acts():
-    planner, model = make(dataclasses.replace(CONFIG, enabled=False))
+def test_without_planning_the_prior_acts(config):
+    planner, model = make(dataclasses.replace(config, enabled=False))
     obs = torch.randn(1, 5)
     torch.testing.assert_close(
         planner.plan(obs), torch.tanh(layers.policy(model.weights(), model.encode(obs))[0]))
     assert not torch.equal(planner.plan(obs, explore=True), planner.plan(obs, explore=True))
+    assert planner.missed_plans == 0
 
 
 @pytest.mark.slow
 def test_compiled_is_eager():
-    eager, _ = make(num_envs=2)
-    compiled, _ = make(dataclasses.replace(CONFIG, mode="compile"), num_envs=2)
+    config = dataclasses.replace(CONFIG, backend="reference")
+    eager, _ = make(config, num_envs=2)
+    compiled, _ = make(dataclasses.replace(config, mode="compile"), num_envs=2)
     for _ in range(3):
         obs = torch.randn(2, 5)
         torch.testing.assert_close(compiled.plan(obs), eager.plan(obs), rtol=1e-4, atol=1e-4)
@@ -167,13 +177,40 @@ def test_compiled_is_eager():
 
 def test_iterations_follow_the_action_size():
     free = dataclasses.replace(CONFIG, iterations=None)
-    assert make(free, action_dim=19)[0].iterations == 6
-    assert make(free, action_dim=20)[0].iterations == 8
+    assert free.iterations_for(19) == 6 and free.iterations_for(20) == 8
+    assert CONFIG.iterations_for(20) == 3
 
 
-def test_wrong_observations_and_backends_are_named():
-    planner, _ = make(num_envs=2)
+def test_cpu_is_the_default_without_a_gpu():
+    assert make(CONFIG)[0].backend == "cpu"
+    assert make(dataclasses.replace(CONFIG, precision="float64"))[0].backend == "reference"
+    assert make(dataclasses.replace(CONFIG, precision="bf16"))[0].backend == "cpu"
+
+
+def test_misses_are_counted():
+    planner, _ = make(dataclasses.replace(CONFIG, budget_us=1e-3), num_envs=2)
+    action = planner.plan(torch.randn(2, 5))
+    assert action.isfinite().all() and planner.missed_plans == 1
+    assert planner.state_dict()["missed_plans"] == 1
+
+
+def test_wrong_observations_and_backends_are_named(config):
+    planner, _ = make(config, num_envs=2)
     with pytest.raises(ValueError, match=r"obs must be \[2, 5\], got \[1, 5\]"):
         planner.plan(torch.randn(1, 5))
     with pytest.raises(BackendError, match="backend 'cuda' cannot run"):
         make(dataclasses.replace(CONFIG, backend="cuda"))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(backend="reference", precision="bf16"),
+     "backend 'reference' computes in float32 or float64, got planner.precision=bf16"),
+    (dict(backend="reference", budget_us=5.0), "backend 'reference' keeps to no planner.budget_us"),
+    (dict(backend="cpu", precision="float64"),
+     "backend 'cpu' computes in float32 or bf16, got planner.precision=float64"),
+    (dict(precision="float64", budget_us=5.0), "no backend can serve these settings: reference "
+                                               "keeps to no planner.budget_us; cpu computes in"),
+])
+def test_settings_no_backend_can_serve_are_named(change, message):
+    with pytest.raises(BackendError, match=message):
+        make(dataclasses.replace(CONFIG, **change))

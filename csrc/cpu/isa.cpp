@@ -10,25 +10,28 @@ namespace iqmpc {
 
 namespace detail {
 
-namespace portable {
-extern const KernelTable table;
-}
+// Each level has its kernels in float32 and in bf16, in the order of Precision.
+#define IQMPC_TABLES(level)              \
+  namespace level {                      \
+  extern const KernelTable tables[2];    \
+  }
+IQMPC_TABLES(portable)
 #ifdef IQMPC_X86
-namespace avx2 {
-extern const KernelTable table;
-}
-namespace avx512 {
-extern const KernelTable table;
-}
+IQMPC_TABLES(avx2)
+IQMPC_TABLES(avx512)
+IQMPC_TABLES(avx512bf16)
 #endif
+#undef IQMPC_TABLES
 
-const KernelTable& kernel_table(Isa isa) noexcept {
+const KernelTable& kernel_table(Isa isa, Precision precision) noexcept {
+  const auto row = static_cast<std::size_t>(precision);
 #ifdef IQMPC_X86
-  if (isa == Isa::avx2) return avx2::table;
-  if (isa == Isa::avx512) return avx512::table;
+  if (isa == Isa::avx2) return avx2::tables[row];
+  if (isa == Isa::avx512) return avx512::tables[row];
+  if (isa == Isa::avx512bf16) return avx512bf16::tables[row];
 #endif
   (void)isa;
-  return portable::table;
+  return portable::tables[row];
 }
 
 }  // namespace detail
@@ -39,10 +42,16 @@ const char* isa_name(Isa isa) noexcept {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512bf16:
+      return "avx512bf16";
     case Isa::portable:
       break;
   }
   return "portable";
+}
+
+const char* precision_name(Precision precision) noexcept {
+  return precision == Precision::bf16 ? "bf16" : "float32";
 }
 
 std::vector<Isa> isa_levels() {
@@ -51,7 +60,11 @@ std::vector<Isa> isa_levels() {
   // The checks cover the operating system's support for the wider registers as well.
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     levels.push_back(Isa::avx2);
-    if (__builtin_cpu_supports("avx512f")) levels.push_back(Isa::avx512);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl")) {
+      levels.push_back(Isa::avx512);
+      if (__builtin_cpu_supports("avx512bf16")) levels.push_back(Isa::avx512bf16);
+    }
   }
 #endif
   return levels;
@@ -59,7 +72,7 @@ std::vector<Isa> isa_levels() {
 
 Isa isa_from_name(std::string_view name, std::string_view source) {
   const std::string setting = std::string(source) + "=" + std::string(name);
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512bf16}) {
     if (name != isa_name(isa)) continue;
     std::string running;
     for (const Isa level : isa_levels()) {
@@ -69,14 +82,21 @@ Isa isa_from_name(std::string_view name, std::string_view source) {
     throw std::invalid_argument(setting + ": this machine or build does not run it, only " +
                                 running);
   }
-  throw std::invalid_argument(setting +
-                              ": unknown instruction set, expected portable, avx2 or avx512");
+  throw std::invalid_argument(
+      setting + ": unknown instruction set, expected portable, avx2, avx512 or avx512bf16");
 }
 
 Isa active_isa() {
   const char* forced = std::getenv("IQMPC_ISA");
   if (forced == nullptr || *forced == '\0') return isa_levels().back();
   return isa_from_name(forced, "IQMPC_ISA");
+}
+
+Precision precision_from_name(std::string_view name) {
+  for (const Precision precision : {Precision::float32, Precision::bf16}) {
+    if (name == precision_name(precision)) return precision;
+  }
+  throw std::invalid_argument("precision must be float32 or bf16, got " + std::string(name));
 }
 
 }  // namespace iqmpc

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/kernel_table.hpp"
+#include "cpu/packed_layer.hpp"
 
 namespace iqmpc {
 
@@ -26,12 +26,6 @@ void check_finite(const char* name, const float* values, std::ptrdiff_t size,
   }
 }
 
-AlignedBuffer padded_copy(const float* values, std::ptrdiff_t size, std::ptrdiff_t padded) {
-  AlignedBuffer copy(static_cast<std::size_t>(padded));
-  std::copy_n(values, size, copy.data());
-  return copy;
-}
-
 }  // namespace
 
 NormedLinear::NormedLinear(const float* weight, const float* bias, const float* gamma,
@@ -40,7 +34,7 @@ NormedLinear::NormedLinear(const float* weight, const float* bias, const float* 
     : out_(out_features),
       in_(in_features),
       isa_(isa_from_name(isa_name(isa), "isa")),
-      kernels_(&detail::kernel_table(isa)) {
+      kernels_(&detail::kernel_table(isa, Precision::float32)) {
   if (out_ < 1 || in_ < 1) {
     throw std::invalid_argument("weight must have at least one row and one column, got [" +
                                 std::to_string(out_) + ", " + std::to_string(in_) + "]");
@@ -52,17 +46,15 @@ NormedLinear::NormedLinear(const float* weight, const float* bias, const float* 
   check_finite("gamma", gamma, out_);
   check_finite("beta", beta, out_);
 
-  const std::ptrdiff_t panel = kernels_->panel;
-  const std::ptrdiff_t padded = (out_ + panel - 1) / panel * panel;
-  panels_ = AlignedBuffer(static_cast<std::size_t>(padded * in_));
-  for (std::ptrdiff_t o = 0; o < out_; ++o) {
-    float* column = panels_.data() + o / panel * panel * in_ + o % panel;
-    for (std::ptrdiff_t i = 0; i < in_; ++i) column[i * panel] = weight[o * in_ + i];
-  }
-  bias_ = padded_copy(bias, out_, padded);
-  gamma_ = padded_copy(gamma, out_, out_);
-  beta_ = padded_copy(beta, out_, out_);
+  detail::PackRequest everything;
+  everything.count = in_;
+  layer_ = std::make_unique<const detail::PackedLayer>(
+      detail::pack_layer(*kernels_, {weight, bias, gamma, beta, out_, in_}, everything));
 }
+
+NormedLinear::~NormedLinear() = default;
+NormedLinear::NormedLinear(NormedLinear&&) noexcept = default;
+NormedLinear& NormedLinear::operator=(NormedLinear&&) noexcept = default;
 
 void NormedLinear::forward(const float* x, std::ptrdiff_t rows, float* y) const noexcept {
   const std::ptrdiff_t row_bytes = (in_ + out_) * static_cast<std::ptrdiff_t>(sizeof(float));
@@ -71,9 +63,10 @@ void NormedLinear::forward(const float* x, std::ptrdiff_t rows, float* y) const 
   for (std::ptrdiff_t first = 0; first < rows; first += block) {
     const std::ptrdiff_t count = std::min(block, rows - first);
     float* destination = y + first * out_;
-    kernels_->linear(x + first * in_, in_, count, panels_.data(), bias_.data(), in_, out_,
-                     destination, out_);
-    kernels_->layer_norm_mish(destination, out_, count, gamma_.data(), beta_.data(), out_);
+    kernels_->linear(x + first * in_, in_, count, layer_->panels.data(), layer_->bias.data(), 0,
+                     in_, out_, destination, out_);
+    kernels_->norm_mish(destination, out_, count, layer_->gamma.data(), layer_->beta.data(), out_,
+                        out_, destination, out_);
   }
 }
 

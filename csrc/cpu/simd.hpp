@@ -7,6 +7,11 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace iqmpc::detail::IQMPC_LEVEL {
 
@@ -20,6 +25,13 @@ inline constexpr int kWidth = 4;
 
 typedef float Vec __attribute__((vector_size(kWidth * sizeof(float))));
 typedef unsigned Bits __attribute__((vector_size(kWidth * sizeof(unsigned))));
+typedef int Ints __attribute__((vector_size(kWidth * sizeof(int))));
+typedef std::uint16_t Halves __attribute__((vector_size(kWidth * sizeof(std::uint16_t))));
+
+// A float cut to its upper half. Not an arithmetic type: it is widened or multiplied in pairs.
+struct Bf16 {
+  std::uint16_t bits;
+};
 
 static inline Vec splat(float value) { return value - Vec{}; }
 
@@ -29,7 +41,21 @@ static inline Vec load(const float* p) {
   return v;
 }
 
+static inline Vec load(const Bf16* p) {
+  Halves h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (Vec)(__builtin_convertvector(h, Bits) << 16);
+}
+
 static inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+#if defined(__AVX512BF16__)
+// Rounds to nearest, ties to even.
+static inline void store(Bf16* p, Vec v) {
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+#endif
 
 // The first `count` < kWidth lanes from p, the others `fill`.
 static inline Vec load_partial(const float* p, std::ptrdiff_t count, float fill) {
@@ -52,13 +78,53 @@ static inline float sum_lanes(Vec v) {
   return lanes[0];
 }
 
-// exp(x) for -87 <= x <= 88, within 3 units in the last place: x = n ln 2 + r with |r| <= ln(2)/2,
-// a Taylor polynomial for exp(r), and 2^n put straight into the exponent bits.
+// Both keep a NaN in x, which the other order of the comparison would drop.
+static inline Vec at_most(Vec x, float high) { return x > splat(high) ? splat(high) : x; }
+static inline Vec at_least(Vec x, float low) { return x < splat(low) ? splat(low) : x; }
+
+static inline Vec sqrt_lanes(Vec v) {
+  float lanes[kWidth];
+  store(lanes, v);
+  for (int i = 0; i < kWidth; ++i) lanes[i] = __builtin_sqrtf(lanes[i]);
+  return load(lanes);
+}
+
+// How exactly the functions below compute: `exact` to a few units in float32's last place, `fast`
+// to about 1e-4, a twentieth of what rounding the result to bf16 costs.
+enum class Accuracy { exact, fast };
+
+// 1 / x for finite x that is normal and whose reciprocal is.
+template <Accuracy accuracy>
+static inline Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  const Vec r = (Vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return accuracy == Accuracy::fast ? r : r * (splat(2.0f) - x * r);
+#elif defined(__AVX2__)
+  const Vec r = (Vec)_mm256_rcp_ps((__m256)x);
+  return accuracy == Accuracy::fast ? r : r * (splat(2.0f) - x * r);
+#else
+  return splat(1.0f) / x;
+#endif
+}
+
+// exp(x) for -87 <= x <= 88. Exact within 3 units in the last place: x = n ln 2 + r with
+// |r| <= ln(2)/2, a polynomial for exp(r), and 2^n put straight into the exponent bits.
+template <Accuracy accuracy>
 static inline Vec exp_in_range(Vec x) {
   // Adding 1.5 * 2^23 leaves round(x / ln 2) in the lowest bits of the mantissa.
   const Vec shifter = splat(12582912.0f);
   const Vec shifted = x * splat(1.44269504f) + shifter;
   const Vec n = shifted - shifter;
+  if (accuracy == Accuracy::fast) {
+    // Minimax for 2^f on [-1/2, 1/2], relative error 7.5e-5.
+    const Vec f = x * splat(1.44269504f) - n;
+    Vec p = splat(0.05517167f);
+    p = p * f + splat(0.24261113f);
+    p = p * f + splat(0.69326099f);
+    p = p * f + splat(0.99992807f);
+    // p lies in [0.7, 1.42]; adding n to its exponent multiplies by 2^n.
+    return (Vec)((Bits)p + ((Bits)shifted << 23));
+  }
   // ln 2 in two parts, the first short enough for n * part to be exact.
   const Vec r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
   Vec p = splat(1.0f / 720.0f);
@@ -76,14 +142,61 @@ static inline Vec exp_in_range(Vec x) {
 // mish(x) = x tanh(log(1 + e^x)) = x (e² + 2e) / (e² + 2e + 2) with e = e^x. Finite for every
 // finite x and NaN for NaN: beyond 20 the fraction is 1 in float32 and e² would overflow later;
 // below -87, where e leaves the normal range, the result is 0 (in truth smaller than 1e-35).
+template <Accuracy accuracy>
 static inline Vec mish(Vec x) {
-  Vec clamped = x < splat(20.0f) ? x : splat(20.0f);
-  clamped = clamped > splat(-87.0f) ? clamped : splat(-87.0f);
-  const Vec e = exp_in_range(clamped);
+  const Vec e = exp_in_range<accuracy>(at_least(at_most(x, 20.0f), -87.0f));
   const Vec numerator = e * (e + splat(2.0f));
-  // The division first: x * numerator overflows for x above 1e21.
-  const Vec y = x * (numerator / (numerator + splat(2.0f)));
+  // The reciprocal first: x * numerator overflows for x above 1e21.
+  const Vec y = x * (numerator * reciprocal<accuracy>(numerator + splat(2.0f)));
+  if (accuracy == Accuracy::fast) return y;
   return x < splat(-87.0f) ? Vec{} : y;
+}
+
+// tanh(x) = 1 - 2 / (e^2x + 1), to 1e-7 absolute.
+static inline Vec tanh(Vec x) {
+  const Vec e = exp_in_range<Accuracy::exact>(at_least(at_most(x + x, 40.0f), -40.0f));
+  return splat(1.0f) - splat(2.0f) * reciprocal<Accuracy::exact>(e + splat(1.0f));
+}
+
+// ln x for normal x > 0: x = 2^n m with m in [0.707, 1.414), and the series of
+// ln m = 2 artanh((m - 1) / (m + 1)), whose argument is below 0.172.
+static inline Vec log_positive(Vec x) {
+  // Biased so that the exponent changes at sqrt(1/2).
+  const Bits bits = (Bits)x - 0x3f3504f3u;
+  const Vec n = __builtin_convertvector((Ints)bits >> 23, Vec);
+  const Vec m = (Vec)((bits & 0x007fffffu) + 0x3f3504f3u);
+  const Vec s = (m - splat(1.0f)) * reciprocal<Accuracy::exact>(m + splat(1.0f));
+  const Vec q = s * s;
+  Vec p = splat(2.0f / 9.0f);
+  p = p * q + splat(2.0f / 7.0f);
+  p = p * q + splat(2.0f / 5.0f);
+  p = p * q + splat(2.0f / 3.0f);
+  p = p * q + splat(2.0f);
+  return n * splat(0.69314718f) + p * s;
+}
+
+// sin and cos of 2π u for 0 <= u < 1: reduced to an eighth of a turn around the nearest quarter.
+static inline void sincos_turns(Vec u, Vec* sine, Vec* cosine) {
+  const Vec shifter = splat(12582912.0f);
+  const Vec shifted = u * splat(4.0f) + shifter;
+  const Bits quarter = (Bits)shifted;
+  const Vec x = (u * splat(4.0f) - (shifted - shifter)) * splat(1.57079633f);
+  const Vec q = x * x;
+  Vec s = splat(-1.0f / 5040.0f);
+  s = s * q + splat(1.0f / 120.0f);
+  s = s * q + splat(-1.0f / 6.0f);
+  s = s * q * x + x;
+  Vec c = splat(1.0f / 40320.0f);
+  c = c * q + splat(-1.0f / 720.0f);
+  c = c * q + splat(1.0f / 24.0f);
+  c = c * q + splat(-0.5f);
+  c = c * q + splat(1.0f);
+  const Ints odd = (quarter & 1u) != 0;
+  const Vec a = odd ? c : s;
+  const Vec b = odd ? s : c;
+  // The sign bits: sine's flips in the upper half turn, cosine's in the left one.
+  *sine = (Vec)((Bits)a ^ ((quarter & 2u) << 30));
+  *cosine = (Vec)((Bits)b ^ (((quarter + 1u) & 2u) << 30));
 }
 
 }  // namespace iqmpc::detail::IQMPC_LEVEL

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import torch
 from torch import Tensor
 
 from iqmpc.kernels.backends import resolve_backend
+from iqmpc.kernels.cpu import PackedWeights
+from iqmpc.kernels.mppi_rollout.cpu import mppi_rollout_cpu
 from iqmpc.kernels.mppi_rollout.reference import mppi_rollout_reference
 from iqmpc.kernels.weights import Weights
 
-BACKENDS = {"reference": mppi_rollout_reference}
+BACKENDS = {"reference": mppi_rollout_reference, "cpu": mppi_rollout_cpu}
 SCORES = ("advantage", "unrolled")
 
 
@@ -18,7 +23,7 @@ def noise_steps(horizon: int, score: str) -> int:
 
 
 def mppi_rollout(
-    weights: Weights,
+    weights: Weights | PackedWeights,
     z0: Tensor,
     actions: Tensor,
     policy_noise: Tensor,
@@ -39,15 +44,29 @@ def mppi_rollout(
     r = Q(z_t,a_t) - γ V(z_{t+1}) and β given as `entropy`. On the same draws the two differ by
     -β log π(ã_0|z_0), the same number for every sample.
 
-    Raises `ValueError` for shapes that do not fit and `BackendError` for a backend that cannot run.
+    The cpu backend takes C-contiguous float32 CPU tensors and has no backward. It packs `weights`
+    on every call, in float32, unless they are `PackedWeights`, which only that backend takes.
+
+    Raises `ValueError` for arguments that do not fit and `BackendError` for a backend that cannot
+    run.
     """
     _check(weights, z0, actions, policy_noise, critic_pair, score)
-    run = BACKENDS[resolve_backend(backend, BACKENDS)]
+    run = BACKENDS[resolve_backend(backend, _usable(backend, weights, z0))]
     return run(weights, z0, actions, policy_noise, critic_pair, discount, score, entropy)
 
 
+def _usable(backend: str, weights: Weights | PackedWeights, z0: Tensor) -> Collection[str]:
+    """The backends that could take these arguments; only "auto" passes over one."""
+    if isinstance(weights, PackedWeights):
+        return ("cpu",)
+    if backend != "auto" or (z0.device.type == "cpu" and z0.dtype == torch.float32):
+        return BACKENDS
+    return ("reference",)
+
+
 def _check(
-    weights: Weights, z0: Tensor, actions: Tensor, policy_noise: Tensor, pair: Tensor, score: str
+    weights: Weights | PackedWeights, z0: Tensor, actions: Tensor, policy_noise: Tensor,
+    pair: Tensor, score: str,
 ) -> None:
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")

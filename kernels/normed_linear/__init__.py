@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from iqmpc.kernels.backends import resolve_backend
-from iqmpc.kernels.normed_linear.cpu import PackedNormedLinear, refuse_grad
+from iqmpc.kernels.cpu import refuse_grad
+from iqmpc.kernels.normed_linear.cpu import PackedNormedLinear
 from iqmpc.kernels.normed_linear.reference import normed_linear_reference
 
 __all__ = ["BACKENDS", "normed_linear", "normed_linear_reference", "pack_normed_linear"]

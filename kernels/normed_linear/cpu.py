@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from iqmpc.kernels.cpu import as_array, refuse_grad
 
 
 class PackedNormedLinear:
@@ -22,7 +23,7 @@ class PackedNormedLinear:
         from iqmpc import _C
 
         named = {"weight": weight, "bias": bias, "gamma": gamma, "beta": beta}
-        arrays = {name: _numpy(name, tensor) for name, tensor in named.items()}
+        arrays = {name: as_array(name, tensor) for name, tensor in named.items()}
         self._layer = _C.NormedLinear(**arrays, isa=isa)
 
     @property
@@ -41,24 +42,5 @@ class PackedNormedLinear:
         if out is None:
             rows = x.shape[0] if x.dim() else 0
             out = torch.empty(rows, self._layer.out_features, dtype=torch.float32)
-        self._layer.forward(_numpy("x", x), _numpy("out", out))
+        self._layer.forward(as_array("x", x), as_array("out", out))
         return out
-
-
-def refuse_grad(**tensors: Tensor) -> None:
-    """Raise `ValueError` where autograd would expect a gradient through one of the tensors."""
-    for name, tensor in tensors.items():
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(
-                f"{name} requires grad and the cpu backend has no backward: use "
-                "backend='reference' or torch.no_grad()"
-            )
-
-
-def _numpy(name: str, tensor: Tensor) -> np.ndarray:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} must be on the CPU for the cpu backend, got {tensor.device}")
-    # Here rather than in the extension, since NumPy lacks some of torch's dtypes.
-    if tensor.dtype != torch.float32:
-        raise ValueError(f"{name} must be float32 for the cpu backend, got {tensor.dtype}")
-    return tensor.detach().numpy()

@@ -332,7 +332,7 @@ def test_the_environment_variable_forces_a_level(isa: str) -> None:
 
 
 def test_an_unknown_level_is_an_error() -> None:
-    message = "unknown instruction set, expected portable, avx2 or avx512"
+    message = "unknown instruction set, expected portable, avx2, avx512 or avx512bf16"
     result = run_python("from iqmpc import _C; _C.isa()", "sse9")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == f"ValueError: IQMPC_ISA=sse9: {message}"

@@ -2,14 +2,15 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 
-#include "iqmpc/aligned_buffer.hpp"
 #include "iqmpc/isa.hpp"
 
 namespace iqmpc {
 
 namespace detail {
 struct KernelTable;
+struct PackedLayer;
 }
 
 // y = mish(layer_norm(x W^T + b) * gamma + beta), with the weights packed once for one
@@ -22,6 +23,9 @@ class NormedLinear {
   // does not run `isa`.
   NormedLinear(const float* weight, const float* bias, const float* gamma, const float* beta,
                std::ptrdiff_t out_features, std::ptrdiff_t in_features, Isa isa = active_isa());
+  ~NormedLinear();
+  NormedLinear(NormedLinear&&) noexcept;
+  NormedLinear& operator=(NormedLinear&&) noexcept;
 
   // x [rows, in] -> y [rows, out], both row-major and dense; they must not overlap.
   // Single-threaded. A row of x that holds a NaN or an infinity, or whose variance overflows float32
@@ -38,10 +42,7 @@ class NormedLinear {
   std::ptrdiff_t in_;
   Isa isa_;
   const detail::KernelTable* kernels_;
-  AlignedBuffer panels_;  // ceil(out / panel) panels, each [in, panel], the last one zero-padded
-  AlignedBuffer bias_;    // [out], zero-padded to whole panels
-  AlignedBuffer gamma_;   // [out]
-  AlignedBuffer beta_;    // [out]
+  std::unique_ptr<const detail::PackedLayer> layer_;
 };
 
 }  // namespace iqmpc

@@ -1,0 +1,505 @@
+#include "iqmpc/planner.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/budget.hpp"
+#include "cpu/rollout.hpp"
+#include "cpu/threefry.hpp"
+#include "iqmpc/thread_pool.hpp"
+
+namespace iqmpc {
+
+namespace {
+
+using detail::Index;
+using Clock = std::chrono::steady_clock;
+
+double microseconds_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
+}
+
+// What a draw is for; with the iteration, the number of its stream.
+enum Stream : std::uint32_t { kPrior, kSamples, kPriorScore, kScore, kExplore, kGumbel, kPair };
+
+struct Key {
+  Key(std::uint64_t seed, std::uint64_t step)
+      : words{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32),
+              static_cast<std::uint32_t>(step), static_cast<std::uint32_t>(step >> 32)} {}
+
+  static std::uint32_t stream(Stream kind, Index iteration) {
+    return kind << 24 | static_cast<std::uint32_t>(iteration);
+  }
+
+  // One word; for the few draws that are not standard normal.
+  std::uint32_t word(Stream kind, Index problem, Index element) const {
+    std::uint32_t x[4] = {0, static_cast<std::uint32_t>(element), stream(kind, 0),
+                          static_cast<std::uint32_t>(problem)};
+    detail::threefry(words, x);
+    return x[0];
+  }
+
+  float gumbel(Index problem, Index element) const {
+    const double uniform = (word(kGumbel, problem, element) + 0.5) * 0x1p-32;
+    return static_cast<float>(-std::log(-std::log(uniform)));
+  }
+
+  // Two different critics out of `count`.
+  void pair(Index count, Index* pair) const {
+    const auto below = [&](Index element, Index n) {
+      return static_cast<Index>(std::uint64_t{word(kPair, 0, element)} *
+                                    static_cast<std::uint64_t>(n) >>
+                                32);
+    };
+    pair[0] = below(0, count);
+    pair[1] = below(1, count - 1);
+    if (pair[1] >= pair[0]) ++pair[1];
+  }
+
+  std::uint32_t words[4];
+};
+
+void check(const PlannerSettings& s) {
+  const auto refuse = [](const std::string& name, const std::string& expected, double got) {
+    std::string text = std::to_string(got);
+    text.erase(text.find_last_not_of('0') + 1);
+    if (text.back() == '.') text.pop_back();
+    throw std::invalid_argument(name + " must be " + expected + ", got " + text);
+  };
+  const auto at_least = [&](const char* name, Index value, Index least) {
+    if (value < least) {
+      refuse(name, "at least " + std::to_string(least), static_cast<double>(value));
+    }
+  };
+  at_least("num_envs", s.num_envs, 1);
+  at_least("horizon", s.horizon, 1);
+  at_least("samples", s.samples, 1);
+  at_least("elites", s.elites, 1);
+  at_least("policy_trajectories", s.policy_trajectories, 0);
+  at_least("iterations", s.iterations, 1);
+  if (s.elites > s.samples) {
+    refuse("elites", "at most samples = " + std::to_string(s.samples), double(s.elites));
+  }
+  if (s.policy_trajectories > s.samples) {
+    refuse("policy_trajectories", "at most samples = " + std::to_string(s.samples),
+           double(s.policy_trajectories));
+  }
+  const auto number = [&](const char* name, double value, bool good, const char* expected) {
+    if (!good) refuse(name, expected, value);
+  };
+  number("temperature", s.temperature, s.temperature > 0, "positive");
+  number("std_min", s.std_min, s.std_min > 0, "positive");
+  number("std_max", s.std_max, s.std_max >= s.std_min && std::isfinite(s.std_max),
+         "finite and at least std_min");
+  number("discount", s.discount, s.discount >= 0 && s.discount <= 1, "in [0, 1]");
+  number("budget_us", s.budget_us, s.budget_us >= 0, "0 or more microseconds");
+}
+
+}  // namespace
+
+struct Planner::State {
+  // One of the E problems.
+  struct Problem {
+    Problem(const detail::PackedModel& model, const PlannerSettings& s)
+        : root(model),
+          mean(size(s.horizon * model.action_pad)),
+          std(size(s.horizon * model.action_pad)),
+          actions(size(s.horizon * s.samples * model.action_pad)),
+          returns(size(s.samples)),
+          order(size(s.samples)),
+          weight(size(s.elites)) {}
+
+    static std::size_t size(Index n) { return static_cast<std::size_t>(n); }
+
+    detail::Root root;
+    AlignedBuffer<float> mean, std;  // [H, pad]
+    AlignedBuffer<float> actions;    // [H, S, pad], the policy's trajectories first
+    AlignedBuffer<float> returns;    // [S]
+    std::vector<Index> order;        // samples; the elites first, best first
+    std::vector<float> weight;       // of the elites, summing to 1, or all 0
+    bool finite = false;             // some score was
+  };
+
+  State(std::shared_ptr<const WorldModel> first, const PlannerSettings& s, std::uint64_t seed)
+      : settings(s),
+        seed(seed),
+        model(std::move(first)),
+        pool(s.threads),
+        prior_blocks(s.num_envs, s.policy_trajectories, pool.threads()),
+        sample_blocks(s.num_envs, s.samples - s.policy_trajectories, pool.threads()),
+        mean(static_cast<std::size_t>(s.num_envs * s.horizon * model->action_dim())) {
+    const detail::PackedModel& packed = model->packed();
+    for (Index e = 0; e < s.num_envs; ++e) problems.emplace_back(packed, s);
+    for (int t = 0; t < pool.threads(); ++t) workspaces.emplace_back(packed, s.horizon);
+    const auto pad = static_cast<std::size_t>(packed.action_pad);
+    command = AlignedBuffer<float>(pad);
+    noise = AlignedBuffer<float>(pad);
+    zeros = AlignedBuffer<float>(pad);
+    warm_obs.resize(static_cast<std::size_t>(s.num_envs * packed.obs_dim));
+    warm_action.resize(static_cast<std::size_t>(s.num_envs * packed.action_dim));
+    warm_mean.resize(mean.size());
+  }
+
+  // How a plan runs, given what it runs on.
+  struct Plan {
+    const detail::PackedModel& model;
+    const Key key;
+    Index pair[2];
+  };
+
+  PlanResult run(const float* obs, bool explore, Index iterations, double budget_us,
+                 float* action) noexcept;
+  void begin(const Plan& plan, Index e, const float* obs, int thread) noexcept;
+  void score_prior(const Plan& plan, Index block, int thread) noexcept;
+  void score_samples(const Plan& plan, Index iteration, Index block, int thread) noexcept;
+  void refit(const Plan& plan, Index e) noexcept;
+  void choose(const Plan& plan, Index e, bool explore, Index iterations, float* action) noexcept;
+
+  const PlannerSettings settings;
+  const std::uint64_t seed;
+  std::uint64_t step = 0;
+  std::shared_ptr<const WorldModel> model;
+  mutable std::mutex model_mutex;  // of the pointer alone
+  std::mutex plan_mutex;
+  ThreadPool pool;
+  const detail::Blocks prior_blocks, sample_blocks;
+  std::vector<Problem> problems;
+  std::vector<detail::Workspace> workspaces;
+  std::vector<float> mean;                     // [E, H, A]
+  AlignedBuffer<float> command, noise, zeros;  // [pad], of one problem after the other
+  std::vector<float> warm_obs, warm_action, warm_mean;
+  detail::Estimate per_sample;
+};
+
+// Encodes, shifts the previous plan and computes what all samples share.
+void Planner::State::begin(const Plan& plan, Index e, const float* obs, int thread) noexcept {
+  Problem& p = problems[e];
+  const Index a = plan.model.action_dim, pad = plan.model.action_pad, horizon = settings.horizon;
+  encode(plan.model, obs + e * plan.model.obs_dim, workspaces[thread], p.root);
+  grow(plan.model, plan.pair, nullptr, workspaces[thread], p.root);
+  const float* previous = mean.data() + e * horizon * a;
+  for (Index t = 0; t < horizon; ++t) {
+    float* row = p.mean.data() + t * pad;
+    if (t + 1 < horizon) {
+      std::copy_n(previous + (t + 1) * a, a, row);
+    } else {
+      std::fill_n(row, a, 0.0f);
+    }
+  }
+  std::fill_n(p.std.data(), horizon * pad, settings.std_max);
+  p.finite = true;
+}
+
+void Planner::State::score_prior(const Plan& plan, Index block, int thread) noexcept {
+  const Index e = prior_blocks.problem(block), first = prior_blocks.first(block);
+  const Index rows = prior_blocks.rows(block), total = settings.policy_trajectories;
+  const Index pad = plan.model.action_pad;
+  Problem& p = problems[e];
+  detail::Workspace& w = workspaces[thread];
+  const auto draw = [&](Stream kind, Index t, float* out) {
+    plan.model.kernels->fill_normal(plan.key.words, Key::stream(kind, 0),
+                                    static_cast<std::uint32_t>(e), (t * total + first) * pad,
+                                    rows * pad, out + t * rows * pad);
+  };
+  for (Index t = 0; t < settings.horizon; ++t) draw(kPrior, t, w.prior.data());
+  for (Index t = 0; t + 1 < settings.horizon; ++t) draw(kPriorScore, t, w.noise.data());
+  const detail::Block task{settings.horizon,
+                           rows,
+                           p.actions.data() + first * pad,
+                           settings.samples * pad,
+                           w.noise.data(),
+                           w.prior.data(),
+                           settings.discount,
+                           p.returns.data() + first};
+  score(plan.model, plan.pair, p.root, task, w);
+}
+
+void Planner::State::score_samples(const Plan& plan, Index iteration, Index block,
+                                   int thread) noexcept {
+  const Index e = sample_blocks.problem(block), first = sample_blocks.first(block);
+  const Index rows = sample_blocks.rows(block), total = sample_blocks.count;
+  const Index pad = plan.model.action_pad, place = settings.policy_trajectories + first;
+  const detail::KernelTable& k = *plan.model.kernels;
+  Problem& p = problems[e];
+  detail::Workspace& w = workspaces[thread];
+  const auto draw = [&](Stream kind, Index t, float* out) {
+    k.fill_normal(plan.key.words, Key::stream(kind, iteration), static_cast<std::uint32_t>(e),
+                  (t * total + first) * pad, rows * pad, out);
+  };
+  for (Index t = 0; t < settings.horizon; ++t) {
+    float* actions = p.actions.data() + (t * settings.samples + place) * pad;
+    draw(kSamples, t, actions);
+    for (Index r = 0; r < rows; ++r) {
+      k.affine_clamp(actions + r * pad, p.mean.data() + t * pad, p.std.data() + t * pad, pad);
+    }
+    if (t > 0) draw(kScore, t - 1, w.noise.data() + (t - 1) * rows * pad);
+  }
+  const detail::Block task{settings.horizon,
+                           rows,
+                           p.actions.data() + place * pad,
+                           settings.samples * pad,
+                           w.noise.data(),
+                           nullptr,
+                           settings.discount,
+                           p.returns.data() + place};
+  score(plan.model, plan.pair, p.root, task, w);
+}
+
+// Mean and std of the best samples under the weights exp(η (G - max G)).
+void Planner::State::refit(const Plan& plan, Index e) noexcept {
+  Problem& p = problems[e];
+  const Index elites = settings.elites, horizon = settings.horizon;
+  const Index pad = plan.model.action_pad, a = plan.model.action_dim;
+  const float* returns = p.returns.data();
+  std::iota(p.order.begin(), p.order.end(), Index{0});
+  // A score that is not finite ranks last, whatever its sign.
+  const auto rank = [returns](Index s) {
+    return std::isfinite(returns[s]) ? returns[s] : -std::numeric_limits<float>::infinity();
+  };
+  // The sample's number breaks ties, so that the order is one.
+  std::partial_sort(p.order.begin(), p.order.begin() + elites, p.order.end(),
+                    [&](Index x, Index y) {
+                      const float gx = rank(x), gy = rank(y);
+                      return gx != gy ? gx > gy : x < y;
+                    });
+  const float best = rank(p.order[0]);
+  p.finite = std::isfinite(best);
+  double total = 0;
+  for (Index i = 0; i < elites; ++i) {
+    const float g = rank(p.order[i]);
+    p.weight[i] = std::isfinite(g) ? std::exp(settings.temperature * (g - best)) : 0.0f;
+    total += p.weight[i];
+  }
+  if (!p.finite) return;
+  for (float& weight : p.weight) weight = static_cast<float>(weight / total);
+  for (Index t = 0; t < horizon; ++t) {
+    float* mean = p.mean.data() + t * pad;
+    float* std = p.std.data() + t * pad;
+    const auto each = [&](auto f) {
+      for (Index i = 0; i < elites; ++i) {
+        if (p.weight[i] == 0) continue;  // a weight of 0 does not silence a NaN
+        const float* row = p.actions.data() + (t * settings.samples + p.order[i]) * pad;
+        for (Index j = 0; j < a; ++j) f(j, p.weight[i], row[j]);
+      }
+    };
+    std::fill_n(mean, a, 0.0f);
+    each([&](Index j, float weight, float action) { mean[j] += weight * action; });
+    std::fill_n(std, a, 0.0f);
+    each([&](Index j, float weight, float action) {
+      std[j] += weight * (action - mean[j]) * (action - mean[j]);
+    });
+    for (Index j = 0; j < a; ++j) {
+      std[j] = std::clamp(std::sqrt(std[j]), settings.std_min, settings.std_max);
+    }
+  }
+}
+
+// The command: one elite's first action, drawn with the elites' weights, or what stands in for it.
+void Planner::State::choose(const Plan& plan, Index e, bool explore, Index iterations,
+                            float* action) noexcept {
+  Problem& p = problems[e];
+  const Index a = plan.model.action_dim, pad = plan.model.action_pad;
+  if (explore) {
+    plan.model.kernels->fill_normal(plan.key.words, Key::stream(kExplore, 0),
+                                    static_cast<std::uint32_t>(e), 0, pad, noise.data());
+  }
+  const float* epsilon = explore ? noise.data() : zeros.data();
+  float* command = this->command.data();
+  const auto from_policy = [&](const float* draw) {
+    policy_at_root(plan.model, p.root, draw, command);
+    return std::all_of(command, command + a, [](float x) { return std::isfinite(x); });
+  };
+  if (!settings.enabled) {
+    p.finite = from_policy(epsilon);
+  } else if (iterations == 0) {
+    const bool planned =
+        std::any_of(p.mean.data(), p.mean.data() + a, [](float x) { return x != 0; });
+    if (planned) {
+      std::copy_n(p.mean.data(), a, command);
+    } else {
+      p.finite = from_policy(zeros.data());
+    }
+  } else if (p.finite) {
+    // The largest log-weight plus Gumbel noise is a draw from the weights.
+    Index pick = 0;
+    float highest = -std::numeric_limits<float>::infinity();
+    for (Index i = 0; i < settings.elites; ++i) {
+      const float value = std::log(p.weight[i]) + plan.key.gumbel(e, i);
+      if (value > highest) highest = value, pick = i;
+    }
+    const float* chosen = p.actions.data() + p.order[pick] * pad;
+    for (Index j = 0; j < a; ++j) command[j] = chosen[j] + p.std.data()[j] * epsilon[j];
+  } else {
+    from_policy(zeros.data());
+  }
+  for (Index j = 0; j < a; ++j) {
+    action[e * a + j] = std::isfinite(command[j]) ? std::clamp(command[j], -1.0f, 1.0f) : 0.0f;
+  }
+  if (!settings.enabled) return;
+  float* next = mean.data() + e * settings.horizon * a;
+  for (Index t = 0; t < settings.horizon; ++t) {
+    for (Index j = 0; j < a; ++j) next[t * a + j] = p.finite ? p.mean.data()[t * pad + j] : 0.0f;
+  }
+}
+
+PlanResult Planner::State::run(const float* obs, bool explore, Index iterations, double budget_us,
+                               float* action) noexcept {
+  const Clock::time_point start = Clock::now();
+  pool.wake();
+  std::shared_ptr<const WorldModel> held;
+  {
+    std::lock_guard<std::mutex> lock(model_mutex);
+    held = model;
+  }
+  const Index problem_count = settings.num_envs;
+  Plan plan{held->packed(), Key(seed, step), {0, 1}};
+  plan.key.pair(held->num_critics(), plan.pair);
+  pool.run(problem_count, [&](Index e, int thread) { begin(plan, e, obs, thread); });
+
+  Index done = 0;
+  for (; settings.enabled && done < iterations; ++done) {
+    // The policy's trajectories are the same in every iteration, and so are their scores.
+    const Index prior = done == 0 ? prior_blocks.total() : 0;
+    const double work = static_cast<double>(
+        problem_count * (sample_blocks.count + (done == 0 ? prior_blocks.count : 0)));
+    const double before = microseconds_since(start);
+    if (budget_us > 0 && per_sample.known() && before + per_sample.upper(work) > budget_us) break;
+    pool.run(prior + sample_blocks.total(), [&](Index block, int thread) {
+      if (block < prior) {
+        score_prior(plan, block, thread);
+      } else {
+        score_samples(plan, done, block - prior, thread);
+      }
+    });
+    pool.run(problem_count, [&](Index e, int) { refit(plan, e); });
+    if (work > 0) per_sample.observe(work, microseconds_since(start) - before);
+  }
+  const bool missed = settings.enabled && done == 0;
+  if (missed) per_sample.relax();
+
+  Index nonfinite = 0;
+  for (Index e = 0; e < problem_count; ++e) {
+    choose(plan, e, explore, done, action);
+    nonfinite += !problems[e].finite;
+  }
+  return {done, nonfinite, missed, microseconds_since(start)};
+}
+
+Planner::Planner(std::shared_ptr<const WorldModel> model, const PlannerSettings& settings,
+                 std::uint64_t seed) {
+  if (!model) throw std::invalid_argument("model must not be null");
+  check(settings);
+  state_ = std::make_unique<State>(std::move(model), settings, seed);
+}
+
+Planner::~Planner() = default;
+
+void Planner::publish(std::shared_ptr<const WorldModel> model) {
+  if (!model) throw std::invalid_argument("model must not be null");
+  const detail::PackedModel& next = model->packed();
+  const detail::PackedModel& first = state_->model->packed();
+  const auto same = [](const char* name, Index expected, Index got) {
+    if (expected == got) return;
+    throw std::invalid_argument("the published model's " + std::string(name) + " must be " +
+                                std::to_string(expected) + " as the planner's, got " +
+                                std::to_string(got));
+  };
+  same("obs_dim", first.obs_dim, next.obs_dim);
+  same("action_dim", first.action_dim, next.action_dim);
+  same("latent_dim", first.latent_dim, next.latent_dim);
+  same("simnorm_dim", first.simnorm.dim, next.simnorm.dim);
+  same("widest layer (padded)", first.widest, next.widest);
+  if (first.kernels != next.kernels) {
+    throw std::invalid_argument(
+        "the published model must be " + std::string(precision_name(first.precision)) + " for " +
+        isa_name(first.isa) + " as the planner's, got " + precision_name(next.precision) +
+        " for " + isa_name(next.isa));
+  }
+  std::lock_guard<std::mutex> lock(state_->model_mutex);
+  state_->model.swap(model);
+}
+
+PlanResult Planner::plan(const float* obs, bool explore, float* action) noexcept {
+  std::lock_guard<std::mutex> lock(state_->plan_mutex);
+  const PlannerSettings& s = state_->settings;
+  const PlanResult result = state_->run(obs, explore, s.iterations, s.budget_us, action);
+  ++state_->step;
+  return result;
+}
+
+void Planner::warm_up() noexcept {
+  State& s = *state_;
+  std::lock_guard<std::mutex> lock(s.plan_mutex);
+  std::copy(s.mean.begin(), s.mean.end(), s.warm_mean.begin());
+  s.run(s.warm_obs.data(), false, std::min<Index>(s.settings.iterations, 3), 0,
+        s.warm_action.data());
+  std::copy(s.warm_mean.begin(), s.warm_mean.end(), s.mean.begin());
+}
+
+void Planner::reset(std::ptrdiff_t problem) {
+  const Index envs = state_->settings.num_envs;
+  if (problem < 0 || problem >= envs) {
+    throw std::out_of_range("problem must lie in [0, " + std::to_string(envs) + "), got " +
+                            std::to_string(problem));
+  }
+  std::lock_guard<std::mutex> lock(state_->plan_mutex);
+  const Index each = static_cast<Index>(state_->mean.size()) / envs;
+  std::fill_n(state_->mean.begin() + problem * each, each, 0.0f);
+}
+
+void Planner::reset() noexcept {
+  std::lock_guard<std::mutex> lock(state_->plan_mutex);
+  std::fill(state_->mean.begin(), state_->mean.end(), 0.0f);
+}
+
+float* Planner::mean() noexcept { return state_->mean.data(); }
+std::uint64_t Planner::step() const noexcept { return state_->step; }
+void Planner::set_step(std::uint64_t step) noexcept { state_->step = step; }
+const PlannerSettings& Planner::settings() const noexcept { return state_->settings; }
+
+std::shared_ptr<const WorldModel> Planner::model() const {
+  std::lock_guard<std::mutex> lock(state_->model_mutex);
+  return state_->model;
+}
+
+void Planner::draws(std::uint64_t step, PlanDraws& draws) const {
+  const PlannerSettings& s = state_->settings;
+  const std::shared_ptr<const WorldModel> held = model();
+  const detail::PackedModel& packed = held->packed();
+  const Index pad = packed.action_pad, a = packed.action_dim;
+  const Key key(state_->seed, step);
+  std::vector<float> row(static_cast<std::size_t>(pad));
+  // [steps, rows, A] of one problem's stream
+  const auto fill = [&](Stream kind, Index iteration, Index e, Index rows, float*& out) {
+    for (Index r = 0; r < rows; ++r, out += a) {
+      packed.kernels->fill_normal(key.words, Key::stream(kind, iteration),
+                                  static_cast<std::uint32_t>(e), r * pad, pad, row.data());
+      std::copy_n(row.data(), a, out);
+    }
+  };
+  const Index rest = s.samples - s.policy_trajectories;
+  float *prior = draws.prior, *prior_score = draws.prior_score, *explore = draws.explore;
+  for (Index e = 0; e < s.num_envs; ++e) {
+    fill(kPrior, 0, e, s.horizon * s.policy_trajectories, prior);
+    fill(kPriorScore, 0, e, (s.horizon - 1) * s.policy_trajectories, prior_score);
+    fill(kExplore, 0, e, 1, explore);
+    for (Index i = 0; i < s.elites; ++i) draws.gumbel[e * s.elites + i] = key.gumbel(e, i);
+  }
+  float *samples = draws.samples, *score = draws.score;
+  for (Index i = 0; i < s.iterations; ++i) {
+    for (Index e = 0; e < s.num_envs; ++e) {
+      fill(kSamples, i, e, s.horizon * rest, samples);
+      fill(kScore, i, e, (s.horizon - 1) * rest, score);
+    }
+  }
+  key.pair(held->num_critics(), draws.pair);
+}
+
+}  // namespace iqmpc

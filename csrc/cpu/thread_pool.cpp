@@ -1,0 +1,127 @@
+#include "iqmpc/thread_pool.hpp"
+
+#include <stdexcept>
+#include <string>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace iqmpc {
+
+namespace {
+
+constexpr int kTaskBits = 24;
+constexpr std::uint64_t kTaskMask = (std::uint64_t{1} << kTaskBits) - 1;
+
+std::uint64_t task_of(std::uint64_t ticket) { return ticket & kTaskMask; }
+std::uint64_t count_of(std::uint64_t ticket) { return ticket >> kTaskBits; }
+
+// About 50 µs: longer than what lies between two loops of a plan, shorter than a control step.
+constexpr int kWorkerSpins = 4000;
+// A worker's last task may outlast ours by as much as a task takes; past that something else holds
+// its core, and sleeping leaves it ours.
+constexpr int kCallerSpins = 100000;
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int threads) {
+  if (threads < 1 || threads > kMaxThreads) {
+    throw std::invalid_argument("threads must lie in [1, " + std::to_string(kMaxThreads) +
+                                "], got " + std::to_string(threads));
+  }
+  workers_.reserve(static_cast<std::size_t>(threads - 1));
+  try {
+    for (int thread = 1; thread < threads; ++thread) {
+      workers_.emplace_back([this, thread] { work(thread); });
+    }
+  } catch (...) {
+    stop_ = true;
+    wake();
+    for (std::thread& worker : workers_) worker.join();
+    throw;
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  stop_ = true;
+  wake();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::wake() noexcept {
+  calls_.fetch_add(1);
+  // The increment before this read, and the sleeper's registration before its own reading of what
+  // it waits for, are sequentially consistent: one of the two sees the other.
+  if (asleep_.load() == 0) return;
+  { std::lock_guard<std::mutex> lock(mutex_); }
+  wake_workers_.notify_all();
+}
+
+// Takes and runs one task; false where none is left.
+bool ThreadPool::take(int thread) noexcept {
+  const std::uint64_t seen = ticket_.load(std::memory_order_acquire);
+  if (task_of(seen) >= count_of(seen)) return false;
+  const std::uint64_t ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
+  const std::uint64_t task = task_of(ticket);
+  if (task >= count_of(ticket)) return false;
+  // This task is not done, so the loop it belongs to is the current one and job_ is its own.
+  job_.call(job_.context, static_cast<std::ptrdiff_t>(task), thread);
+  if (done_.fetch_add(1) + 1 == static_cast<std::ptrdiff_t>(count_of(ticket)) &&
+      caller_asleep_.load()) {
+    { std::lock_guard<std::mutex> lock(mutex_); }
+    wake_caller_.notify_one();
+  }
+  return true;
+}
+
+void ThreadPool::work(int thread) noexcept {
+  while (!stop_.load()) {
+    const std::uint32_t calls = calls_.load();
+    if (take(thread)) continue;
+    int spins = 0;
+    while (spins < kWorkerSpins && !stop_.load(std::memory_order_relaxed)) {
+      relax();
+      spins = take(thread) ? 0 : spins + 1;
+    }
+    if (spins < kWorkerSpins) continue;
+    std::unique_lock<std::mutex> lock(mutex_);
+    asleep_.fetch_add(1);
+    wake_workers_.wait(lock, [&] { return calls_.load() != calls || stop_.load(); });
+    asleep_.fetch_sub(1);
+  }
+}
+
+void ThreadPool::run_job(const Job& job, std::ptrdiff_t tasks) noexcept {
+  if (workers_.empty() || tasks == 1) {
+    for (std::ptrdiff_t task = 0; task < tasks; ++task) job.call(job.context, task, 0);
+    return;
+  }
+  if (tasks == 0) return;
+  job_ = job;
+  done_.store(0);
+  ticket_.store(static_cast<std::uint64_t>(tasks) << kTaskBits);
+  wake();
+  while (take(0)) {
+  }
+  for (int spins = 0; done_.load(std::memory_order_acquire) != tasks; ++spins) {
+    if (spins < kCallerSpins) {
+      relax();
+      continue;
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    caller_asleep_.store(true);
+    wake_caller_.wait(lock, [&] { return done_.load() == tasks; });
+    caller_asleep_.store(false);
+  }
+}
+
+}  // namespace iqmpc

@@ -1,0 +1,177 @@
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.hpp"
+#include "iqmpc/planner.hpp"
+#include "models.hpp"
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define IQMPC_SANITIZED
+#endif
+
+// Every allocation of the process passes here and is counted, whichever thread makes it.
+namespace {
+std::atomic<long> allocations{0};
+}
+
+void* operator new(std::size_t size) {
+  ++allocations;
+  if (void* p = std::malloc(size ? size : 1)) return p;
+  throw std::bad_alloc();
+}
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  ++allocations;
+  const auto to = static_cast<std::size_t>(alignment);
+  if (void* p = std::aligned_alloc(to, (size + to - 1) / to * to)) return p;
+  throw std::bad_alloc();
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+
+#if defined(__GLIBC__) && !defined(IQMPC_SANITIZED)
+// C's allocator too, which the sanitizers need for themselves.
+extern "C" {
+void* __libc_malloc(std::size_t);
+void* __libc_calloc(std::size_t, std::size_t);
+void* __libc_realloc(void*, std::size_t);
+void* malloc(std::size_t size) {
+  ++allocations;
+  return __libc_malloc(size);
+}
+void* calloc(std::size_t count, std::size_t size) {
+  ++allocations;
+  return __libc_calloc(count, size);
+}
+void* realloc(void* p, std::size_t size) {
+  ++allocations;
+  return __libc_realloc(p, size);
+}
+}
+#endif
+
+namespace {
+
+using iqmpc::Planner;
+using iqmpc::PlannerSettings;
+using Floats = std::vector<float>;
+
+PlannerSettings settings(int threads = 2) {
+  PlannerSettings s;
+  s.num_envs = 2;
+  s.samples = 70;
+  s.elites = 9;
+  s.policy_trajectories = 11;
+  s.iterations = 3;
+  s.threads = threads;
+  return s;
+}
+
+Floats run(Planner& planner, int plans) {
+  Floats actions, action(2 * 3);
+  for (int i = 0; i < plans; ++i) {
+    const Floats obs = normal_floats(2 * 5, 100 + static_cast<unsigned>(i));
+    const iqmpc::PlanResult result = planner.plan(obs.data(), i % 2 == 1, action.data());
+    CHECK(result.iterations == 3 && result.nonfinite == 0 && !result.missed);
+    actions.insert(actions.end(), action.begin(), action.end());
+  }
+  return actions;
+}
+
+void same_plan_on_any_thread_count() {
+  const RandomModel model({});
+  for (const iqmpc::Precision precision : {iqmpc::Precision::float32, iqmpc::Precision::bf16}) {
+    Floats first;
+    for (const int threads : {1, 2, 5}) {
+      Planner planner(model.pack(precision), settings(threads), 3);
+      const Floats actions = run(planner, 4);
+      CHECK(std::all_of(actions.begin(), actions.end(), [](float a) { return std::abs(a) <= 1; }));
+      if (first.empty()) first = actions;
+      CHECK(actions == first);
+    }
+  }
+}
+
+void no_allocation_after_construction() {
+  const RandomModel model({});
+  for (const double budget : {0.0, 1e9, 1e-3}) {
+    PlannerSettings s = settings();
+    s.budget_us = budget;
+    Planner planner(model.pack(), s, 3);
+    planner.warm_up();
+    const Floats obs = normal_floats(2 * 5, 1);
+    Floats action(2 * 3);
+    const long before = allocations;
+    for (int i = 0; i < 50; ++i) {
+      if (i % 10 == 0) planner.reset(i % 20 / 10);
+      const iqmpc::PlanResult result = planner.plan(obs.data(), i % 2 == 1, action.data());
+      CHECK(result.missed == (budget == 1e-3));
+    }
+    CHECK(allocations == before);
+  }
+  const long before = allocations;
+  ::operator delete(::operator new(1));
+  CHECK(allocations > before);  // the count counts
+}
+
+void weights_that_are_not_finite() {
+  RandomModel model({});
+  model.fill(std::numeric_limits<float>::quiet_NaN());
+  Planner planner(model.pack(), settings(), 3);
+  const Floats obs = normal_floats(2 * 5, 1);
+  Floats action(2 * 3, 42.0f);
+  CHECK(planner.plan(obs.data(), true, action.data()).nonfinite == 2);
+  CHECK(std::all_of(action.begin(), action.end(), [](float a) { return a == 0; }));
+}
+
+void publishing_while_plans_run() {
+  const RandomModel model({}), other({}, 1);
+  Planner planner(model.pack(), settings(), 3);
+  std::atomic<bool> stop{false};
+  std::thread publisher([&] {
+    while (!stop) {
+      planner.publish(other.pack());
+      planner.publish(model.pack());
+    }
+  });
+  run(planner, 60);
+  stop = true;
+  publisher.join();
+}
+
+void refuses_what_does_not_fit() {
+  const RandomModel model({});
+  PlannerSettings s = settings();
+  s.elites = 71;
+  CHECK(message_of<std::invalid_argument>([&] { Planner(model.pack(), s, 0); }) ==
+        "elites must be at most samples = 70, got 71");
+  CHECK(message_of<std::invalid_argument>([&] { Planner(nullptr, settings(), 0); }) ==
+        "model must not be null");
+  Planner planner(model.pack(), settings(), 0);
+  Sizes wider;
+  wider.action = 4;
+  CHECK(message_of<std::invalid_argument>([&] { planner.publish(RandomModel(wider).pack()); }) ==
+        "the published model's action_dim must be 3 as the planner's, got 4");
+  CHECK(message_of<std::out_of_range>([&] { planner.reset(2); }) ==
+        "problem must lie in [0, 2), got 2");
+}
+
+}  // namespace
+
+int main() {
+  same_plan_on_any_thread_count();
+  no_allocation_after_construction();
+  weights_that_are_not_finite();
+  publishing_while_plans_run();
+  refuses_what_does_not_fit();
+  return 0;
+}

@@ -1,0 +1,72 @@
+#include <atomic>
+#include <chrono>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "check.hpp"
+#include "iqmpc/thread_pool.hpp"
+
+namespace {
+
+using iqmpc::ThreadPool;
+
+void every_task_once(int threads) {
+  ThreadPool pool(threads);
+  CHECK(pool.threads() == threads);
+  for (int round = 0; round < 3000; ++round) {
+    const std::ptrdiff_t tasks = round % 23;
+    std::vector<std::atomic<int>> calls(static_cast<std::size_t>(tasks));
+    std::vector<int> by(static_cast<std::size_t>(threads));
+    pool.run(tasks, [&](std::ptrdiff_t task, int thread) {
+      ++calls[static_cast<std::size_t>(task)];
+      ++by[static_cast<std::size_t>(thread)];  // a thread's own: no two have one number
+    });
+    int total = 0;
+    for (const int count : by) total += count;
+    CHECK(total == tasks);
+    for (const auto& count : calls) CHECK(count == 1);
+    // Long enough, now and then, for the workers to fall asleep.
+    if (round % 500 == 499) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    if (round % 7 == 0) pool.wake();
+  }
+}
+
+// A worker whose task outlasts the caller's patience: the caller sleeps and is woken.
+void a_slow_task() {
+  ThreadPool pool(2);
+  for (int round = 0; round < 3; ++round) {
+    std::atomic<int> done{0};
+    pool.run(2, [&](std::ptrdiff_t, int thread) {
+      if (thread != 0) std::this_thread::sleep_for(std::chrono::milliseconds(60));
+      ++done;
+    });
+    CHECK(done == 2);
+  }
+}
+
+void many_pools() {
+  for (int i = 0; i < 200; ++i) {
+    ThreadPool pool(1 + i % 4);
+    int sum = 0;
+    if (i % 2) pool.run(1, [&](std::ptrdiff_t, int) { ++sum; });
+    CHECK(sum == i % 2);
+  }
+}
+
+void bad_counts() {
+  for (const int threads : {0, -3, ThreadPool::kMaxThreads + 1}) {
+    CHECK(message_of<std::invalid_argument>([&] { ThreadPool pool(threads); }) ==
+          "threads must lie in [1, 1024], got " + std::to_string(threads));
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const int threads : {1, 2, 3, 8}) every_task_once(threads);
+  a_slow_task();
+  many_pools();
+  bad_counts();
+  return 0;
+}

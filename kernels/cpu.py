@@ -1,0 +1,74 @@
+"""What the C++ backend's operations share: packed weights, and tensors as the arrays it takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iqmpc.kernels.weights import Layer, Weights
+
+
+class PackedWeights:
+    """A read-only copy of a world model in the C++ kernels' layout, made once and used often.
+
+    `precision` is "float32" or "bf16": the operands of matrix products. `isa` names one of
+    `iqmpc._C.isa_levels()`; by default it is the best one, or the one named by the environment
+    variable IQMPC_ISA. Weights that are not finite are taken. Raises `ValueError` for tensors that
+    are not float32 on the CPU and for sizes that do not fit together.
+    """
+
+    def __init__(self, weights: Weights, *, precision: str = "float32", isa: str | None = None):
+        # Here, so that the package can be imported, and the reference used, without the extension.
+        from iqmpc import _C
+
+        self.native = _C.WorldModel(
+            encoder=_arrays("encoder", weights.encoder),
+            dynamics=_arrays("dynamics", weights.dynamics),
+            policy=_arrays("policy", weights.policy),
+            critics=[_arrays(f"critic {k}", weights.critics, k)
+                     for k in range(weights.num_critics)],
+            simnorm_dim=weights.simnorm_dim, log_std_min=weights.log_std_min,
+            log_std_max=weights.log_std_max, precision=precision, isa=isa)
+        self.obs_dim: int = self.native.obs_dim
+        self.action_dim: int = self.native.action_dim
+        self.latent_dim: int = self.native.latent_dim
+        self.num_critics: int = self.native.num_critics
+        self.precision: str = self.native.precision
+        self.isa: str = self.native.isa
+
+
+def as_array(name: str, tensor: Tensor) -> np.ndarray:
+    """The memory of a float32 CPU tensor; `ValueError` for another."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU for the cpu backend, got {tensor.device}")
+    # Here rather than in the extension, since NumPy lacks some of torch's dtypes.
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"{name} must be float32 for the cpu backend, got {tensor.dtype}")
+    return tensor.detach().numpy()
+
+
+def refuse_grad(**tensors: Tensor) -> None:
+    """Raise `ValueError` where autograd would expect a gradient through one of the tensors."""
+    for name, tensor in tensors.items():
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires grad and the cpu backend has no backward: use "
+                "backend='reference' or torch.no_grad()"
+            )
+
+
+def _arrays(
+    part: str, layers: tuple[Layer, ...], member: int | None = None
+) -> list[tuple[np.ndarray, ...]]:
+    """(weight, bias[, gamma, beta]) of each layer; of one member of stacked ones."""
+
+    def array(name: str, tensor: Tensor) -> np.ndarray:
+        one = tensor if member is None else tensor[member]
+        return as_array(f"{part} {name}", one.contiguous())
+
+    return [
+        tuple(array(f"layer {i} {name}", t)
+              for name, t in zip(Layer._fields, layer, strict=True) if t is not None)
+        for i, layer in enumerate(layers)
+    ]

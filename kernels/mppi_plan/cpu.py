@@ -1,0 +1,69 @@
+"""The C++ backend of `mppi_plan`: one call a plan, on threads of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iqmpc.config import PlannerConfig
+from iqmpc.kernels.cpu import PackedWeights, as_array
+from iqmpc.kernels.mppi_plan.types import Plan
+from iqmpc.kernels.weights import Weights
+
+
+class CpuPlan:
+    """See `iqmpc.kernels.mppi_plan`. Weights and observations are float32 on the CPU.
+
+    Both scores rank alike in the same draws and this backend computes the advantage form for both.
+    The GIL is released while a plan runs; `publish` may be called meanwhile, from another thread.
+    """
+
+    def __init__(
+        self, weights: Weights, config: PlannerConfig, *, discount: float, beta: float = 0.0,
+        num_envs: int = 1, seed: int = 0, isa: str | None = None,
+    ):
+        from iqmpc import _C
+
+        self.num_envs = num_envs
+        self._precision, self._isa = config.precision, isa
+        packed = PackedWeights(weights, precision=self._precision, isa=isa)
+        self.obs_dim, self.action_dim = packed.obs_dim, packed.action_dim
+        self.native = _C.Planner(
+            packed.native, num_envs=num_envs, horizon=config.horizon, samples=config.samples,
+            elites=config.elites, policy_trajectories=config.policy_trajectories,
+            iterations=config.iterations_for(packed.action_dim), temperature=config.temperature,
+            std_min=config.std_min, std_max=config.std_max, discount=discount,
+            enabled=config.enabled, threads=config.threads or torch.get_num_threads(),
+            budget_us=config.budget_us or 0.0, seed=seed)
+        if config.budget_us:
+            self.native.warm_up()
+
+    def __call__(self, obs: Tensor, *, explore: bool = False) -> Plan:
+        """obs [E, O] -> the plan; `explore` adds std_0 ε to its action."""
+        action = torch.empty(self.num_envs, self.action_dim)
+        iterations, nonfinite, missed, _ = self.native.plan(
+            as_array("obs", obs.float().contiguous()), explore, action.numpy())
+        return Plan(action, nonfinite, iterations, missed)
+
+    def publish(self, weights: Weights) -> None:
+        packed = PackedWeights(weights, precision=self._precision, isa=self._isa)
+        self.native.publish(packed.native)
+
+    def reset(self, env: int | None = None) -> None:
+        if env is None:
+            self.native.reset()
+        else:
+            self.native.reset(env)
+
+    @property
+    def mean(self) -> Tensor:
+        """[E, H, A], the planner's own memory."""
+        return torch.from_numpy(self.native.mean)
+
+    @property
+    def step(self) -> int:
+        return self.native.step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self.native.step = value

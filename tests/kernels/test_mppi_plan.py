@@ -1,0 +1,282 @@
+"""The whole plan: the C++ backend against the reference on the same draws, and what it promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iqmpc import _C
+from iqmpc.config import PlannerConfig
+from iqmpc.kernels.cpu import PackedWeights
+from iqmpc.kernels.mppi_plan import BACKENDS, CpuPlan, PlanNoise, ReferencePlan
+
+LEVELS = _C.isa_levels()
+CONFIG = PlannerConfig(samples=40, elites=8, policy_trajectories=6, iterations=3)
+
+
+def cpu(weights, config=CONFIG, **settings):
+    return CpuPlan(weights, config, **({"discount": 0.97, "beta": 1e-3, "seed": 7} | settings))
+
+
+def its_draws(plan: CpuPlan, score: str, *, explore: bool) -> PlanNoise:
+    """What the next plan of the C++ backend will draw."""
+    d = {k: torch.tensor(v) for k, v in plan.native.draws(plan.step).items()}
+    pair, explored = d.pop("pair"), d.pop("explore").double()
+    if score == "unrolled":  # the reference also draws at z_H, whose value cancels
+        for name in ("prior_score", "score"):
+            like = d["prior" if name == "prior_score" else "samples"][..., :1, :, :]
+            d[name] = torch.cat([d[name], torch.randn_like(like)], dim=-3)
+    return PlanNoise(**{k: v.double() for k, v in d.items()}, pair=pair,
+                     root=torch.zeros_like(explored), explore=explored * explore)
+
+
+def reference(weights, config=CONFIG, **settings):
+    config = dataclasses.replace(config, precision="float64", threads=None)
+    return ReferencePlan(weights, config, **({"discount": 0.97, "beta": 1e-3} | settings))
+
+
+@settings(deadline=None, max_examples=60)
+@given(isa=st.sampled_from(LEVELS), envs=st.sampled_from([1, 3]), horizon=st.integers(1, 4),
+       action_dim=st.sampled_from([1, 5, 17]), shape=st.sampled_from(
+           [(1, 1, 0), (1, 1, 1), (40, 8, 6), (40, 40, 0), (33, 5, 33), (130, 16, 70)]),
+       iterations=st.integers(1, 3), score=st.sampled_from(["advantage", "unrolled"]),
+       threads=st.sampled_from([1, 2, 3]), explore=st.booleans(), seed=st.integers(0, 1000))
+def test_cpu_plans_what_the_reference_plans(make_weights, isa, envs, horizon, action_dim, shape,
+                                            iterations, score, threads, explore, seed):
+    samples, elites, policy_trajectories = shape
+    weights = make_weights(5, action_dim, latent=24, hidden=37, seed=seed)
+    config = PlannerConfig(
+        samples=samples, elites=elites, policy_trajectories=policy_trajectories, horizon=horizon,
+        iterations=iterations, score=score, threads=threads)
+    meaning = reference(weights, config, num_envs=envs)
+    plan = cpu(weights, config, num_envs=envs, isa=isa, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    for _ in range(2):  # the second one starts from the first one's mean
+        obs = torch.randn(envs, 5, generator=random)
+        action, mean = meaning.compute(
+            meaning.weights, obs.double(), meaning.mean, its_draws(plan, score, explore=explore))
+        done = plan(obs, explore=explore)
+        assert done.iterations == iterations and done.nonfinite == 0 and not done.missed
+        torch.testing.assert_close(done.action.double(), action[:, :-1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plan.mean.double(), mean, rtol=1e-4, atol=1e-4)
+        meaning.mean.copy_(mean)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+def test_bf16_refits_to_nearly_the_same_elites(make_weights, isa):
+    weights = make_weights(17, 6, latent=128, hidden=256)
+    config = PlannerConfig(samples=256, elites=32, policy_trajectories=16, iterations=1)
+    exact = cpu(weights, config)
+    half = cpu(weights, dataclasses.replace(config, precision="bf16"), isa=isa)
+    obs = torch.randn(1, 17)
+    exact(obs), half(obs)
+    assert (exact.mean - half.mean).abs().max() < 0.1
+    assert not torch.equal(exact.mean, half.mean)  # it is another computation
+
+
+def test_same_seed_and_step_same_plan_on_any_thread_count(make_weights):
+    weights = make_weights(5, 3)
+    obs = torch.randn(5, 2, 5)
+    runs = [torch.stack([plan(o, explore=True).action for o in obs])
+            for plan in (cpu(weights, dataclasses.replace(CONFIG, threads=n), num_envs=2)
+                         for n in (1, 2, 3, 7))]
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])
+    other = cpu(weights, num_envs=2, seed=8)
+    assert not torch.equal(torch.stack([other(o, explore=True).action for o in obs]), runs[0])
+
+
+def test_a_step_can_be_repeated(make_weights):
+    plan, obs = cpu(make_weights(5, 3)), torch.randn(1, 5)
+    first, mean = plan(obs).action, plan.mean.clone()
+    assert plan.step == 1
+    second = plan(obs).action
+    plan.step, plan.mean[:] = 1, mean
+    assert torch.equal(plan(obs).action, second) and not torch.equal(first, second)
+
+
+def test_problems_of_a_batch_are_planned_for_independently(make_weights):
+    weights, obs = make_weights(5, 3), torch.randn(3, 5)
+    one, other = cpu(weights, num_envs=3), cpu(weights, num_envs=3)
+    changed = obs.clone()
+    changed[1] += 3
+    a, b = one(obs).action, other(changed).action
+    assert torch.equal(a[[0, 2]], b[[0, 2]]) and not torch.equal(a[1], b[1])
+
+
+def test_draws_are_standard_normal_and_independent(make_weights):
+    plan = cpu(make_weights(5, 3), PlannerConfig(
+        samples=512, elites=64, policy_trajectories=24, iterations=6), num_envs=2)
+    draws = plan.native.draws(0)
+    x = draws["samples"].ravel().astype(np.float64)
+    bound = 5 / np.sqrt(x.size)
+    assert abs(x.mean()) < bound and abs((x**2).mean() - 1) < bound * np.sqrt(2)
+    assert abs((x**3).mean()) < bound * np.sqrt(15) and abs((x**4).mean() - 3) < bound * np.sqrt(96)
+    assert abs((np.abs(x) > 1.959964).mean() - 0.05) < bound * 0.22
+    # Between neighbours, iterations, problems, purposes and steps.
+    s, later = draws["samples"], plan.native.draws(1)["samples"]
+    for a, b in ((s[..., 0], s[..., 1]), (s[0], s[1]), (s[:, 0], s[:, 1]), (s, later),
+                 (s[:, :, 1:], draws["score"]), (s[:, :, 0, :-1], s[:, :, 0, 1:])):
+        assert abs((a.astype(np.float64) * b).mean()) < 5 / np.sqrt(a.size)
+    gumbel = np.concatenate([plan.native.draws(i)["gumbel"].ravel() for i in range(50)])
+    assert abs(gumbel.mean() - 0.5772) < 5 * 1.2825 / np.sqrt(gumbel.size)
+    pairs = [plan.native.draws(i)["pair"] for i in range(600)]
+    counts = np.unique(pairs, axis=0, return_counts=True)[1]
+    assert len(counts) == 6 and counts.min() > 60  # every ordered pair of three critics, 100 each
+
+
+def test_draws_are_the_same_at_every_level(make_weights):
+    weights = make_weights(5, 3)
+    draws = [cpu(weights, isa=isa).native.draws(3) for isa in LEVELS]
+    for other in draws[1:]:
+        for name, value in other.items():
+            np.testing.assert_allclose(value, draws[0][name], rtol=2e-5, atol=2e-6)
+
+
+def test_no_time_for_an_iteration_is_a_miss(make_weights):
+    weights = make_weights(5, 3)
+    plan = cpu(weights, dataclasses.replace(CONFIG, budget_us=1e-3))
+    obs = torch.randn(1, 5)
+    meaning = reference(weights, dataclasses.replace(CONFIG, enabled=False))
+    done = plan(obs, explore=True)
+    assert done.missed and done.iterations == 0 and done.nonfinite == 0
+    torch.testing.assert_close(done.action, meaning(obs).action)  # the policy's mean action
+    assert plan.mean.count_nonzero() == 0
+
+    planned = torch.tensor([[0.1, 0.2, 0.3], [-0.4, 0.5, -0.6], [0.7, -0.8, 0.9]])
+    plan.mean[0] = planned
+    done = plan(obs, explore=True)
+    assert done.missed and torch.equal(done.action, planned[1:2])
+    assert torch.equal(plan.mean[0], torch.cat([planned[1:], torch.zeros(1, 3)]))
+
+
+def test_a_budget_ends_the_plan_between_iterations(make_weights):
+    """Enough time for some of a million iterations: the plan is what those iterations give."""
+    weights, obs = make_weights(5, 3), torch.randn(1, 5)
+    plan = cpu(weights, dataclasses.replace(CONFIG, iterations=1_000_000, budget_us=20_000.0))
+    started = time.perf_counter()
+    done = plan(obs)
+    # Not a measurement: only that it did end, long before the hours a million would take.
+    assert time.perf_counter() - started < 60
+    assert 1 <= done.iterations < 1_000_000 and not done.missed
+    same = cpu(weights, dataclasses.replace(CONFIG, iterations=done.iterations))
+    assert torch.equal(same(obs).action, done.action)
+    assert torch.equal(same.mean, plan.mean)
+
+
+def test_a_generous_budget_changes_nothing(make_weights):
+    weights, obs = make_weights(5, 3), torch.randn(1, 5)
+    free, bound = cpu(weights), cpu(weights, dataclasses.replace(CONFIG, budget_us=1e9))
+    for _ in range(2):
+        assert torch.equal(free(obs).action, bound(obs).action)
+
+
+def test_publishing_and_freeing_weights_while_plans_run(make_weights):
+    """Every plan is one of the two models', whichever it found; none is a mixture or a crash."""
+    old, new = (make_weights(5, 3, hidden=64, seed=s) for s in (0, 1))
+    config = dataclasses.replace(CONFIG, samples=64, threads=2)
+    obs = torch.randn(1, 5)
+    plan = cpu(old, config)
+    possible = []
+    for weights in (old, new):
+        alone = cpu(weights, config)
+        possible.append(alone(obs).action)
+    stop, seen = threading.Event(), []
+
+    def publish():
+        while not stop.is_set():
+            plan.publish(new)
+            plan.publish(old)
+
+    publisher = threading.Thread(target=publish)
+    publisher.start()
+    try:
+        for _ in range(300):
+            plan.step = 0
+            plan.reset()
+            seen.append(plan(obs).action)
+    finally:
+        stop.set()
+        publisher.join()
+    assert all(any(torch.equal(a, p) for p in possible) for a in seen)
+
+
+def test_plans_of_one_planner_from_two_threads_wait_for_each_other(make_weights):
+    weights, obs = make_weights(5, 3), torch.randn(1, 5)
+    shared, alone = cpu(weights), cpu(weights)
+    results = []
+    threads = [threading.Thread(target=lambda: [results.append(shared(obs).action)
+                                                for _ in range(20)]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = [alone(obs).action for _ in range(40)]
+    assert shared.step == 40
+    # In some order: steps are taken one by one, each with its own draws.
+    key = [tuple(a.ravel().tolist()) for a in expected]
+    assert sorted(tuple(a.ravel().tolist()) for a in results) == sorted(key)
+
+
+def test_a_published_model_must_be_alike(make_weights):
+    plan = cpu(make_weights(5, 3))
+    with pytest.raises(ValueError, match="action_dim must be 3 as the planner's, got 4"):
+        plan.publish(make_weights(5, 4))
+    with pytest.raises(ValueError, match=r"widest layer \(padded\) must be .* as the planner's"):
+        plan.publish(make_weights(5, 3, hidden=500))
+    half = PackedWeights(make_weights(5, 3), precision="bf16")
+    with pytest.raises(ValueError, match="must be float32 for .* as the planner's, got bf16"):
+        plan.native.publish(half.native)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(elites=41), "elites must be at most samples = 40, got 41"),
+    (dict(samples=0), "samples must be at least 1, got 0"),
+    (dict(num_envs=0), "num_envs must be at least 1, got 0"),
+    (dict(std_min=0.0), "std_min must be positive, got 0"),
+    (dict(std_max=float("nan")), "std_max must be finite and at least std_min, got nan"),
+    (dict(discount=1.5), r"discount must be in \[0, 1\], got 1.5"),
+    (dict(threads=0), r"threads must lie in \[1, 1024\], got 0"),
+    (dict(budget_us=-1.0), "budget_us must be 0 or more microseconds, got -1"),
+])
+def test_settings_are_checked_by_the_library_too(make_weights, change, message):
+    arguments = dict(
+        num_envs=1, horizon=3, samples=40, elites=8, policy_trajectories=6, iterations=3,
+        temperature=0.5, std_min=0.05, std_max=2.0, discount=0.97, enabled=True, threads=1,
+        budget_us=0.0, seed=0)
+    with pytest.raises(ValueError, match=message):
+        _C.Planner(PackedWeights(make_weights(5, 3)).native, **(arguments | change))
+
+
+def test_arrays_and_problems_that_do_not_fit_are_named(make_weights):
+    plan = cpu(make_weights(5, 3), num_envs=2)
+    obs, action = np.zeros((2, 5), np.float32), np.zeros((2, 3), np.float32)
+    for arguments, message in (
+        ((obs[:1], False, action), r"obs must be float32 with shape \[2, 5\], got .* \[1, 5\]"),
+        ((obs, False, action[:, :2]), r"action must be float32 with shape \[2, 3\]"),
+        ((obs.astype(np.float64), False, action), r"obs must be .* got float64 \[2, 5\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan.native.plan(*arguments)
+    with pytest.raises(IndexError, match=r"problem must lie in \[0, 2\), got 2"):
+        plan.reset(2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_policy_trajectories_keep_their_score(make_weights, backend):
+    """With policy trajectories only, every iteration ranks the same scores: one is enough."""
+    weights, obs = make_weights(5, 3), torch.randn(1, 5)
+    config = dataclasses.replace(CONFIG, policy_trajectories=40)
+    plans = []
+    for iterations in (1, 3):
+        plan = BACKENDS[backend](weights, dataclasses.replace(config, iterations=iterations),
+                                 discount=0.97, seed=1)
+        plan(obs)
+        plans.append(plan.mean.clone())
+    torch.testing.assert_close(plans[0], plans[1])
