@@ -28,18 +28,20 @@ def resolve_device(name: str) -> str:
 
 
 class Agent:
-    """A world model and its planner, acting on one environment.
+    """A world model and its planner, acting on `num_envs` environments at once (one by default).
 
     Call `reset` at the start of every episode: the planner is warm-started from step to step.
     """
 
-    def __init__(self, model: WorldModel, config: Config, *, seed: int = 0):
+    def __init__(
+        self, model: WorldModel, config: Config, *, seed: int = 0, num_envs: int = 1
+    ):
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
         self.beta = config.entropy_coefficient(model.action_dim)
         self.planner = Planner(
             model.weights(), config.planner, discount=config.discount, beta=self.beta,
-            seed=stream_seed(seed, "planner"))
+            num_envs=num_envs, seed=stream_seed(seed, "planner"))
         # What training says of the checkpoint: env_steps, updates, wall_s, demonstrator_return.
         self.facts: dict[str, Any] = {}
 
@@ -68,14 +70,19 @@ class Agent:
                                             "demonstrator_return")}
         return agent
 
-    def reset(self) -> None:
-        """An episode starts."""
-        self.planner.reset()
+    def reset(self, env: int | None = None) -> None:
+        """An episode starts, in one environment or in all."""
+        self.planner.reset(env)
 
     def act(self, obs: np.ndarray, *, explore: bool = False) -> np.ndarray:
-        """obs [O] -> action float32 [A] in [-1, 1]."""
+        """obs [N, O], N = `num_envs` (or [O] for one) -> action float32 [N, A] (or [A]) in [-1, 1].
+
+        The N actions are planned in one call. Raises `ValueError` for another shape.
+        """
         obs = torch.as_tensor(np.asarray(obs, dtype=np.float32), device=self.device)
-        return self.planner.plan(obs.unsqueeze(0), explore=explore)[0].cpu().numpy()
+        single = obs.ndim == 1
+        action = self.planner.plan(obs.unsqueeze(0) if single else obs, explore=explore)
+        return (action[0] if single else action).cpu().numpy()
 
     @torch.no_grad()
     def decode_reward(

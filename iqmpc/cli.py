@@ -44,7 +44,8 @@ def train(
 ) -> None:
     """Train an agent; ends with an evaluation beside the demonstrator's return.
 
-    `resume=RUN` continues a run; only train.* and threads may then be changed.
+    `resume=RUN` continues a run; only train.* (but not train.num_envs) and threads may then be
+    changed.
     """
     from iqmpc.compose import compose, parse
     from iqmpc.progress import TrainingDisplay
@@ -64,11 +65,13 @@ def train(
     import iqmpc
     from iqmpc.envs import check_spaces
 
-    env = iqmpc.make_env(config.task, seed=config.seed)
-    demonstrations = _demonstrations(config, *check_spaces(env, config.task.name))
+    count = config.train.num_envs
+    envs = [iqmpc.make_env(config.task, seed=config.seed) for _ in range(count)]
+    eval_env = iqmpc.make_env(config.task, seed=config.seed) if count > 1 else None
+    demonstrations = _demonstrations(config, *check_spaces(envs[0], config.task.name))
     with TrainingDisplay(config.train.steps, _console) as display:
         trainer = iqmpc.Trainer(
-            config, env, demonstrations, run=run, resume=resume,
+            config, envs, demonstrations, run=run, eval_env=eval_env, resume=resume,
             on_progress=display.update, on_message=display.message)
         parameters = sum(p.numel() for p in trainer.learner.model.parameters())
         display.message(

@@ -1,9 +1,9 @@
-"""The loop that coordinates environment, planner, replay and learner."""
+"""The loop that coordinates environments, planner, replay and learner."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from iqmpc import checkpoint
 from iqmpc.agent import Agent, resolve_device
 from iqmpc.config import Config
 from iqmpc.demos import Demonstrations
-from iqmpc.envs import check_spaces
+from iqmpc.envs.vector import VectorEnv, check_alike
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.evaluation import Evaluation, evaluate, ratio
 from iqmpc.learner import Learner
@@ -27,12 +27,21 @@ _REPORT_EVERY = 25  # steps between progress reports; metrics are fetched no oft
 
 
 class Trainer:
-    """Trains an agent on an environment from demonstrations (none for `objective: td`).
+    """Trains an agent on environments from demonstrations (none for `objective: td`).
 
-    `env` is any `gymnasium.Env` with flat Box observations and actions in [-1, 1]. `run` is the
-    folder that receives config, metrics and checkpoints; a folder that holds a run already is
-    refused unless `resume` continues it. `on_progress(values)` is called now and then with the
-    current figures (`return` is the last episode's), `on_message(text)` with events in words.
+    `env` is any `gymnasium.Env` with flat Box observations and actions in [-1, 1], or a sequence of
+    `config.train.num_envs` of them with the same spaces. They are stepped together, one tick after
+    another, and their actions planned in one call. Evaluation takes `eval_env`; where there is one
+    environment that may be absent and is `env` itself. `run` is the folder that receives config,
+    metrics and checkpoints; a folder that holds a run already is refused unless `resume` continues
+    it. `on_progress(values)` is called now and then with the current figures (`return` is the last
+    episode's), `on_message(text)` with events in words.
+
+    Evaluations and checkpoints come after ticks at which an episode ended. A checkpoint holds no
+    unfinished episode: where other environments were inside theirs, a resumed run has lost those
+    steps (they stay counted) and goes on with every environment reset, by seeds not used before.
+    With one environment, or with episodes that end together, nothing is lost and the continuation
+    is exact.
 
     Raises `TaskError`, `ConfigError`, `DemonstrationError` or `CheckpointError` for what does not
     fit, before anything is written.
@@ -41,21 +50,26 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        env: gymnasium.Env,
+        env: gymnasium.Env | Sequence[gymnasium.Env],
         demonstrations: Demonstrations | None = None,
         *,
         run: str | Path,
+        eval_env: gymnasium.Env | None = None,
         resume: bool = False,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
         on_message: Callable[[str], None] | None = None,
     ):
-        self.config, self.env, self.run = config, env, Path(run)
+        self.config, self.run = config, Path(run)
         self._on_progress = on_progress or (lambda values: None)
         self._on_message = on_message or (lambda text: None)
-        obs_dim, action_dim = check_spaces(env, config.task.name)
+        self.envs, self.eval_env = _environments(config, env, eval_env)
+        obs_dim, action_dim, count = self.envs.obs_dim, self.envs.action_dim, len(self.envs)
         self.device = resolve_device(config.device)
         self.learner = Learner(obs_dim, action_dim, config, self.device)
-        self.agent = Agent(self.learner.model, config, seed=config.seed)
+        self.agent = Agent(self.learner.model, config, seed=config.seed, num_envs=count)
+        # Evaluation plans for one environment; a single agent does both (and is compiled once).
+        self._evaluator = self.agent if count == 1 else Agent(
+            self.learner.model, config, seed=config.seed)
         horizon = config.learner.horizon
         self.behaviour = SliceReplay(
             obs_dim, action_dim, horizon=horizon, capacity=config.train.capacity,
@@ -104,8 +118,7 @@ class Trainer:
                 self._on_message(f"{c.demo_updates} updates on the demonstrations alone")
                 self._update_to(c.demo_updates, self.experts)
             while self.env_steps < c.steps:
-                self._episode()
-                if self.env_steps < c.steps:
+                if self._tick() and self.env_steps < c.steps:
                     if self.env_steps - self._evaluated_at >= c.eval_every:
                         self._evaluate(c.eval_episodes)
                     if self.env_steps - self._saved_at >= c.checkpoint_every:
@@ -116,34 +129,32 @@ class Trainer:
         finally:
             self._log.close()
 
-    def _episode(self) -> None:
-        """One episode of interaction, learning after every step."""
-        c = self.config
-        obs, _ = self.env.reset(seed=stream_seed(c.seed, "train", self.episodes))
-        self.agent.reset()
-        # Copies: an environment may write its next observation into the same array.
-        observations, actions, rewards = [np.array(obs, np.float32)], [], []
-        ended = False
-        while not ended:
-            action = self._act(observations[-1])
-            obs, reward, terminated, truncated, _ = self.env.step(action)
-            observations.append(np.array(obs, np.float32))
-            actions.append(action)
-            rewards.append(reward)
-            self.env_steps += 1
-            ended = terminated or truncated or self.env_steps >= c.train.steps
-            if ended:
-                self.behaviour.add_episode(
-                    *(torch.as_tensor(np.asarray(x, np.float32))
-                      for x in (observations, actions, rewards)), terminated=bool(terminated))
-            self._learn()
-            if self.env_steps % _REPORT_EVERY == 0:
-                self._report()
-        self.episodes += 1
-        self._last_return = float(np.sum(rewards))
-        self._log.write({**self._progress(), "return": self._last_return,
-                         **{k: v.item() for k, v in self._metrics.items()}})
-        self._metrics = {}
+    def _tick(self) -> bool:
+        """One control step of every environment, then learning. Whether an episode ended."""
+        left = self.config.train.steps - self.env_steps
+        for index in self.envs.start():
+            self.agent.reset(index)
+        actions = self._act(self.envs.observations)[:left]  # the last tick may have too many
+        ended = self.envs.step(actions)
+        self.env_steps += len(actions)
+        if len(actions) == left:
+            ended += self.envs.cut()
+        for episode in ended:
+            self.behaviour.add_episode(
+                *(torch.as_tensor(np.asarray(x, np.float32))
+                  for x in (episode.observations, episode.actions, episode.rewards)),
+                terminated=episode.terminated)
+        self._learn()
+        if self.env_steps % _REPORT_EVERY < len(actions):
+            self._report()
+        for episode in ended:
+            self.episodes += 1
+            self._last_return = float(np.sum(episode.rewards))
+            self._log.write({**self._progress(), "return": self._last_return,
+                             **{k: v.item() for k, v in self._metrics.items()}})
+        if ended:
+            self._metrics = {}
+        return bool(ended)
 
     @property
     def _exploring_at_random(self) -> bool:
@@ -151,9 +162,10 @@ class Trainer:
         return self.env_steps < self.config.random_steps or not self.behaviour.slices
 
     def _act(self, obs: np.ndarray) -> np.ndarray:
+        """obs [N, O] -> action [N, A]."""
         if self._exploring_at_random:
             uniform = torch.rand(
-                self.env.action_space.shape, generator=self.generator, device=self.device)
+                len(obs), self.envs.action_dim, generator=self.generator, device=self.device)
             return (2 * uniform - 1).cpu().numpy()
         return self.agent.act(obs, explore=True)
 
@@ -164,7 +176,7 @@ class Trainer:
             return
         since = self.env_steps - c.random_steps
         due = c.train.demo_updates + c.initial_updates + since * c.train.updates_per_step
-        if due - self.learner.updates > max(1, c.train.updates_per_step):
+        if due - self.learner.updates > len(self.envs) * c.train.updates_per_step:
             self._on_message(
                 f"{due - self.learner.updates} updates on the first {self.env_steps} steps")
         self._update_to(due, self.behaviour)
@@ -183,18 +195,22 @@ class Trainer:
 
     def _evaluate(self, episodes: int) -> Evaluation:
         """Without exploration, and without a trace in the state of training."""
-        planner, at = self.agent.planner, self._progress()
+        planner, at = self._evaluator.planner, self._progress()
         before = planner.state_dict()
+        planner.publish(self.learner.weights)
         planner.step = 0
-        result = evaluate(self.agent, self.env, episodes=episodes, seed=self.config.seed)
-        counted = planner.nonfinite_plans
+        result = evaluate(
+            self._evaluator, self.eval_env, episodes=episodes, seed=self.config.seed)
+        counted = {k: getattr(planner, k) - int(before[k])
+                   for k in ("nonfinite_plans", "missed_plans")}
         planner.load_state_dict(before)
-        planner.nonfinite_plans = counted
+        for key, count in counted.items():
+            setattr(self.agent.planner, key, getattr(self.agent.planner, key) + count)
         self._evaluated_at = self.env_steps
         self._log.write({
             **at, "eval_return_mean": result.return_mean,
             "eval_return_std": result.return_std, "eval_success_rate": result.success_rate,
-            "nonfinite_plans": counted})
+            "nonfinite_plans": self.agent.planner.nonfinite_plans})
         share = ratio(result.return_mean, self.demonstrator_return)
         beside = "" if share is None else \
             f" ({100 * share:.0f} % of the demonstrator's {self.demonstrator_return:.0f})"
@@ -218,6 +234,7 @@ class Trainer:
             "ratio": ratio(result.return_mean, self.demonstrator_return),
             "backend": self.agent.planner.backend,
             "nonfinite_plans": self.agent.planner.nonfinite_plans,
+            "missed_plans": self.agent.planner.missed_plans,
         }
         write_summary(self.run, summary)
         return summary
@@ -239,7 +256,8 @@ class Trainer:
         }
         checkpoint.save(self.run, self.env_steps, tensors, {
             "obs_dim": self.learner.model.obs_dim, "action_dim": self.learner.model.action_dim,
-            **self._progress(), "evaluated_at": self._evaluated_at,
+            **self._progress(), "started": self.envs.started,
+            "evaluated_at": self._evaluated_at,
             "demonstrator_return": self.demonstrator_return,
             "demonstrations": self._demonstrations_digest()})
         self._saved_at = self.env_steps
@@ -254,7 +272,11 @@ class Trainer:
             "run_dir")
 
     def _restore(self) -> None:
-        checkpoint.load_config(self.run)  # refuses what is no run folder
+        made = checkpoint.load_config(self.run).train.num_envs  # refuses what is no run folder
+        if made != len(self.envs):
+            raise ConfigError(
+                f"train.num_envs cannot change when a run is resumed: it is {made}, got "
+                f"{len(self.envs)}")
         self._resumed = True
         if not checkpoint.exists(self.run):
             self._on_message("the run has no checkpoint yet: starting from its beginning")
@@ -281,10 +303,29 @@ class Trainer:
             raise CheckpointError(f"{path} does not fit this run's settings: {error}") from error
         self.agent.planner.publish(self.learner.weights)
         self.env_steps, self.episodes = meta["env_steps"], meta["episodes"]
+        self.envs.started = meta.get("started", self.episodes)  # absent: of one environment
         self._wall_before, self._evaluated_at = meta["wall_s"], meta["evaluated_at"]
         self._saved_at = self.env_steps
         checkpoint.set_aside(self.run, path)
         self._on_message(f"continuing from {path.name}")
+
+
+def _environments(
+    config: Config, env: gymnasium.Env | Sequence[gymnasium.Env], eval_env: gymnasium.Env | None,
+) -> tuple[VectorEnv, gymnasium.Env]:
+    """Those to train in and the one to evaluate in."""
+    given, count = list(env) if isinstance(env, Sequence) else [env], config.train.num_envs
+    if len(given) != count:
+        raise ConfigError(f"train.num_envs={count} needs {count} environments, got {len(given)}")
+    envs = VectorEnv(given, config.task.name, seed=config.seed)
+    if count > 1 and (eval_env is None or any(eval_env is e for e in given)):
+        raise ConfigError(
+            f"train.num_envs={count} needs an eval_env of its own: an evaluation would cut the "
+            "episodes that are being recorded")
+    if eval_env is None:
+        return envs, given[0]
+    check_alike(eval_env, given[0], f"{config.task.name}: eval_env", "environment 0")
+    return envs, eval_env
 
 
 def _expert_replay(

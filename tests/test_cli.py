@@ -85,6 +85,18 @@ def test_resume_continues(run, tmp_path):
     assert summaries[0] == summaries[1] and summaries[0]["env_steps"] == 60
 
 
+def test_several_environments_train_and_continue(tmp_path):
+    path = tmp_path / "run"
+    done = iqmpc("train", *TINY, "train.num_envs=3", f"run_dir={path}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((path / "summary.json").read_text())["env_steps"] == 40
+    done = iqmpc("train", f"resume={path}", "train.steps=50", "train.num_envs=2")
+    assert done.returncode == 2 and "num_envs cannot change when a run is resumed" in done.stderr
+    done = iqmpc("train", f"resume={path}", "train.steps=50")
+    assert done.returncode == 0, done.stderr
+    assert iqmpc("eval", path, "--episodes", 1).returncode == 0
+
+
 def test_record_makes_demonstrations_that_train_reads(run, tmp_path):
     path, _ = run
     out = tmp_path / "mine.h5"

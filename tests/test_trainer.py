@@ -378,3 +378,197 @@ def test_config_is_written(tmp_path, small_config, point_env, point_demonstratio
     train(small_config, point_env, point_demonstrations, tmp_path / "run")
     assert checkpoint.load_config(tmp_path / "run") == small_config
     assert isinstance(checkpoint.load_config(tmp_path / "run"), Config)
+
+
+class Marked(gymnasium.Env):
+    """Observes (which environment and episode it is, the step): what belongs together shows."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self, mark, length, *, terminates=False, fails_at=None):
+        self.mark, self.length, self.terminates = mark, length, terminates
+        self.left, self.seeds = fails_at, []
+
+    def obs(self):
+        return np.array([self.mark + len(self.seeds) / 128, self.steps], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.append(seed)
+        self.steps = 0
+        return self.obs(), {}
+
+    def step(self, action):
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        self.steps += 1
+        ended = self.steps >= self.length
+        return (self.obs(), float(self.steps), ended and self.terminates,
+                ended and not self.terminates, {})
+
+
+def marked(**options):
+    """Episodes of 5, 7 and 11 steps; the 7 end in a terminal state."""
+    return [Marked(1, 5), Marked(2, 7, terminates=True), Marked(3, 11, **options)]
+
+
+@pytest.fixture
+def three(small_config):
+    return small_config.replace({"train.num_envs": 3})
+
+
+def test_three_environments_are_planned_in_one_call(
+        tmp_path, three, point_env, point_demonstrations):
+    envs = [type(point_env)(length) for length in (5, 8, 20)]
+    trainer = Trainer(three, envs, point_demonstrations, run=tmp_path / "run",
+                      eval_env=point_env)
+    ticks, shapes, updates = [], [], []
+    plan, step, update = trainer.agent.planner.plan, trainer.envs.step, trainer.learner.update
+    trainer.agent.planner.plan = lambda obs, **k: shapes.append(list(obs.shape)) or plan(obs, **k)
+    trainer.envs.step = lambda actions: ticks.append(len(actions)) or step(actions)
+    trainer.learner.update = lambda batch: updates.append(trainer.env_steps) or update(batch)
+    summary = trainer.train()
+    assert ticks == [3] * 33 + [1] and summary["env_steps"] == 100  # and no step more
+    assert shapes == [[3, 2]] * 20  # from step 42 on
+    assert summary["updates"] == 5 + 60
+    assert updates == [42] * (5 + 2) + [s for s in range(45, 100, 3) for _ in range(3)] + [100]
+    rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv", newline="")))
+    ends = [int(r["env_steps"]) for r in rows if r["return"]]
+    assert ends == sorted(3 * t for length in (5, 8, 20) for t in range(length, 34, length)) \
+        + [100] * 3  # the unfinished ones
+    assert [int(r["env_steps"]) for r in rows if r["eval_return_mean"]] == [45, 90, 100]
+    assert all(r["consistency"] for r in rows if r["return"] and int(r["env_steps"]) > 40)
+
+
+def test_three_environments_train(tmp_path, three, point_env, point_demonstrations):
+    config = three.replace({
+        "train.steps": 1000, "train.random_steps": 100, "train.initial_updates": 100,
+        "train.final_episodes": 10, "train.eval_every": 1000, "learner.batch": 32,
+        "learner.lr": 1e-3, "planner.samples": 64, "planner.elites": 8})
+    summary = train(config, [type(point_env)() for _ in range(3)], point_demonstrations,
+                    tmp_path / "run", eval_env=point_env)
+    assert summary["ratio"] > 0.7 and summary["success_rate"] >= 0.8
+    learnt = evaluate(Agent.load(tmp_path / "run"), point_env, episodes=10)
+    assert learnt.return_mean == summary["return_mean"]
+
+
+def test_episodes_of_several_environments_are_not_mixed(
+        tmp_path, three, point_env, point_demonstrations):
+    trainer = Trainer(three, marked(), point_demonstrations, run=tmp_path / "run",
+                      eval_env=point_env)
+    trainer.train()
+    # 34, 33, 33 steps: 6, 4 and 3 whole episodes, and 4, 5 and 0 steps at the end
+    assert len(trainer.behaviour) == 100 and trainer.episodes == 13 + 2
+    rows, starts = trainer.behaviour._rows, trainer.behaviour._starts
+    lengths = [5] * 6 + [4] + [7] * 4 + [5] + [11] * 3
+    assert len(starts) == sum(length - 3 + 1 for length in lengths)
+    for start in starts.tolist():
+        of, at = rows["obs"][start:start + 4].T
+        assert of.unique().numel() == 1 and (at - at[0]).tolist() == [0, 1, 2, 3]
+        assert rows["reward"][start:start + 3].tolist() == at[1:].tolist()
+        ends = [bool(2 <= m < 3 and t == 7) for m, t in zip(of[1:], at[1:], strict=True)]
+        assert rows["terminated"][start:start + 3].tolist() == ends
+    assert rows["terminated"].sum() == 4
+
+
+def test_each_environments_plan_is_forgotten_at_its_episodes_end(
+        tmp_path, three, point_env, point_demonstrations):
+    trainer = Trainer(three, marked(), point_demonstrations, run=tmp_path / "run",
+                      eval_env=point_env)
+    reset, act, resets, ticks = trainer.agent.planner.reset, trainer._act, [], []
+    trainer.agent.planner.reset = lambda env=None: resets.append(env) or reset(env)
+
+    def seen(obs):
+        first = np.flatnonzero(obs[:, 1] == 0).tolist()  # those at the first step of an episode
+        ticks.append(first == resets)
+        resets.clear()
+        return act(obs)
+
+    trainer._act = seen
+    trainer.train()
+    assert ticks == [True] * 34
+
+
+def test_evaluation_leaves_no_trace_beside_three_environments(
+        tmp_path, three, point_env, point_demonstrations):
+    for name, every in (("often", 10), ("never", 1000)):
+        train(three.replace({"train.eval_every": every}), marked(), point_demonstrations,
+              tmp_path / name, eval_env=point_env)
+    one, two = (tensors_of(tmp_path / n)[0] for n in ("often", "never"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_resume_is_exact_where_episodes_end_together(
+        tmp_path, three, point_env, point_demonstrations):
+    config = three.replace({"train.steps": 180})
+
+    def go(config, run, **options):
+        train(config, [type(point_env)() for _ in range(3)], point_demonstrations,
+              tmp_path / run, eval_env=point_env, **options)
+
+    go(config, "straight")
+    go(config.replace({"train.steps": 120}), "parts")
+    go(config, "parts", resume=True)
+    one, two = (tensors_of(tmp_path / n)[0] for n in ("straight", "parts"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_resume_drops_unfinished_episodes_of_the_others(
+        tmp_path, three, point_env, point_demonstrations):
+    """Cut in tick 31; the checkpoint of tick 28 holds what had ended by then."""
+    config = three.replace({"train.checkpoint_every": 80})
+    before, after = marked(fails_at=30), marked()
+    with pytest.raises(KeyboardInterrupt):
+        train(config, before, point_demonstrations, tmp_path / "run", eval_env=point_env)
+    trainer = Trainer(config, after, point_demonstrations, run=tmp_path / "run",
+                      eval_env=point_env, resume=True)
+    assert trainer.env_steps == 84 and len(trainer.behaviour) == 25 + 28 + 22
+    assert trainer.episodes == 5 + 4 + 2
+    # by the checkpoint: the first two have begun one more since
+    used = {seed for env in before for seed in env.seeds[:-1]} | {before[2].seeds[-1]}
+    summary = trainer.train()
+    assert summary["env_steps"] == 100 and summary["updates"] == 5 + 60
+    # 6, 5 and 5 steps more; the sixth begins an episode that is too short for a slice
+    assert len(trainer.behaviour) == 25 + 28 + 22 + 5 + 5 + 5
+    assert not used & {seed for env in after for seed in env.seeds}
+
+
+def test_wrong_environments_are_refused(tmp_path, small_config, three, point_env,
+                                        point_demonstrations):
+    run, envs = tmp_path / "run", [type(point_env)() for _ in range(3)]
+
+    def make(config, env, **options):
+        return Trainer(config, env, point_demonstrations, run=run, **options)
+
+    with pytest.raises(ConfigError, match="train.num_envs=3 needs 3 environments, got 1"):
+        make(three, point_env, eval_env=point_env)
+    with pytest.raises(ConfigError, match="train.num_envs=1 needs 1 environments, got 3"):
+        make(small_config, envs)
+    with pytest.raises(ConfigError, match="train.num_envs=3 needs an eval_env of its own"):
+        make(three, envs)
+    with pytest.raises(ConfigError, match="needs an eval_env of its own"):
+        make(three, envs, eval_env=envs[1])
+    other = gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
+    with pytest.raises(TaskError, match="point: environment 2 and environment 0 differ in "
+                                        "observation_space.shape"):
+        make(three, [*envs[:2], other], eval_env=point_env)
+    with pytest.raises(TaskError, match="point: eval_env and environment 0 differ in"):
+        make(three, envs, eval_env=other)
+    with pytest.raises(ConfigError, match="train.num_envs must be at least 1, got 0"):
+        three.replace({"train.num_envs": 0})
+    assert not run.exists()
+    run.mkdir()
+    checkpoint.save_config(run, small_config, new=True)
+    with pytest.raises(ConfigError, match="num_envs cannot change when a run is resumed: it is 1, "
+                                          "got 3"):
+        make(three, envs, eval_env=point_env, resume=True)
+
+
+def test_one_environment_may_come_in_a_list_and_with_another_for_evaluation(
+        tmp_path, small_config, point_env, point_demonstrations):
+    train(small_config, point_env, point_demonstrations, tmp_path / "plain")
+    train(small_config, [type(point_env)()], point_demonstrations, tmp_path / "list",
+          eval_env=type(point_env)())
+    assert_same_state(tmp_path / "plain", tmp_path / "list")

@@ -1,0 +1,115 @@
+"""Several environments stepped in this process, each in an episode of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import gymnasium
+import numpy as np
+
+from iqmpc.envs import check_spaces
+from iqmpc.errors import TaskError
+from iqmpc.seeding import stream_seed
+
+
+@dataclass(eq=False)
+class Recording:
+    """An episode so far: T+1 observations float32 [O], T actions float32 [A] and T rewards."""
+
+    observations: list[np.ndarray]
+    actions: list[np.ndarray] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    terminated: bool = False
+
+
+class VectorEnv:
+    """N environments with the same spaces, stepped one after the other.
+
+    Nothing is reset by itself (`gymnasium.vector` does so, and otherwise in every version): an
+    environment whose episode has ended waits for `start`. Episode k of all that were started is
+    reset with `stream_seed(seed, "train", k)`; `started` counts them and may be set to continue.
+
+    Raises `TaskError` for spaces that do not fit the method or differ between the environments,
+    and for an environment that is given twice.
+    """
+
+    def __init__(self, envs: Sequence[gymnasium.Env], name: str, *, seed: int = 0):
+        """`name` is the task's, for messages."""
+        if not envs:
+            raise ValueError("no environment was given")
+        if len({id(env) for env in envs}) < len(envs):
+            raise TaskError(f"{name}: each of the {len(envs)} environments must be another object")
+        self.envs, self.seed, self.started = list(envs), seed, 0
+        self.obs_dim, self.action_dim = check_spaces(envs[0], name)
+        for index, env in enumerate(envs[1:], 1):
+            check_alike(env, envs[0], f"{name}: environment {index}", "environment 0")
+        self._episodes: list[Recording | None] = [None] * len(envs)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.envs)
+
+    def start(self) -> list[int]:
+        """Reset the environments that are in no episode: at first all, then those that ended.
+
+        Returns their indices.
+        """
+        idle = [index for index, episode in enumerate(self._episodes) if episode is None]
+        for index in idle:
+            obs, _ = self.envs[index].reset(seed=stream_seed(self.seed, "train", self.started))
+            self._episodes[index] = Recording([_copy(obs)])
+            self.started += 1
+        return idle
+
+    @property
+    def observations(self) -> np.ndarray:
+        """The latest of every environment, float32 [N, O]; `RuntimeError` before `start`."""
+        return np.stack([self._running(index).observations[-1] for index in range(len(self))])
+
+    def step(self, actions: np.ndarray) -> list[Recording]:
+        """Step the first n environments with actions float32 [n, A], n <= N.
+
+        Returns the episodes that ended with this step, whole and in the order of the environments.
+        Raises `RuntimeError` for an environment that waits for `start`.
+        """
+        ended = []
+        for index, action in enumerate(actions):
+            episode = self._running(index)
+            obs, reward, terminated, truncated, _ = self.envs[index].step(action)
+            episode.observations.append(_copy(obs))
+            episode.actions.append(action)
+            episode.rewards.append(reward)
+            if terminated or truncated:
+                episode.terminated = bool(terminated)
+                self._episodes[index] = None
+                ended.append(episode)
+        return ended
+
+    def cut(self) -> list[Recording]:
+        """End all episodes where they are; returns those that have made a step."""
+        unfinished = [e for e in self._episodes if e is not None and e.actions]
+        self._episodes = [None] * len(self)
+        return unfinished
+
+    def _running(self, index: int) -> Recording:
+        episode = self._episodes[index]
+        if episode is None:
+            raise RuntimeError(f"environment {index} is in no episode: call start() first")
+        return episode
+
+
+def check_alike(env: gymnasium.Env, other: gymnasium.Env, name: str, other_name: str) -> None:
+    """`TaskError` where `env`'s spaces do not fit the method or are not those of `other`."""
+    check_spaces(env, name)
+    for space in ("observation_space", "action_space"):
+        one, two = getattr(env, space), getattr(other, space)
+        for what in ("shape", "dtype", "low", "high"):
+            if not np.array_equal(getattr(one, what), getattr(two, what)):
+                raise TaskError(
+                    f"{name} and {other_name} differ in {space}.{what}: {one} and {two}")
+
+
+def _copy(obs: np.ndarray) -> np.ndarray:
+    """A copy: an environment may write its next observation into the same array."""
+    return np.array(obs, np.float32)
