@@ -23,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                     help="Only cases whose CASE/VARIANT contains this, and the matrix products.")
     group.addoption("--benchmark-threads", metavar="N", type=int,
                     help="Threads for torch. Default: torch's own.")
+    group.addoption("--benchmark-plans", metavar="N", type=int, default=1000,
+                    help="Plans of which the latency cases take the distribution. Default: 1000.")
     group.addoption("--benchmark-report", metavar="PATH", type=Path,
                     default=BENCHMARKS / "report.json",
                     help="Where to write the report. Default: benchmarks/report.json")
@@ -34,6 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
     threads = config.getoption("benchmark_threads")
     if threads is not None and threads < 1:
         raise pytest.UsageError(f"--benchmark-threads must be at least 1, got {threads}")
+    plans = config.getoption("benchmark_plans")
+    if plans < 1:
+        raise pytest.UsageError(f"--benchmark-plans must be at least 1, got {plans}")
     torch.set_num_threads(threads or DEFAULT_THREADS)
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(BENCHMARKS)]

@@ -96,7 +96,9 @@ PLAN_CASES = [
     PlanCase("small", "paper", 17, 6, 1),
     PlanCase("small", "paper", 17, 6, 8),
     PlanCase("paper", "paper", 17, 6, 1),
+    PlanCase("paper", "paper", 17, 6, 8),
     PlanCase("paper", "paper", 91, 39, 1),
+    PlanCase("paper", "paper", 91, 39, 8),
 ]
 UPDATE_CASES = [
     UpdateCase("tiny", 24, 6, 64),

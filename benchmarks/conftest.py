@@ -19,25 +19,30 @@ MEASUREMENTS = pytest.StashKey[list[Measurement]]()
 def rounds(seconds: float) -> int:
     """How many rounds to take of something that lasts `seconds`.
 
-    About three seconds' worth, but at least 5, at least 100 below 50 ms (so that p99 is not simply
-    the slowest round), and at most 500.
+    About three seconds' worth, but at least 5 (3 above 5 s), at least 100 below 50 ms (so that p99
+    is not simply the slowest round), and at most 500.
     """
-    return min(max(100 if seconds < 0.05 else 5, math.ceil(3 / seconds)), 500)
+    least = 100 if seconds < 0.05 else 5 if seconds < 5 else 3
+    return min(max(least, math.ceil(3 / seconds)), 500)
 
 
 @pytest.fixture
 def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Callable[..., None]:
-    """measure(case, variant, function, flops, dtype): time `function()` and record it."""
+    """measure(case, variant, function, flops, dtype): time `function()` and record it.
+
+    `times` is how often, where that is not to be chosen by how long it takes.
+    """
 
     def run(
-        case: str, variant: str, function: Callable[[], object], flops: int, dtype: str
+        case: str, variant: str, function: Callable[[], object], flops: int, dtype: str, *,
+        times: int | None = None,
     ) -> None:
         function()  # what is compiled, is compiled here
         start = time.perf_counter()
         function()
         estimate = time.perf_counter() - start
         benchmark.group = case
-        benchmark.pedantic(function, rounds=rounds(estimate))
+        benchmark.pedantic(function, rounds=times or rounds(estimate))
         if benchmark.stats:  # none under --benchmark-disable
             pytestconfig.stash.setdefault(MEASUREMENTS, []).append(
                 Measurement(case, variant, dtype, flops, benchmark.stats.stats.data))

@@ -20,6 +20,7 @@ class Macs(NamedTuple):
     critic: int
     encoder_first: int
     z_part: int  # latent to hidden: the first layer of π, and of d and Q without the action
+    z_saved: int  # of those, what SimNorm's last members would take
 
     @classmethod
     def of(cls, case: PlanCase | UpdateCase) -> Macs:
@@ -32,13 +33,8 @@ class Macs(NamedTuple):
             critic=(lat + act) * hid + hid * hid + hid,
             encoder_first=obs * enc,
             z_part=lat * hid,
+            z_saved=lat // m.simnorm_dim * hid,
         )
-
-
-def _plan(case: PlanCase, sample: int, start: int) -> int:
-    """2 (I·E·S·sample + E·start): multiply-adds per sample and iteration, and per plan."""
-    c = case.config.planner
-    return 2 * case.envs * (case.iterations * c.samples * sample + start)
 
 
 def _start(case: PlanCase) -> int:
@@ -48,34 +44,42 @@ def _start(case: PlanCase) -> int:
     return m.encoder + c.policy_trajectories * rollout
 
 
+def _scored(case: PlanCase) -> int:
+    """Samples to score in a plan, when the policy's P trajectories are scored once: I (S-P) + P."""
+    c = case.config.planner
+    return case.iterations * (c.samples - c.policy_trajectories) + c.policy_trajectories
+
+
 def plan_unrolled(case: PlanCase) -> int:
     """The unrolled variants, a sample: H d + (2H+1) (π + K Q); torch.compile merges none."""
-    h, m = case.config.planner.horizon, Macs.of(case)
-    q = case.config.model.critics * m.critic
-    return _plan(case, h * m.dynamics + (2 * h + 1) * (m.policy + q), _start(case))
+    c, m = case.config.planner, Macs.of(case)
+    h, q = c.horizon, case.config.model.critics * m.critic
+    sample = h * m.dynamics + (2 * h + 1) * (m.policy + q)
+    return 2 * case.envs * (case.iterations * c.samples * sample + _start(case))
 
 
 def plan_advantage(case: PlanCase) -> int:
     """The reference, a sample: (H-1) (d + π) + 2 (2H-1) Q; at the end the mode of π."""
     h, m = case.config.planner.horizon, Macs.of(case)
     sample = (h - 1) * (m.dynamics + m.policy) + 2 * (2 * h - 1) * m.critic
-    return _plan(case, sample, _start(case) + m.policy)
+    return 2 * case.envs * (_scored(case) * sample + _start(case) + m.policy)
 
 
 def plan_floor(case: PlanCase) -> int:
-    """The advantage form with all that can be shared computed once.
+    """The advantage form with all that can be shared computed once: what the C++ planner computes.
 
     z_0 is common to all samples and iterations, so its part of the first layers of d and of both
     critics, and π(z_0), are computed once; Q(z_t, a_t) and Q(z_t, ã_t) share the z part of theirs.
+    The policy's trajectories are scored once, on the latents and with the π that made them. The
+    groups of a latent sum to one, so each z part is smaller by one member of every group.
     """
-    c, m = case.config.planner, Macs.of(case)
-    h = c.horizon
-    dynamics = (h - 1) * m.dynamics - m.z_part  # the first step is from z_0
-    critics = 2 * ((2 * h - 1) * m.critic - h * m.z_part)  # z_0's, and one of two for each later t
-    sample = dynamics + (h - 1) * m.policy + critics
-    start = m.encoder + m.policy + 3 * m.z_part
-    return _plan(case, sample,
-                 start + c.policy_trajectories * ((h - 1) * m.policy + dynamics))
+    h, m = case.config.planner.horizon, Macs.of(case)
+    z_part, policy = m.z_part - m.z_saved, m.policy - m.z_saved
+    dynamics = (h - 1) * (m.dynamics - m.z_part) + (h - 2) * z_part  # the first step is from z_0
+    # without z parts, then those of the latents after z_0, one for both actions
+    critics = 2 * ((2 * h - 1) * (m.critic - m.z_part) + (h - 1) * z_part)
+    sample = dynamics + (h - 1) * policy + critics
+    return 2 * case.envs * (_scored(case) * sample + m.encoder + policy + 3 * z_part)
 
 
 def update(case: UpdateCase) -> int:

@@ -51,7 +51,9 @@ def records(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
             "dtype": m.dtype,
             "rounds": len(m.seconds),
             "median_ms": round(1e3 * statistics.median(m.seconds), 4),
-            "p99_ms": round(1e3 * _p99(m.seconds), 4),
+            "p99_ms": round(1e3 * _percentile(m.seconds, 99), 4),
+            "p99.9_ms": round(1e3 * _percentile(m.seconds, 99.9), 4),
+            "max_ms": round(1e3 * max(m.seconds), 4),
             "gflops": round(m.gflops, 2),
             "share_of_matmul":
                 round(m.gflops / baseline[m.dtype], 4) if m.dtype in baseline else None,
@@ -81,6 +83,6 @@ def device_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _p99(seconds: Sequence[float]) -> float:
-    """The nearest-rank 99th percentile; with fewer than 100 rounds, the slowest one."""
-    return sorted(seconds)[math.ceil(0.99 * len(seconds)) - 1]
+def _percentile(seconds: Sequence[float], percent: float) -> float:
+    """By nearest rank: p99 of fewer than 100 rounds is the slowest one."""
+    return sorted(seconds)[math.ceil(round(percent / 100 * len(seconds), 6)) - 1]

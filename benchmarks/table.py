@@ -34,13 +34,14 @@ def results(report: Sequence[dict[str, Any]]) -> str:
         baseline = medians.get((r["case"], BASELINES.get(r["case"].split("/")[0])))
         share = r["share_of_matmul"]
         return [
-            f"`{r['case']}`", f"`{r['variant']}`", f"{r['median_ms']:.2f}", f"{r['p99_ms']:.2f}",
+            f"`{r['case']}`", f"`{r['variant']}`",
+            *(f"{r[key]:.2f}" for key in ("median_ms", "p99_ms", "p99.9_ms", "max_ms")),
             str(r["rounds"]), f"{r['gflops']:.1f}", "" if share is None else f"{share:.0%}",
             "" if baseline is None else f"{baseline / r['median_ms']:.2f}×",
         ]
 
-    header = ("case", "variant", "median ms", "p99 ms", "rounds", "GFLOP/s", "of matmul",
-              "against baseline")
+    header = ("case", "variant", "median ms", "p99 ms", "p99.9 ms", "max ms", "rounds", "GFLOP/s",
+              "of matmul", "against baseline")
     return _table(header, map(row, report))
 
 

@@ -63,6 +63,9 @@ PLAN_VARIANTS = {
         functools.partial(package, backend="reference", mode="eager"), flops.plan_advantage),
     "reference-compiled": Variant(
         functools.partial(package, backend="reference", mode="compile"), flops.plan_advantage),
+    "cpu": Variant(functools.partial(package, backend="cpu"), flops.plan_floor),
+    "cpu-bf16": Variant(
+        functools.partial(package, backend="cpu", precision="bf16"), flops.plan_floor, "bfloat16"),
 }
 UPDATE_VARIANTS = {
     "eager": Variant(functools.partial(learner, mode="eager"), flops.update),

@@ -122,6 +122,7 @@ def evaluate_run(
         "reward_correlation": reward_correlation(agent, result.episodes),
         "planner": planner, "backend": agent.planner.backend,
         "nonfinite_plans": agent.planner.nonfinite_plans,
+        "missed_plans": agent.planner.missed_plans,
     }
     if as_json:
         print(json.dumps(summary, indent=2))

@@ -43,16 +43,17 @@ def test_a_matrix_product() -> None:
 
 
 def test_the_floor_by_hand() -> None:
-    """The paper's planner (H = 3) with 39 actions: 8 iterations of 512 samples."""
+    """The paper's planner (H = 3) with 39 actions: 8 iterations of 488 samples and 24 once."""
+    case = next(c for c in PLAN_CASES if c.name == "plan/paper/91x39/E1")
     z, a, h = 512, 39, 512
     rest = h * h + h  # a critic after its first layer
-    critics = 2 * ((a * h + rest) + 2 * (z * h + 2 * (a * h + rest)))
-    dynamics = (a * h + h * h + h * z) + ((z + a) * h + h * h + h * z)
-    policy = z * h + h * h + h * 2 * a
-    once = 91 * 256 + 256 * z + policy + 3 * z * h  # z_0, π(z_0) and its part of d and two critics
-    prior = 24 * (2 * policy + dynamics)
-    expected = 2 * (8 * 512 * (critics + dynamics + 2 * policy) + once + prior)
-    assert flops.plan_floor(PLAN_CASES[-1]) == expected
+    latent = 448 * h  # a latent's part of a first layer: 7 of every 8 features
+    critics = 2 * ((a * h + rest) + 2 * (latent + 2 * (a * h + rest)))
+    dynamics = (a * h + h * h + h * z) + (latent + a * h + h * h + h * z)
+    policy = latent + h * h + h * 2 * a
+    once = 91 * 256 + 256 * z + policy + 3 * latent  # z_0, π(z_0), its part of d and two critics
+    expected = 2 * ((8 * 488 + 24) * (critics + dynamics + 2 * policy) + once)
+    assert flops.plan_floor(case) == expected
 
 
 def test_the_documented_counts_are_these() -> None:

@@ -11,8 +11,8 @@ import torch
 from benchmarks import report, table
 from benchmarks.report import Measurement
 
-FIELDS = {"case", "variant", "dtype", "rounds", "median_ms", "p99_ms", "gflops",
-          "share_of_matmul", "threads", "device", "torch", "date"}
+FIELDS = {"case", "variant", "dtype", "rounds", "median_ms", "p99_ms", "p99.9_ms",
+          "max_ms", "gflops", "share_of_matmul", "threads", "device", "torch", "date"}
 MATMUL = Measurement("matmul/512x512x512/float32", "torch", "float32", 100_000_000, [0.001])
 SLOW = Measurement(
     "plan/tiny/24x6/E1", "eager-unrolled", "float32", 300_000_000, [0.02, 0.01, 0.012])
@@ -36,6 +36,13 @@ def test_p99_is_a_rank_and_not_the_slowest_round() -> None:
     seconds = [i / 1000 for i in range(1, 201)]
     (record,) = report.records([Measurement("plan/x", "y", "float32", 1, seconds)])
     assert record["p99_ms"] == 198
+    assert record["p99.9_ms"] == record["max_ms"] == 200
+
+
+def test_p999_of_a_thousand_rounds_is_the_second_slowest() -> None:
+    seconds = [i / 1000 for i in range(1, 1001)]
+    (record,) = report.records([Measurement("plan/x", "y", "float32", 1, seconds)])
+    assert record["p99.9_ms"] == 999 and record["max_ms"] == 1000
 
 
 def test_no_share_without_a_product_of_the_same_dtype() -> None:
@@ -57,4 +64,5 @@ def test_the_table_compares_with_the_baseline() -> None:
     assert lines[2].endswith("| 100.0 | 100% |  |")
     assert lines[3].endswith("| 25.0 | 25% | 1.00× |")
     assert lines[4] == (
-        "| `plan/tiny/24x6/E1` | `reference` | 3.00 | 3.00 | 1 | 50.0 | 50% | 4.00× |")
+        "| `plan/tiny/24x6/E1` | `reference` | 3.00 | 3.00 | 3.00 | 3.00 | 1 | 50.0 | 50% "
+        "| 4.00× |")
