@@ -24,8 +24,7 @@ def small_config() -> Config:
     return Config.from_dict({
         "task": {"name": "point", "episode_length": 20},
         "model": {"encoder_dim": 32, "hidden_dim": 32, "latent_dim": 16, "critics": 3},
-        "planner": {"samples": 24, "elites": 6, "policy_trajectories": 4, "iterations": 2,
-                    "backend": "reference"},
+        "planner": {"samples": 24, "elites": 6, "policy_trajectories": 4, "iterations": 2},
         "learner": {"batch": 8, "mode": "eager"},
         "train": {"steps": 100, "random_steps": 40, "initial_updates": 5, "eval_every": 40,
                   "eval_episodes": 1, "final_episodes": 2, "checkpoint_every": 40},

@@ -33,7 +33,8 @@ def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demon
     assert json.loads((run / "summary.json").read_text()) == summary
     assert list(summary) == [
         "task", "seed", "env_steps", "updates", "wall_s", "return_mean", "return_std",
-        "success_rate", "demonstrator_return", "ratio", "backend", "nonfinite_plans"]
+        "success_rate", "demonstrator_return", "ratio", "backend", "nonfinite_plans",
+        "missed_plans"]
     assert summary["env_steps"] == 100 and summary["updates"] == 5 + 60
     assert summary["demonstrator_return"] == point_demonstrations.return_mean
     assert summary["ratio"] == summary["return_mean"] / summary["demonstrator_return"]

@@ -78,9 +78,27 @@ static inline float sum_lanes(Vec v) {
   return lanes[0];
 }
 
-// Both keep a NaN in x, which the other order of the comparison would drop.
-static inline Vec at_most(Vec x, float high) { return x > splat(high) ? splat(high) : x; }
-static inline Vec at_least(Vec x, float low) { return x < splat(low) ? splat(low) : x; }
+// Both keep a NaN in x: the second operand of the instructions, which compilers find in the general
+// form for scalars but not for vectors.
+static inline Vec at_most(Vec x, float high) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_min_ps(0xffff, (__m512)splat(high), (__m512)x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)splat(high), (__m256)x);
+#else
+  return splat(high) < x ? splat(high) : x;
+#endif
+}
+
+static inline Vec at_least(Vec x, float low) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)splat(low), (__m512)x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)splat(low), (__m256)x);
+#else
+  return splat(low) > x ? splat(low) : x;
+#endif
+}
 
 static inline Vec sqrt_lanes(Vec v) {
   float lanes[kWidth];

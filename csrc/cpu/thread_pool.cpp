@@ -17,11 +17,10 @@ constexpr std::uint64_t kTaskMask = (std::uint64_t{1} << kTaskBits) - 1;
 std::uint64_t task_of(std::uint64_t ticket) { return ticket & kTaskMask; }
 std::uint64_t count_of(std::uint64_t ticket) { return ticket >> kTaskBits; }
 
-// About 50 µs: longer than what lies between two loops of a plan, shorter than a control step.
-constexpr int kWorkerSpins = 4000;
-// A worker's last task may outlast ours by as much as a task takes; past that something else holds
-// its core, and sleeping leaves it ours.
-constexpr int kCallerSpins = 100000;
+// About 50 µs: longer than what lies between two loops of a plan, shorter than a control step. The
+// caller waits as long for others' last tasks before it sleeps too: past that something else holds
+// a core, which ours may then have.
+constexpr int kSpins = 4000;
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -88,11 +87,11 @@ void ThreadPool::work(int thread) noexcept {
     const std::uint32_t calls = calls_.load();
     if (take(thread)) continue;
     int spins = 0;
-    while (spins < kWorkerSpins && !stop_.load(std::memory_order_relaxed)) {
+    while (spins < kSpins && !stop_.load(std::memory_order_relaxed)) {
       relax();
       spins = take(thread) ? 0 : spins + 1;
     }
-    if (spins < kWorkerSpins) continue;
+    if (spins < kSpins) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     asleep_.fetch_add(1);
     wake_workers_.wait(lock, [&] { return calls_.load() != calls || stop_.load(); });
@@ -113,7 +112,7 @@ void ThreadPool::run_job(const Job& job, std::ptrdiff_t tasks) noexcept {
   while (take(0)) {
   }
   for (int spins = 0; done_.load(std::memory_order_acquire) != tasks; ++spins) {
-    if (spins < kCallerSpins) {
+    if (spins < kSpins) {
       relax();
       continue;
     }
