@@ -19,6 +19,8 @@ from iqmpc.config import Config
 from iqmpc.errors import ConfigError
 
 GROUPS = ("task", "model", "planner", "learner", "preset")
+# Keys that may be given without their section.
+_SHORT = {"env_id": "task.env_id"}
 
 
 def options(group: str) -> list[str]:
@@ -53,7 +55,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """
     parsed = parse(overrides)
     groups = {k: v for k, v in parsed.items() if k in GROUPS}
-    keys = {k: v for k, v in parsed.items() if k not in GROUPS}
+    keys = {_SHORT.get(k, k): v for k, v in parsed.items() if k not in GROUPS}
     for group, value in groups.items():
         _check_option(group, value)
     with _own_hydra(), initialize_config_module("iqmpc.configs", version_base="1.3"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ class TaskConfig:
     """Which environment, and how it is stepped.
 
     `episode_length` counts control steps (after `action_repeat`); `gradient_penalty` is what the
-    task asks for by default (manipulation does, locomotion does not).
+    task asks for by default (manipulation does, locomotion does not). `env_id` is the gymnasium id
+    or `module:function` of suite `gym`, whose task is named after it unless it is given a name.
+    With probability `transition_noise` a step acts with a uniform action instead of the agent's.
     """
 
     name: str = "walker-walk"
@@ -31,9 +34,15 @@ class TaskConfig:
     episode_length: int = 500
     action_repeat: int = 2
     gradient_penalty: bool = False
+    env_id: str | None = None
+    transition_noise: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least("task", self, 1, "episode_length", "action_repeat")
+        _in_range("task", self, 0.0, 1.0, "transition_noise")
+        if self.suite == "gym" and self.name == "gym" and self.env_id is not None:
+            name = re.sub(r"[^a-z0-9]+", "-", f"gym-{self.env_id}".lower())
+            object.__setattr__(self, "name", name)  # frozen for everyone else
 
 
 @dataclass(frozen=True)

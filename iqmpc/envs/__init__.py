@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from typing import Any
 
@@ -9,8 +10,11 @@ import gymnasium
 import numpy as np
 
 from iqmpc.config import TaskConfig
-from iqmpc.envs import dmcontrol
+from iqmpc.envs import dmcontrol, gym
+from iqmpc.envs.noise import TransitionNoise
 from iqmpc.errors import TaskError
+
+_SUITES = {"dmcontrol": dmcontrol.make, "gym": gym.make}
 
 TASKS: dict[str, TaskConfig] = {
     name: TaskConfig(name=name, suite="dmcontrol") for name in dmcontrol.TASKS
@@ -21,8 +25,9 @@ def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any)
     """Make a task's environment: float32 observations [O], actions [A] in [-1, 1].
 
     `task` is a name such as `walker-walk` or a `TaskConfig`; `options` replace fields of that
-    config (`episode_length`, `action_repeat`) or are passed to the suite (`render_mode`).
-    With a `seed`, the first `reset()` uses it.
+    config (`episode_length`, `action_repeat`, `transition_noise`) or are passed to the suite
+    (`render_mode`). With a `seed`, the first `reset()` uses it. Any gymnasium environment:
+    `make_env(TaskConfig(name="gym", suite="gym", env_id="HalfCheetah-v4", episode_length=1000))`.
 
     Raises `TaskError` for an unknown task (with the nearest name) and for a missing extra (with
     the command that installs it).
@@ -33,11 +38,15 @@ def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TaskError(f"unknown task {task!r}{hint} (known: {', '.join(TASKS)})")
         task = TASKS[task]
-    if task.suite != "dmcontrol":
+    fields = {f.name for f in dataclasses.fields(TaskConfig)}
+    task = dataclasses.replace(task, **{k: v for k, v in options.items() if k in fields})
+    options = {k: v for k, v in options.items() if k not in fields}
+    if task.suite not in _SUITES:
         raise TaskError(
             f"{task.name!r} belongs to suite {task.suite!r}, whose environments are not made here "
-            "(known: dmcontrol); evaluate your own with iqmpc.evaluate(agent, env)")
-    return dmcontrol.make(task, seed=seed, **options)
+            f"(known: {', '.join(_SUITES)}); evaluate your own with iqmpc.evaluate(agent, env)")
+    env = _SUITES[task.suite](task, seed=seed, **options)
+    return TransitionNoise(env, task.transition_noise) if task.transition_noise else env
 
 
 def check_spaces(env: gymnasium.Env, name: str) -> tuple[int, int]:

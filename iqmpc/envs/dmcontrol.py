@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes.util
-import dataclasses
 import importlib.util
 import os
 import sys
@@ -131,9 +130,7 @@ class DMControlEnv(gymnasium.Env):
 
 
 def make(task: TaskConfig, *, seed: int | None = None, **options: Any) -> DMControlEnv:
-    """A `DMControlEnv`; `options` replace fields of `task` or are passed to the environment."""
-    fields = {f.name for f in dataclasses.fields(TaskConfig)}
-    task = dataclasses.replace(task, **{k: v for k, v in options.items() if k in fields})
+    """A `DMControlEnv`; `options` are passed to it."""
     if task.name not in TASKS:
         raise TaskError(f"unknown DMControl task {task.name!r} (known: {', '.join(TASKS)})")
-    return DMControlEnv(task, seed=seed, **{k: v for k, v in options.items() if k not in fields})
+    return DMControlEnv(task, seed=seed, **options)

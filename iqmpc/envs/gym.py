@@ -1,0 +1,121 @@
+"""Any gymnasium environment with Box observations and a Box action space."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Dict
+
+from iqmpc.config import TaskConfig
+from iqmpc.errors import TaskError
+
+
+class ControlEnv(gymnasium.Wrapper):
+    """Observations float32 [O], actions float32 [A] in [-1, 1], control steps counted.
+
+    Dictionaries of Boxes are flattened in the order of their keys. An action is scaled to the
+    environment's range and repeated `action_repeat` times, rewards summed, unless the episode ends
+    before. `terminated` is the environment's own; `truncated` too, or after `episode_length`
+    control steps. With a `seed`, the first `reset()` uses it. `info["is_success"]`, as some suites
+    call it, is given as `info["success"]` too.
+    """
+
+    def __init__(self, env: gymnasium.Env, task: TaskConfig, *, seed: int | None = None):
+        _check_box(env.action_space, f"{task.name}: the action space")
+        low, high = env.action_space.low, env.action_space.high
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise TaskError(
+                f"{task.name}: the action space must be bounded, got {env.action_space}")
+        if isinstance(env.observation_space, Dict):
+            env = gymnasium.wrappers.FlattenObservation(env)
+        _check_box(env.observation_space, f"{task.name}: the observation space")
+        super().__init__(env)
+        self.config = task
+        self._low, self._high = np.float64(low), np.float64(high)
+        self.observation_space = Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+        self.action_space = Box(-1.0, 1.0, env.action_space.shape, np.float32)
+        self._seed, self._steps = seed, 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        if seed is None:
+            seed, self._seed = self._seed, None
+        self._steps = 0
+        obs, info = self.env.reset(seed=seed, options=options)
+        return np.asarray(obs, np.float32), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        action = np.asarray(action, np.float64)
+        if action.shape != self.action_space.shape:
+            raise ValueError(
+                f"action must have shape {self.action_space.shape}, got {action.shape}")
+        scaled = self._low + (action + 1) * 0.5 * (self._high - self._low)
+        total = 0.0
+        for _ in range(self.config.action_repeat):
+            obs, reward, terminated, truncated, info = self.env.step(
+                scaled.astype(self.env.action_space.dtype))
+            total += float(reward)
+            if terminated or truncated:
+                break
+        self._steps += 1
+        truncated = bool(truncated) or self._steps >= self.config.episode_length
+        if "success" not in info and "is_success" in info:
+            info = {**info, "success": info["is_success"]}
+        return np.asarray(obs, np.float32), total, bool(terminated), truncated, info
+
+
+def make(
+    task: TaskConfig, *, seed: int | None = None, render_mode: str | None = None
+) -> ControlEnv:
+    """The environment that `task.env_id` names: a gymnasium id or a `module:function`.
+
+    The function takes `render_mode` where it is asked for, and nothing else.
+    Raises `TaskError` for an id or function that is not there, a package that does not import, and
+    spaces other than Boxes.
+    """
+    if task.env_id is None:
+        raise TaskError("suite 'gym' needs task.env_id: a gymnasium id or module:function")
+    options = {} if render_mode is None else {"render_mode": render_mode}
+    # "module:Name-v0" is gymnasium's own way of importing what registers an id
+    if ":" in task.env_id and not re.search(r"-v\d+$", task.env_id):
+        env = _entry_point(task.env_id)(**options)
+        if not isinstance(env, gymnasium.Env):
+            raise TaskError(f"{task.env_id} must return a gymnasium.Env, got {type(env).__name__}")
+    else:
+        env = _registered(task.env_id, options)
+    return ControlEnv(env, task, seed=seed)
+
+
+def _registered(env_id: str, options: dict[str, Any]) -> gymnasium.Env:
+    try:
+        return gymnasium.make(env_id, **options)
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise TaskError(f"{env_id} needs a package that is not installed: {error}") from error
+    except gymnasium.error.Error as error:
+        near = difflib.get_close_matches(env_id, gymnasium.registry, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TaskError(f"gymnasium makes no {env_id!r}: {error}{hint}") from error
+    except ModuleNotFoundError as error:
+        raise TaskError(f"{env_id} cannot be imported: {error}") from error
+
+
+def _entry_point(path: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise TaskError(f"{path} cannot be imported: {error}") from error
+    except AttributeError:
+        raise TaskError(f"{path}: the module has no {name!r}") from None
+
+
+def _check_box(space: gymnasium.Space, what: str) -> None:
+    if not isinstance(space, Box) or len(space.shape) != 1:
+        raise TaskError(f"{what} must be a flat Box (or a Dict of Boxes, for observations), got "
+                        f"{space}")
