@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Collection
 
@@ -29,7 +30,8 @@ def resolve_backend(name: str, implemented: Collection[str]) -> str:
 
     A name other than "auto" is returned as it is, or `BackendError` says what is missing. "auto" is
     Triton on a machine with a CUDA device, else the C++ kernel, else the reference, which is slow
-    and therefore warned about, once.
+    and therefore warned about, once. Where the environment variable TRITON_INTERPRET is 1, "triton"
+    by name is Triton's interpreter on the CPU, which "auto" never takes.
     """
     reasons = {
         backend: reason if backend in implemented else "not implemented for this operation"
@@ -46,9 +48,17 @@ def resolve_backend(name: str, implemented: Collection[str]) -> str:
         return chosen
     if name not in reasons:
         raise BackendError(f"unknown backend {name!r}, expected auto, {', '.join(reasons)}")
+    if name == "triton" and name in implemented and _interpreted():
+        return name
     if reasons[name] is not None:
         raise BackendError(f"backend {name!r} cannot run: {reasons[name]}")
     return name
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter: what Triton itself would answer."""
+    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+    return asked and importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -57,7 +67,7 @@ def _availability() -> dict[str, str | None]:
     # Found, not imported: importing Triton's library after Mesa's has ended processes.
     no_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
     try:
-        importlib.import_module("iqmpc._C")
+        extension = importlib.import_module("iqmpc._C")
         no_extension = None
     except ImportError as error:
         no_extension = f"iqmpc._C is not built: {error}"
@@ -65,7 +75,7 @@ def _availability() -> dict[str, str | None]:
         "reference": None,
         "cpu": no_extension,
         "triton": no_gpu or no_triton,
-        "cuda": no_gpu or no_extension or "iqmpc._C has no CUDA kernels yet",
+        "cuda": no_gpu or no_extension or extension.cuda_unavailable_reason() or None,
     }
 
 

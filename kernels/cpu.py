@@ -23,10 +23,10 @@ class PackedWeights:
         from iqmpc import _C
 
         self.native = _C.WorldModel(
-            encoder=_arrays("encoder", weights.encoder),
-            dynamics=_arrays("dynamics", weights.dynamics),
-            policy=_arrays("policy", weights.policy),
-            critics=[_arrays(f"critic {k}", weights.critics, k)
+            encoder=layer_arrays("encoder", weights.encoder),
+            dynamics=layer_arrays("dynamics", weights.dynamics),
+            policy=layer_arrays("policy", weights.policy),
+            critics=[layer_arrays(f"critic {k}", weights.critics, k)
                      for k in range(weights.num_critics)],
             simnorm_dim=weights.simnorm_dim, log_std_min=weights.log_std_min,
             log_std_max=weights.log_std_max, precision=precision, isa=isa)
@@ -58,7 +58,7 @@ def refuse_grad(**tensors: Tensor) -> None:
             )
 
 
-def _arrays(
+def layer_arrays(
     part: str, layers: tuple[Layer, ...], member: int | None = None
 ) -> list[tuple[np.ndarray, ...]]:
     """(weight, bias[, gamma, beta]) of each layer; of one member of stacked ones."""

@@ -19,18 +19,11 @@ constexpr int kPanelVecs = 2;
 constexpr int kPanel = kPanelVecs * kWidth;
 
 // The operands of a matrix product: what is stored, and one step of it on a vector of outputs.
-struct Float {
-  using Weight = float;
-  using Activation = float;
-  static constexpr int kStep = 1;
-  static Vec weight(const Weight* p) { return load(p); }
-  static Vec input(const Activation* p) { return splat(*p); }
-  static Vec multiply_add(Vec acc, Vec x, Vec w) { return acc + x * w; }
-};
-
-// bf16 weights where the machine cannot multiply them: half the memory traffic, exact products.
-struct Widened {
-  using Weight = Bf16;
+// bf16 weights under float activations are for machines that cannot multiply bf16: half the memory
+// traffic, exact products.
+template <class W>
+struct Single {
+  using Weight = W;
   using Activation = float;
   static constexpr int kStep = 1;
   static Vec weight(const Weight* p) { return load(p); }
@@ -283,9 +276,9 @@ constexpr KernelTable make_table() {
 // In the order of Precision.
 extern const KernelTable tables[2];
 #if defined(__AVX512BF16__)
-const KernelTable tables[2] = {make_table<Float>(), make_table<Paired>()};
+const KernelTable tables[2] = {make_table<Single<float>>(), make_table<Paired>()};
 #else
-const KernelTable tables[2] = {make_table<Float>(), make_table<Widened>()};
+const KernelTable tables[2] = {make_table<Single<float>>(), make_table<Single<Bf16>>()};
 #endif
 
 }  // namespace iqmpc::detail::IQMPC_LEVEL

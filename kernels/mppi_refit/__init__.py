@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from iqmpc.kernels.backends import resolve_backend
 from iqmpc.kernels.mppi_refit.reference import mppi_refit_reference
 
-BACKENDS = {"reference": mppi_refit_reference}
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Importing Triton's library after Mesa's has ended processes: not before it is needed.
+    from iqmpc.kernels.mppi_refit.triton import mppi_refit_triton
+
+    return mppi_refit_triton(*arguments)
+
+
+BACKENDS = {"reference": mppi_refit_reference, "triton": _triton}
 
 
 def mppi_refit(
@@ -27,6 +38,8 @@ def mppi_refit(
     [E, elites]. A return that is not finite ranks last with weight 0; where none is finite all
     weights are 0.
 
+    The triton backend takes float32 CUDA tensors and has no backward; "auto" takes it for those.
+
     Raises `ValueError` for shapes that do not fit and `BackendError` for a backend that cannot run.
     """
     if actions.dim() != 4 or list(returns.shape) != [actions.shape[0], actions.shape[2]]:
@@ -35,5 +48,8 @@ def mppi_refit(
             f"{list(returns.shape)}")
     if not 1 <= elites <= returns.shape[1]:
         raise ValueError(f"elites must lie in [1, {returns.shape[1]}], got {elites}")
-    run = BACKENDS[resolve_backend(backend, BACKENDS)]
+    usable = BACKENDS
+    if backend == "auto" and not (actions.is_cuda and actions.dtype == torch.float32):
+        usable = ("reference",)
+    run = BACKENDS[resolve_backend(backend, usable)]
     return run(actions, returns, elites, temperature, std_min, std_max)

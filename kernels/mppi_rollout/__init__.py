@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from iqmpc.kernels.backends import resolve_backend
 from iqmpc.kernels.cpu import PackedWeights
+from iqmpc.kernels.cuda import CudaWeights
 from iqmpc.kernels.mppi_rollout.cpu import mppi_rollout_cpu
+from iqmpc.kernels.mppi_rollout.cuda import mppi_rollout_cuda
 from iqmpc.kernels.mppi_rollout.reference import mppi_rollout_reference
+from iqmpc.kernels.triton_weights import TritonWeights
 from iqmpc.kernels.weights import Weights
 
-BACKENDS = {"reference": mppi_rollout_reference, "cpu": mppi_rollout_cpu}
+
+def _triton(*arguments: Any) -> Tensor:
+    # Importing Triton's library after Mesa's has ended processes: not before it is needed.
+    from iqmpc.kernels.mppi_rollout.triton import mppi_rollout_triton
+
+    return mppi_rollout_triton(*arguments)
+
+
+BACKENDS = {"reference": mppi_rollout_reference, "cpu": mppi_rollout_cpu, "triton": _triton,
+            "cuda": mppi_rollout_cuda}
 SCORES = ("advantage", "unrolled")
 
 
@@ -23,7 +36,7 @@ def noise_steps(horizon: int, score: str) -> int:
 
 
 def mppi_rollout(
-    weights: Weights | PackedWeights,
+    weights: Weights | PackedWeights | TritonWeights | CudaWeights,
     z0: Tensor,
     actions: Tensor,
     policy_noise: Tensor,
@@ -44,29 +57,42 @@ def mppi_rollout(
     r = Q(z_t,a_t) - γ V(z_{t+1}) and β given as `entropy`. On the same draws the two differ by
     -β log π(ã_0|z_0), the same number for every sample.
 
-    The cpu backend takes C-contiguous float32 CPU tensors and has no backward. It packs `weights`
-    on every call, in float32, unless they are `PackedWeights`, which only that backend takes.
+    The cpu backend takes C-contiguous float32 CPU tensors, the triton backend float32 CUDA tensors,
+    the cuda backend C-contiguous ones; none has a backward. They pack `weights` on every call, in
+    float32, unless they are `PackedWeights`, `TritonWeights` or `CudaWeights`, which only the one
+    backend takes.
 
     Raises `ValueError` for arguments that do not fit and `BackendError` for a backend that cannot
     run.
     """
     _check(weights, z0, actions, policy_noise, critic_pair, score)
+    if backend == "auto" and isinstance(weights, CudaWeights):
+        backend = "cuda"  # which "auto" takes for these weights alone
     run = BACKENDS[resolve_backend(backend, _usable(backend, weights, z0))]
     return run(weights, z0, actions, policy_noise, critic_pair, discount, score, entropy)
 
 
-def _usable(backend: str, weights: Weights | PackedWeights, z0: Tensor) -> Collection[str]:
+def _usable(
+    backend: str, weights: Weights | PackedWeights | TritonWeights | CudaWeights, z0: Tensor
+) -> Collection[str]:
     """The backends that could take these arguments; only "auto" passes over one."""
     if isinstance(weights, PackedWeights):
         return ("cpu",)
-    if backend != "auto" or (z0.device.type == "cpu" and z0.dtype == torch.float32):
+    if isinstance(weights, TritonWeights):
+        return ("triton",)
+    if isinstance(weights, CudaWeights):
+        return ("cuda",)
+    if backend != "auto":
         return BACKENDS
-    return ("reference",)
+    if z0.dtype != torch.float32:
+        return ("reference",)
+    return {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}.get(
+        z0.device.type, ("reference",))
 
 
 def _check(
-    weights: Weights | PackedWeights, z0: Tensor, actions: Tensor, policy_noise: Tensor,
-    pair: Tensor, score: str,
+    weights: Weights | PackedWeights | TritonWeights | CudaWeights, z0: Tensor, actions: Tensor,
+    policy_noise: Tensor, pair: Tensor, score: str,
 ) -> None:
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,13 +34,15 @@ def pretend(
     gpu: bool = False,
     triton: bool = True,
     extension: bool = True,
+    cuda: str = "",
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
 
-    def import_module(name: str) -> None:
+    def import_module(name: str) -> SimpleNamespace:
         if not extension:
             raise ImportError(f"No module named {name!r}")
+        return SimpleNamespace(cuda_unavailable_reason=lambda: cuda)
 
     monkeypatch.setattr(importlib, "import_module", import_module)
 
@@ -55,13 +58,18 @@ def test_reasons_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_reasons_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, gpu=True, triton=False)
+    pretend(monkeypatch, gpu=True, triton=False, cuda="built without CUDA")
     assert available_backends() == {
         "reference": None,
         "cpu": None,
         "triton": "triton is not installed",
-        "cuda": "iqmpc._C has no CUDA kernels yet",
+        "cuda": "built without CUDA",
     }
+
+
+def test_the_extension_knows_whether_cuda_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, gpu=True)
+    assert available_backends()["cuda"] is None
 
 
 def test_the_answer_is_the_callers_own(monkeypatch: pytest.MonkeyPatch) -> None:
