@@ -20,7 +20,10 @@ class Estimate {
       known_ = true;
       return;
     }
-    const double error = unit - mean_;
+    // A thread that was off its core for a moment says little about the next iteration; if the
+    // machine has become slower for good, a few observations get there all the same.
+    const double bounded = unit < 4 * mean_ ? unit : 4 * mean_;
+    const double error = bounded - mean_;
     deviation_ += ((error < 0 ? -error : error) - deviation_) / 4;
     mean_ += error / 8;
   }
@@ -28,8 +31,8 @@ class Estimate {
   // After a plan without any iteration: nothing was observed, and one slow moment must not stop
   // planning for good.
   void relax() {
-    mean_ *= 0.9;
-    deviation_ *= 0.9;
+    mean_ *= 0.8;
+    deviation_ *= 0.8;
   }
 
  private:
