@@ -8,6 +8,9 @@
 #include <string>
 #include <vector>
 
+#ifdef IQMPC_HAS_CUDA
+#include "iqmpc/cuda_rollout.hpp"
+#endif
 #include "iqmpc/isa.hpp"
 #include "iqmpc/normed_linear.hpp"
 #include "iqmpc/planner.hpp"
@@ -137,11 +140,11 @@ std::vector<iqmpc::LinearView> stack_view(const py::sequence& layers, const std:
   return views;
 }
 
-Model world_model(const py::sequence& encoder, const py::sequence& dynamics,
-                  const py::sequence& policy, const py::sequence& critics,
-                  py::ssize_t simnorm_dim, float log_std_min, float log_std_max,
-                  const std::string& precision, const std::optional<std::string>& isa) {
-  std::vector<py::array> arrays;
+// A model as a view; `arrays` keeps its weights alive.
+iqmpc::WorldModelView model_view(const py::sequence& encoder, const py::sequence& dynamics,
+                                 const py::sequence& policy, const py::sequence& critics,
+                                 py::ssize_t simnorm_dim, float log_std_min, float log_std_max,
+                                 std::vector<py::array>& arrays) {
   iqmpc::WorldModelView view;
   view.encoder = stack_view(encoder, "encoder", arrays);
   view.dynamics = stack_view(dynamics, "dynamics", arrays);
@@ -153,25 +156,38 @@ Model world_model(const py::sequence& encoder, const py::sequence& dynamics,
   view.simnorm_dim = simnorm_dim;
   view.log_std_min = log_std_min;
   view.log_std_max = log_std_max;
+  return view;
+}
+
+Model world_model(const py::sequence& encoder, const py::sequence& dynamics,
+                  const py::sequence& policy, const py::sequence& critics,
+                  py::ssize_t simnorm_dim, float log_std_min, float log_std_max,
+                  const std::string& precision, const std::optional<std::string>& isa) {
+  std::vector<py::array> arrays;
+  const iqmpc::WorldModelView view = model_view(encoder, dynamics, policy, critics, simnorm_dim,
+                                                log_std_min, log_std_max, arrays);
   const iqmpc::Precision operands = iqmpc::precision_from_name(precision);
   const iqmpc::Isa level = isa ? iqmpc::isa_from_name(*isa, "isa") : iqmpc::active_isa();
   py::gil_scoped_release release;
   return std::make_shared<iqmpc::WorldModel>(view, operands, level);
 }
 
+iqmpc::Score score_from_name(const std::string& name) {
+  if (name == "unrolled") return iqmpc::Score::unrolled;
+  if (name == "advantage") return iqmpc::Score::advantage;
+  throw py::value_error("score must be advantage or unrolled, got " + name);
+}
+
 void rollout(const Model& model, const py::object& z0, const py::object& actions,
              const py::object& policy_noise, std::pair<py::ssize_t, py::ssize_t> critic_pair,
              float discount, const std::string& score, float entropy, const py::object& returns,
              int threads) {
-  if (score != "advantage" && score != "unrolled") {
-    throw py::value_error("score must be advantage or unrolled, got " + score);
-  }
   iqmpc::RolloutView view;
+  view.score = score_from_name(score);
   const py::array a = checked(actions, "actions", {"E", "H", "S", model->action_dim()});
   view.problems = a.shape(0);
   view.horizon = a.shape(1);
   view.samples = a.shape(2);
-  view.score = score == "unrolled" ? iqmpc::Score::unrolled : iqmpc::Score::advantage;
   const py::ssize_t steps = view.score == iqmpc::Score::unrolled ? view.horizon + 1
                                                                  : view.horizon - 1;
   const py::array z = checked(z0, "z0", {view.problems, model->latent_dim()});
@@ -204,6 +220,57 @@ py::tuple plan(iqmpc::Planner& planner, const py::object& obs, bool explore,
   return py::make_tuple(result.iterations, result.nonfinite, result.missed, result.elapsed_us);
 }
 
+#ifdef IQMPC_HAS_CUDA
+
+using CudaModel = std::shared_ptr<iqmpc::CudaWorldModel>;
+
+CudaModel cuda_world_model(const py::sequence& encoder, const py::sequence& dynamics,
+                           const py::sequence& policy, const py::sequence& critics,
+                           py::ssize_t simnorm_dim, float log_std_min, float log_std_max,
+                           const std::string& precision, int device) {
+  std::vector<py::array> arrays;
+  const iqmpc::WorldModelView view = model_view(encoder, dynamics, policy, critics, simnorm_dim,
+                                                log_std_min, log_std_max, arrays);
+  const iqmpc::Precision operands = iqmpc::precision_from_name(precision);
+  py::gil_scoped_release release;
+  return std::make_shared<iqmpc::CudaWorldModel>(view, operands, device);
+}
+
+// Pointers into device memory come as integers: what they point to is the caller's to check.
+void cuda_rollout(const CudaModel& model, py::ssize_t problems, py::ssize_t horizon,
+                  py::ssize_t samples, std::uintptr_t z0, std::uintptr_t actions,
+                  std::uintptr_t policy_noise, std::uintptr_t critic_pair, float discount,
+                  const std::string& score, float entropy, std::uintptr_t returns,
+                  std::uintptr_t work, std::uintptr_t stream) {
+  iqmpc::CudaRolloutView view;
+  view.problems = problems;
+  view.horizon = horizon;
+  view.samples = samples;
+  view.z0 = reinterpret_cast<const float*>(z0);
+  view.actions = reinterpret_cast<const float*>(actions);
+  view.policy_noise = reinterpret_cast<const float*>(policy_noise);
+  view.critic_pair = reinterpret_cast<const std::int64_t*>(critic_pair);
+  view.discount = discount;
+  view.score = score_from_name(score);
+  view.entropy = entropy;
+  view.returns = reinterpret_cast<float*>(returns);
+  view.work = reinterpret_cast<void*>(work);
+  view.stream = reinterpret_cast<void*>(stream);
+  py::gil_scoped_release release;
+  iqmpc::cuda_rollout(*model, view);
+}
+
+#endif
+
+// Why no CUDA kernel can run here; empty where they can.
+std::string cuda_unavailable_reason() {
+#ifdef IQMPC_HAS_CUDA
+  return iqmpc::cuda_unavailable_reason();
+#else
+  return "iqmpc._C was built without CUDA";
+#endif
+}
+
 py::dict draws(const iqmpc::Planner& planner, std::uint64_t step) {
   const iqmpc::PlannerSettings& s = planner.settings();
   const py::ssize_t a = planner.model()->action_dim(), e = s.num_envs, h = s.horizon;
@@ -229,7 +296,9 @@ py::dict draws(const iqmpc::Planner& planner, std::uint64_t step) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "CPU kernels over NumPy arrays; iqmpc.kernels has the public operations.";
+  module.doc() =
+      "CPU kernels over NumPy arrays and CUDA kernels over device memory; iqmpc.kernels has the "
+      "public operations.";
 
   module.def(
       "isa_levels",
@@ -285,6 +354,44 @@ PYBIND11_MODULE(_C, module) {
              py::arg("policy_noise"), py::arg("critic_pair"), py::arg("discount"),
              py::arg("score"), py::arg("entropy"), py::arg("returns"), py::arg("threads"),
              "Write the soft returns of iqmpc.kernels.mppi_rollout into `returns` [E, S].");
+
+  module.def(
+      "cuda_unavailable_reason", &cuda_unavailable_reason,
+      py::call_guard<py::gil_scoped_release>(),
+      "Why no CUDA device can run this module's kernels; empty where one can.");
+  module.def(
+      "cuda_available", [] { return cuda_unavailable_reason().empty(); },
+      py::call_guard<py::gil_scoped_release>(), "Whether a CUDA device can run them.");
+
+#ifdef IQMPC_HAS_CUDA
+  py::class_<iqmpc::CudaWorldModel, CudaModel>(
+      module, "CudaWorldModel",
+      "An immutable copy of a world model in the memory of one CUDA device. Only in builds with "
+      "CUDA.")
+      .def(py::init(&cuda_world_model), py::kw_only(), py::arg("encoder"), py::arg("dynamics"),
+           py::arg("policy"), py::arg("critics"), py::arg("simnorm_dim"), py::arg("log_std_min"),
+           py::arg("log_std_max"), py::arg("precision") = "float32", py::arg("device") = 0,
+           "Weights as WorldModel takes them, in NumPy arrays. Raises ValueError for what does not "
+           "fit and RuntimeError, with CUDA's own words, where the device cannot be used.")
+      .def_property_readonly("action_dim", &iqmpc::CudaWorldModel::action_dim)
+      .def_property_readonly("latent_dim", &iqmpc::CudaWorldModel::latent_dim)
+      .def_property_readonly("num_critics", &iqmpc::CudaWorldModel::num_critics)
+      .def_property_readonly("device", &iqmpc::CudaWorldModel::device)
+      .def_property_readonly("precision",
+                             [](const iqmpc::CudaWorldModel& model) {
+                               return std::string(iqmpc::precision_name(model.precision()));
+                             })
+      .def("work_bytes", &iqmpc::CudaWorldModel::work_bytes, py::arg("problems"),
+           "Bytes of device memory that cuda_rollout works in.");
+
+  module.def("cuda_rollout", &cuda_rollout, py::arg("model"), py::kw_only(), py::arg("problems"),
+             py::arg("horizon"), py::arg("samples"), py::arg("z0"), py::arg("actions"),
+             py::arg("policy_noise"), py::arg("critic_pair"), py::arg("discount"),
+             py::arg("score"), py::arg("entropy"), py::arg("returns"), py::arg("work"),
+             py::arg("stream"),
+             "Enqueue iqmpc.kernels.mppi_rollout on a stream. Arrays are addresses in the memory "
+             "of the model's device: float32, dense, critic_pair int64. Only in builds with CUDA.");
+#endif
 
   py::class_<iqmpc::Planner>(module, "Planner", "MPPI for E problems: a whole plan in one call.")
       .def(py::init([](Model model, py::ssize_t num_envs, py::ssize_t horizon,

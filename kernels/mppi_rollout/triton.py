@@ -1,0 +1,618 @@
+"""The Triton backend of `mppi_rollout`, on a GPU; under TRITON_INTERPRET=1, slowly, on the CPU.
+
+Two schedules run the same jobs (`triton_jobs`), on tiles of rows; a row is a sample of a problem:
+
+- `throughput`, one launch: a program carries a tile through the whole trajectory, one job after
+  the other, with its activations in scratch memory of its own. No program waits for another.
+- `latency`, a chain of launches: the outputs of a layer are split over programs, and layers that
+  do not depend on each other share a launch. A layer stores its pre-activations, and the sums of
+  their squares 64 columns at a time, in a fixed order; whoever reads them normalises them.
+
+In both, z_0's part of the first layers is computed first, by one launch, a row a problem.
+
+This module imports Triton: import it where it is used, not before (`iqmpc.kernels.backends`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from iqmpc.kernels import layers
+from iqmpc.kernels.mppi_rollout import triton_jobs as tables
+from iqmpc.kernels.triton_launch import (
+    INTERPRETED,
+    LAUNCH,
+    check_tensors,
+    multiprocessors,
+    power_of_two,
+    tuned,
+)
+from iqmpc.kernels.triton_weights import PAD, VECTORS, TritonWeights
+from iqmpc.kernels.weights import Weights
+
+SCHEDULES = ("throughput", "latency")
+# Rows that a multiprocessor has in flight in the throughput schedule, so that their scratch memory
+# stays near the second-level cache. No tile is taller, in either schedule.
+_TALLEST = 128
+
+_EPS = tl.constexpr(1e-5)  # LayerNorm's, as in torch
+_PAD = tl.constexpr(PAD)
+_VECTORS = tl.constexpr(VECTORS)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_MISH, _SIMNORM, _HEAD, _POLICY, _ROOT = (
+    tl.constexpr(v) for v in (
+        tables.MISH, tables.SIMNORM, tables.HEAD, tables.POLICY, tables.ROOT))
+_READY = tl.constexpr(-1)  # x needs no normalisation
+_SHARED, _SAVED = tl.constexpr(tables.SHARED), tl.constexpr(tables.SAVED)
+_NONE, _GIVEN = tl.constexpr(tables.NONE), tl.constexpr(tables.GIVEN)
+_FIELDS = tl.constexpr(len(tables.Job._fields))
+(_KIND, _SLOT, _WEIGHT, _INPUTS, _OUTPUTS, _VECTOR, _FEATURES, _ACTION_WEIGHT, _ACTION, _STEP,
+ _INIT, _SOURCE, _SAVE, _X, _OUT, _PRIOR, _IN_VECTORS, _IN_FEATURES) = (
+    tl.constexpr(i) for i in range(len(tables.Job._fields)))
+
+
+@triton.jit
+def _place(field):
+    """An offset or size in a table: whole blocks of _PAD, which lets loads and stores be wide."""
+    return tl.multiple_of(tl.load(field), _PAD)
+
+
+@triton.jit
+def _operand(x, dtype: tl.constexpr):
+    """x [M, N] float32 in the dtype of a product's operands, rounded to nearest."""
+    if _INTERPRETED:  # it would cut the digits off
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _dot(x, y, acc, PRECISION: tl.constexpr):
+    """acc [M, N] + x [M, K] y [K, N]."""
+    if _INTERPRETED:  # it takes bf16 for integers
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _mish(x):
+    """As in `iqmpc.kernels.layers.mish`; a NaN stays one, being the factor."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    n = e * (e + 2.0)
+    return x * (n / (n + 2.0))
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def _simnorm(x, GROUP: tl.constexpr):
+    """Softmax in each group of neighbours: x [M, N] -> [M, N]."""
+    y = tl.reshape(x, (x.shape[0], x.shape[1] // GROUP, GROUP))
+    y = tl.exp(y - tl.max(y, 2)[:, :, None])
+    y = y / tl.sum(y, 2)[:, :, None]
+    return tl.reshape(y, (x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def _minimum(x, y):
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _member(job, pair, critics):
+    """Which of the stacked critics the job is for: 0 where it is for none."""
+    slot = tl.load(job + _SLOT)
+    drawn = tl.load(pair + tl.maximum(slot, 0)).to(tl.int32)
+    # Out of range is answered with NaN at the end; nothing may be read out of range for it.
+    return tl.where(slot < 0, 0, tl.minimum(tl.maximum(drawn, 0), critics - 1))
+
+
+@triton.jit
+def _layer(
+    job,  # [_FIELDS]
+    member,
+    cols,  # [N] of the layer's outputs
+    row,  # [M] pointers to lines of scratch memory; for ROOT, to the lines of z_0
+    rstd,  # [M] 1 / deviation of x's pre-activations, where IN says that x is to be normalised
+    m,  # [M] sample, counted over all problems
+    live,  # [M]
+    matrices, vectors,  # `TritonWeights`'
+    root,  # [E, 3 * WIDTH] z_0's part of the first layers
+    actions,  # [E, H, S, A]
+    prior,  # [M, A] of this tile: ã_t
+    samples, horizon, latent_size,
+    IN: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr,
+    ACTIONS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Pre-activations [M, N] of a job. Columns beyond the layer's outputs are 0."""
+    inputs = _place(job + _INPUTS)
+    outputs = _place(job + _OUTPUTS)
+    dtype: tl.constexpr = matrices.dtype.element_ty
+    real = cols < outputs
+    init = tl.load(job + _INIT)
+    source = _place(job + _SOURCE)
+    acc = tl.zeros((row.shape[0], cols.shape[0]), tl.float32)
+    if init == _SHARED:
+        acc += tl.load(root + (m // samples)[:, None] * (3 * WIDTH) + (source + cols)[None, :],
+                       mask=live[:, None] & real[None, :], other=0.0)
+    elif init == _SAVED:
+        acc += tl.load(row[:, None] + (source + cols)[None, :],
+                       mask=real[None, :], other=0.0).to(tl.float32)
+    else:
+        bias = vectors + _place(job + _VECTOR) + member * outputs * _VECTORS
+        acc += tl.load(bias + cols, mask=real, other=0.0)[None, :]
+
+    ks = tl.arange(0, BLOCK_K)
+    x = row + _place(job + _X)
+    weight = matrices + _place(job + _WEIGHT) + member * outputs * inputs
+    # A critic's x comes from the same critic, unless it is the latent.
+    source_member = member if IN == _MISH else 0
+    scale = vectors + _place(job + _IN_VECTORS) + source_member * inputs * _VECTORS + inputs
+    for k0 in range(0, inputs, BLOCK_K):
+        k = k0 + ks
+        if IN == _ROOT:
+            tile = tl.load(row[:, None] + k[None, :],
+                           mask=live[:, None] & (k < latent_size)[None, :], other=0.0)
+        else:
+            tile = tl.load(x[:, None] + k[None, :])
+        if IN == _MISH or IN == _SIMNORM:
+            y = tile.to(tl.float32) * rstd[:, None] * tl.load(scale + k)[None, :]
+            y += tl.load(scale + inputs + k)[None, :]
+            tile = _mish(y) if IN == _MISH else _simnorm(y, GROUP)
+        w = tl.load(weight + cols[None, :] * inputs + k[:, None], mask=real[None, :], other=0.0)
+        if IN == _READY:
+            acc = _dot(tile, w, acc, PRECISION)
+        else:
+            acc = _dot(_operand(tile, dtype), w, acc, PRECISION)
+
+    if tl.load(job + _SAVE) >= 0:
+        save = _place(job + _SAVE)
+        tl.store(row[:, None] + (save + cols)[None, :], _operand(acc, dtype), mask=real[None, :])
+    action = tl.load(job + _ACTION)
+    if action != _NONE:
+        a = tl.arange(0, ACTIONS)
+        step = tl.load(job + _STEP)
+        given = (m // samples * horizon + step) * samples + m % samples
+        size = tl.where(action == _GIVEN, A, 0)  # one of the two loads is of nothing
+        taken = tl.load(actions + given[:, None] * A + a[None, :],
+                        mask=live[:, None] & (a < size)[None, :], other=0.0)
+        taken += tl.load(prior[:, None] + a[None, :],
+                         mask=live[:, None] & (a < A - size)[None, :], other=0.0)
+        weight = matrices + _place(job + _ACTION_WEIGHT)
+        weight += member * outputs * ACTIONS
+        w = tl.load(weight + cols[None, :] * ACTIONS + a[:, None], mask=real[None, :], other=0.0)
+        acc = _dot(_operand(taken, dtype), w, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _draw(
+    acc,  # [M, N] μ_j and log σ_j before its tanh, in turns
+    first,  # column of acc's first
+    step,  # t >= 1
+    m, live, prior,  # as in `_layer`
+    noise,  # [E, T, S, A], at the draws for z_1
+    noise_stride,  # of a problem
+    samples, log_std_min, log_std_max, A: tl.constexpr,
+):
+    """Store ã_t = tanh(μ + σ ε)."""
+    N: tl.constexpr = acc.shape[1] // 2
+    mean, spread = tl.split(tl.reshape(acc, (acc.shape[0], N, 2)))
+    j = first // 2 + tl.arange(0, N)
+    mask = live[:, None] & (j < A)[None, :]
+    at = m // samples * noise_stride + ((step - 1) * samples + m % samples) * A
+    eps = tl.load(noise + at[:, None] + j[None, :], mask=mask, other=0.0)
+    log_std = log_std_min + 0.5 * (log_std_max - log_std_min) * (_tanh(spread) + 1.0)
+    tl.store(prior[:, None] + j[None, :], _tanh(mean + tl.exp(log_std) * eps), mask=mask)
+
+
+@triton.jit
+def _finish(
+    acc,  # [M, N] pre-activations
+    rstd,  # [M]
+    job, member, cols, row, vectors,  # as in `_layer`
+    kind, GROUP: tl.constexpr,
+):
+    """LayerNorm, activation, and the store or, of a critic's head, its part of the sum: [M]."""
+    outputs = _place(job + _OUTPUTS)
+    vector = vectors + _place(job + _VECTOR) + member * outputs * _VECTORS + cols
+    real = cols < outputs
+    y = acc * rstd[:, None] * tl.load(vector + outputs, mask=real, other=0.0)[None, :]
+    y += tl.load(vector + 2 * outputs, mask=real, other=0.0)[None, :]
+    q = tl.zeros_like(rstd)
+    if kind == _SIMNORM:
+        y = _simnorm(y, GROUP)
+    else:
+        y = _mish(y)
+    if kind == _HEAD:
+        q += tl.sum(y * tl.load(vector + 3 * outputs, mask=real, other=0.0)[None, :], 1)
+    else:
+        out = row + _place(job + _OUT)
+        tl.store(out[:, None] + cols[None, :], _operand(y, row.dtype.element_ty),
+                 mask=real[None, :])
+    return q
+
+
+@triton.jit
+def _valid(pair, critics):
+    first, second = tl.load(pair), tl.load(pair + 1)
+    return (first >= 0) & (first < critics) & (second >= 0) & (second < critics)
+
+
+@tuned(
+    # Wide blocks hold a whole row, so that it is normalised in registers; the others go over the
+    # scratch memory once more, but are taller and read the weights less often.
+    [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in (
+        (64, 512, 8, 3), (64, 512, 8, 2), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3),
+        (64, 256, 8, 3), (128, 128, 8, 3), (128, 256, 8, 2), (128, 256, 8, 3), (64, 128, 8, 3),
+        (32, 128, 4, 3))],
+    interpreted=dict(BLOCK_M=16, BLOCK_N=64),
+    key=["tuned_for", "WIDTH", "PRECISION"],
+)
+@triton.jit
+def _chain_kernel(
+    matrices, vectors,  # `TritonWeights`'
+    jobs,  # [job_count, _FIELDS] int32
+    pair,  # [2] int64
+    root,  # [E, 3 * WIDTH] float32
+    actions,  # [E, H, S, A]
+    noise,  # [E, T, S, A], at the draws for z_1
+    scratch,  # [programs * BLOCK_M, 4 * WIDTH], the operands' dtype
+    priors,  # [programs * BLOCK_M, A] float32
+    returns,  # [E, S]
+    job_count, rows, samples, horizon, noise_stride, critics,
+    discount, log_std_min, log_std_max,
+    tuned_for,  # what the choice of tiles depends on
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr, ACTIONS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """The throughput schedule: tiles of rows, each carried through all jobs by one program."""
+    WHOLE: tl.constexpr = BLOCK_N >= WIDTH
+    line = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = scratch + line.to(tl.int64) * (4 * WIDTH)
+    prior = priors + line.to(tl.int64) * A
+    dtype: tl.constexpr = scratch.dtype.element_ty
+    valid = _valid(pair, critics)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        live = m < rows
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        other_given = tl.zeros((BLOCK_M,), tl.float32)  # Q of the pair's first critic
+        other_prior = tl.zeros((BLOCK_M,), tl.float32)
+        factor = tl.full((), 1.0, tl.float32)
+        for i in range(0, job_count):
+            job = jobs + i * _FIELDS
+            kind = tl.load(job + _KIND)
+            outputs = _place(job + _OUTPUTS)
+            features = tl.load(job + _FEATURES).to(tl.float32)
+            member = _member(job, pair, critics)
+            square = tl.zeros((BLOCK_M,), tl.float32)
+            q = tl.zeros((BLOCK_M,), tl.float32)
+            if WHOLE:
+                cols = tl.arange(0, BLOCK_N)
+                acc = _layer(
+                    job, member, cols, row, square, m, live, matrices, vectors, root, actions,
+                    prior, samples, horizon, 0, _READY, GROUP, WIDTH, A, ACTIONS, PRECISION,
+                    BLOCK_K)
+                if kind == _POLICY:
+                    _draw(acc, 0, tl.load(job + _STEP), m, live, prior, noise, noise_stride,
+                          samples, log_std_min, log_std_max, A)
+                else:
+                    rstd = tl.rsqrt(tl.sum(acc * acc, 1) / features + _EPS)
+                    q += _finish(acc, rstd, job, member, cols, row, vectors, kind, GROUP)
+            else:
+                out = row + _place(job + _OUT)
+                for n0 in range(0, outputs, BLOCK_N):
+                    cols = n0 + tl.arange(0, BLOCK_N)
+                    acc = _layer(
+                        job, member, cols, row, square, m, live, matrices, vectors, root, actions,
+                        prior, samples, horizon, 0, _READY, GROUP, WIDTH, A, ACTIONS, PRECISION,
+                        BLOCK_K)
+                    if kind == _POLICY:
+                        _draw(acc, n0, tl.load(job + _STEP), m, live, prior, noise, noise_stride,
+                              samples, log_std_min, log_std_max, A)
+                    else:
+                        square += tl.sum(acc * acc, 1)
+                        tl.store(out[:, None] + cols[None, :], _operand(acc, dtype),
+                                 mask=(cols < outputs)[None, :])
+                tl.debug_barrier()
+                if kind != _POLICY:
+                    rstd = tl.rsqrt(square / features + _EPS)
+                    for n0 in range(0, outputs, BLOCK_N):
+                        cols = n0 + tl.arange(0, BLOCK_N)
+                        acc = tl.load(out[:, None] + cols[None, :],
+                                      mask=(cols < outputs)[None, :], other=0.0).to(tl.float32)
+                        q += _finish(acc, rstd, job, member, cols, row, vectors, kind, GROUP)
+            if kind == _HEAD:
+                bias = vectors + _place(job + _VECTOR) + member * outputs * _VECTORS
+                q += tl.load(bias + 4 * outputs)
+                drawn = tl.load(job + _PRIOR) == 1
+                if tl.load(job + _SLOT) == 0:
+                    other_prior = tl.where(drawn, q, other_prior)
+                    other_given = tl.where(drawn, other_given, q)
+                else:  # Q(z_t, ã_t) comes before Q(z_t, a_t), the last of its t
+                    best = _minimum(q, tl.where(drawn, other_prior, other_given))
+                    total += factor * tl.where(drawn, -best, best)
+                    factor = tl.where(drawn, factor, factor * discount)
+            # What this job stored is read by other threads in the next.
+            tl.debug_barrier()
+        tl.store(returns + m, tl.where(valid, total, float("nan")), mask=live)
+
+
+@tuned(
+    [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in (
+        (16, 64, 4, 4), (32, 64, 4, 4), (64, 64, 4, 3), (32, 128, 4, 3), (64, 128, 4, 3),
+        (64, 128, 8, 3), (128, 64, 8, 3))],
+    interpreted=dict(BLOCK_M=16, BLOCK_N=64),
+    key=["tuned_for", "WIDTH", "IN", "PRECISION"],
+)
+@triton.jit
+def _stage_kernel(
+    matrices, vectors, jobs, pair,  # as in `_chain_kernel`
+    latents,  # [E, latent_size] float32, of the ROOT stage: z_0
+    root, actions, noise,  # as in `_chain_kernel`
+    scratch,  # [rows, columns], the operands' dtype
+    squares,  # [rows, columns / _PAD] float32: sums over _PAD pre-activations
+    priors,  # [rows, A] float32
+    rows, columns, samples, horizon, noise_stride, critics, latent_size,
+    log_std_min, log_std_max,
+    tuned_for,  # what the choice of tiles depends on
+    IN: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    A: tl.constexpr, ACTIONS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """A stage of the latency schedule. Grid: tiles of rows, blocks of columns, jobs."""
+    job = jobs + tl.program_id(2) * _FIELDS
+    first = tl.program_id(1) * BLOCK_N
+    outputs = _place(job + _OUTPUTS)
+    if first >= outputs:
+        return
+    cols = first + tl.arange(0, BLOCK_N)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = m < rows
+    line = m.to(tl.int64)
+    prior = priors + line * A
+    member = _member(job, pair, critics)
+    rstd = tl.zeros((BLOCK_M,), tl.float32)
+    if IN == _ROOT:
+        row = latents + line * latent_size
+    else:
+        row = scratch + line * columns
+        # Not masked by `live`: there is a line for every row of a tile.
+        slot = tl.arange(0, SLOTS)
+        at = line[:, None] * (columns // _PAD) + _place(job + _X) // _PAD + slot[None, :]
+        parts = tl.load(
+            squares + at, mask=(slot < _place(job + _INPUTS) // _PAD)[None, :], other=0.0)
+        rstd += tl.rsqrt(tl.sum(parts, 1) / tl.load(job + _IN_FEATURES).to(tl.float32) + _EPS)
+    acc = _layer(
+        job, member, cols, row, rstd, m, live, matrices, vectors, root, actions, prior, samples,
+        horizon, latent_size, IN, GROUP, WIDTH, A, ACTIONS, PRECISION, BLOCK_K)
+    if IN == _ROOT:
+        tl.store(root + line[:, None] * (3 * WIDTH) + (_place(job + _OUT) + cols)[None, :], acc,
+                 mask=live[:, None] & (cols < outputs)[None, :])
+    elif tl.load(job + _KIND) == _POLICY:
+        _draw(acc, first, tl.load(job + _STEP), m, live, prior, noise, noise_stride, samples,
+              log_std_min, log_std_max, A)
+    else:
+        out = _place(job + _OUT)
+        tl.store(row[:, None] + (out + cols)[None, :], _operand(acc, scratch.dtype.element_ty),
+                 mask=(cols < outputs)[None, :])
+        PARTS: tl.constexpr = BLOCK_N // _PAD
+        part = first // _PAD + tl.arange(0, PARTS)
+        own = line[:, None] * (columns // _PAD) + out // _PAD + part[None, :]
+        tl.store(squares + own, tl.sum(tl.reshape(acc * acc, (BLOCK_M, PARTS, _PAD)), 2),
+                 mask=(part < outputs // _PAD)[None, :])
+
+
+@tuned(
+    [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=1) for m, n, warps in (
+        (1, 512, 4), (2, 512, 4), (4, 256, 4), (4, 512, 8), (8, 128, 4))],
+    interpreted=dict(BLOCK_M=8, BLOCK_N=64),
+    key=["tuned_for", "WIDTH"],
+)
+@triton.jit
+def _score_kernel(
+    vectors, pair, scratch, squares,  # as in `_stage_kernel`
+    returns,  # [E, S]
+    rows, columns, horizon, critics, heads, vector, outputs, features, discount,
+    tuned_for,  # what the choice of tiles depends on
+    WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """The critics' last layers and the sum over the horizon, of the latency schedule.
+
+    heads: column of the first head; vector, outputs, features: of the layer before it.
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = m < rows
+    line = m.to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    factor = tl.full((), 1.0, tl.float32)
+    for number in range(0, 2 * horizon - 1):  # a_0, a_1, ã_1, a_2, ã_2, ...
+        best = tl.full((BLOCK_M,), float("inf"), tl.float32)
+        for c in tl.static_range(2):
+            at = heads + (2 * number + c) * WIDTH
+            parts = tl.load(
+                squares + line[:, None] * (columns // _PAD) + at // _PAD + slot[None, :],
+                mask=live[:, None] & (slot < outputs // _PAD)[None, :], other=0.0)
+            rstd = tl.rsqrt(tl.sum(parts, 1) / features + _EPS)
+            member = tl.minimum(tl.maximum(tl.load(pair + c).to(tl.int32), 0), critics - 1)
+            scale = vectors + vector + member * outputs * _VECTORS
+            q = tl.zeros((BLOCK_M,), tl.float32) + tl.load(scale + 4 * outputs)
+            for n0 in range(0, outputs, BLOCK_N):
+                cols = n0 + tl.arange(0, BLOCK_N)
+                real = cols < outputs
+                y = tl.load(scratch + line[:, None] * columns + (at + cols)[None, :],
+                            mask=live[:, None] & real[None, :], other=0.0).to(tl.float32)
+                y *= rstd[:, None] * tl.load(scale + outputs + cols, mask=real, other=0.0)[None, :]
+                y += tl.load(scale + 2 * outputs + cols, mask=real, other=0.0)[None, :]
+                w = tl.load(scale + 3 * outputs + cols, mask=real, other=0.0)
+                q += tl.sum(_mish(y) * w[None, :], 1)
+            best = _minimum(best, q)
+        given = (number == 0) | (number % 2 == 1)
+        factor = tl.where(number % 2 == 1, factor * discount, factor)
+        total += factor * tl.where(given, best, -best)
+    total = tl.where(_valid(pair, critics), total, float("nan"))
+    tl.store(returns + m, total, mask=live)
+
+
+def mppi_rollout_triton(
+    weights: Weights | TritonWeights,
+    z0: Tensor,  # [E, Z]
+    actions: Tensor,  # [E, H, S, A]
+    policy_noise: Tensor,  # [E, H-1, S, A] (advantage) or [E, H+1, S, A] (unrolled)
+    critic_pair: Tensor,  # [2] int64, on the same device: it is not fetched
+    discount: float,
+    score: str,
+    entropy: float = 0.0,
+    *,
+    schedule: str | None = None,
+) -> Tensor:  # [E, S]
+    """See `iqmpc.kernels.mppi_rollout.mppi_rollout`. float32 tensors, all on one device.
+
+    `schedule` is "throughput", "latency", or None for `choose_schedule`'s. `Weights` are packed on
+    every call, in float32. The unrolled score is computed as the advantage form plus
+    -β log π(ã_0|z_0), by which the two differ. A critic out of range makes every return NaN.
+
+    Nothing waits for the device and nothing allocated depends on data, so that a call can be
+    captured in a CUDA graph, after one call with the same shapes that was not: the first one
+    compiles, tunes the tile sizes and stores the job tables. `TritonWeights.refresh` keeps the
+    memory that a graph reads.
+    """
+    if schedule is not None and schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    check_tensors(critic_pair, z0=z0, actions=actions, policy_noise=policy_noise)
+    if isinstance(weights, Weights):
+        check_tensors(critic_pair, weights=weights.dynamics[0].weight)
+        weights = TritonWeights(weights)
+    envs, horizon, samples, _ = actions.shape
+    returns = actions.new_empty(envs, samples)
+    first = score == "unrolled"  # of the draws, the one for z_1
+    arguments = _Arguments(
+        weights, weights.latents(z0), actions.contiguous(),
+        policy_noise.contiguous()[:, first:], critic_pair, float(discount), returns)
+    schedule = schedule or choose_schedule(envs, samples, z0.device)
+    # Triton launches on the current device.
+    with torch.no_grad(), torch.cuda.device_of(z0):
+        (_throughput if schedule == "throughput" else _latency)(arguments)
+        if score == "unrolled":
+            _, log_prob = layers.policy_sample(
+                weights.as_policy(), z0, policy_noise[:, 0, 0])
+            returns.sub_((entropy * log_prob).unsqueeze(1))
+    return returns
+
+
+def choose_schedule(envs: int, samples: int, device: torch.device) -> str:
+    """`throughput` where tiles of 64 rows give every multiprocessor one, else `latency`.
+
+    With fewer tiles, whole trajectories would leave multiprocessors idle.
+    """
+    tiles = -(-envs * samples // 64)
+    return "throughput" if tiles >= multiprocessors(device) else "latency"
+
+
+class _Arguments(NamedTuple):
+    """What a rollout is launched with; `noise` begins with the draws for z_1."""
+
+    weights: TritonWeights
+    latents: Tensor  # [E, latent_size]
+    actions: Tensor  # [E, H, S, A]
+    noise: Tensor  # [E, T, S, A]
+    pair: Tensor  # [2]
+    discount: float
+    returns: Tensor  # [E, S]
+
+    def sizes(self) -> tuple[int, int, int]:
+        """E, H, S"""
+        return self.actions.shape[:3]
+
+    def constants(self) -> dict[str, Any]:
+        """Arguments that all layers' kernels take."""
+        w = self.weights
+        return dict(
+            noise_stride=self.noise.stride(0), critics=w.num_critics, log_std_min=w.log_std_min,
+            log_std_max=w.log_std_max, GROUP=w.group, WIDTH=w.width, A=w.action_dim,
+            ACTIONS=w.actions, PRECISION=w.product, BLOCK_K=w.block)
+
+
+def _throughput(a: _Arguments) -> None:
+    w, (envs, horizon, samples) = a.weights, a.sizes()
+    chain, table = _table(w, ("chain", horizon), lambda: tables.chain(w, horizon))
+    rows, lines = envs * samples, _TALLEST * multiprocessors(w.device)
+    lines = min(lines, rows + _TALLEST)  # with the last tile's padding
+    scratch = w.matrices.new_empty(lines, chain.columns)
+    priors = a.actions.new_empty(lines, w.action_dim)
+    root = _root(a)
+    _chain_kernel[lambda meta: (
+        min(triton.cdiv(rows, meta["BLOCK_M"]), lines // meta["BLOCK_M"]),)](
+        w.matrices, w.vectors, table, a.pair, root, a.actions, a.noise, scratch, priors, a.returns,
+        job_count=len(chain.jobs), rows=rows, samples=samples, horizon=horizon,
+        discount=a.discount, tuned_for=power_of_two(rows), **a.constants(), **LAUNCH)
+
+
+def _latency(a: _Arguments) -> None:
+    w, (envs, horizon, samples) = a.weights, a.sizes()
+    program, *stages = _table(
+        w, ("stages", horizon), lambda: tables.stages(w, horizon), lambda p: p.stages)
+    rows = envs * samples
+    lines = -(-rows // _TALLEST) * _TALLEST
+    scratch = w.matrices.new_empty(lines, program.columns)
+    squares = a.actions.new_empty(lines, program.columns // PAD)
+    priors = a.actions.new_empty(lines, w.action_dim)
+    root = _root(a)
+    for stage, table in zip(program.stages, stages, strict=True):
+        _stage(a, stage, table, root, rows, scratch, squares, priors)
+    before = w.critics[1]
+    _score_kernel[lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]),)](
+        w.vectors, a.pair, scratch, squares, a.returns, rows=rows, columns=program.columns,
+        horizon=horizon, critics=w.num_critics, heads=program.heads, vector=before.vectors,
+        outputs=before.outputs, features=before.features, discount=a.discount,
+        tuned_for=power_of_two(rows), WIDTH=w.width, SLOTS=w.slots, **LAUNCH)
+
+
+def _root(a: _Arguments) -> Tensor:  # [E, 3 * WIDTH]
+    """z_0's part of the first layers."""
+    w, (envs, horizon, _) = a.weights, a.sizes()
+    stage, table = _table(w, ("root", horizon > 1), lambda: tables.root_stage(w, horizon))
+    root = a.actions.new_empty(envs, 3 * w.width)
+    _stage(a, stage, table, root, envs, w.matrices, a.actions, a.actions)  # no scratch is used
+    return root
+
+
+def _stage(
+    a: _Arguments, stage: tables.Stage, table: Tensor, root: Tensor, rows: int, scratch: Tensor,
+    squares: Tensor, priors: Tensor,
+) -> None:
+    w, (_, horizon, samples) = a.weights, a.sizes()
+    widest = max(job.outputs for job in stage.jobs)
+    _stage_kernel[lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]),
+                                triton.cdiv(widest, meta["BLOCK_N"]), len(stage.jobs))](
+        w.matrices, w.vectors, table, a.pair, a.latents, root, a.actions, a.noise, scratch,
+        squares, priors, rows=rows, columns=scratch.shape[-1], samples=samples, horizon=horizon,
+        latent_size=w.latent_size, tuned_for=power_of_two(rows * len(stage.jobs)),
+        IN=stage.inputs, SLOTS=w.slots, **a.constants(), **LAUNCH)
+
+
+def _table(
+    w: TritonWeights, key: tuple[object, ...], make: Callable[[], Any],
+    split: Callable[[Any], list[tables.Stage]] = lambda program: [program],
+) -> tuple[Any, ...]:
+    """A program of jobs and its tables on the device, one [jobs, _FIELDS] int32 a part."""
+    if key not in w.tables:
+        program = make()
+        w.tables[key] = (program, *(
+            torch.tensor(part.jobs, dtype=torch.int32, device=w.device)
+            for part in split(program)))
+    return w.tables[key]

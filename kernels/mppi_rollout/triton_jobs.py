@@ -1,0 +1,173 @@
+"""What the Triton rollout computes, as tables of jobs: a job is one layer on a tile of rows.
+
+Both schedules run the same kind of job, so that a rollout of any horizon is data, not code. Plain
+Python: does not import Triton.
+
+A tile's rows are samples. Each row has a line of scratch memory, in regions of `width` columns;
+`x`, `out`, `save` and `source` are columns of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from iqmpc.kernels.triton_weights import PackedLayer, TritonWeights
+
+# Job.kind: what becomes of the product. ROOT: stored as it is, for all samples of a problem.
+MISH, SIMNORM, HEAD, POLICY, ROOT = range(5)
+# Job.init: what the product is added to: the bias, z_0's part of it, or a saved z_t part.
+BIAS, SHARED, SAVED = range(3)
+# Job.action: none, the trajectory's a_t or the policy's ã_t.
+NONE, GIVEN, PRIOR = range(3)
+
+
+class Job(NamedTuple):
+    """One layer, of the dynamics, the policy or the critic in `slot` of the drawn pair."""
+
+    kind: int
+    slot: int  # -1: not a critic
+    weight: int
+    inputs: int  # 0: no product with x
+    outputs: int
+    vectors: int
+    features: int
+    action_weight: int
+    action: int
+    step: int  # t
+    init: int
+    source: int  # column of z_0's or the saved part
+    save: int  # column for the product before the action's part, -1: not kept
+    x: int
+    out: int
+    prior: int  # of a HEAD: 1 where the action is ã_t
+    in_vectors: int  # of the layer that made x, where x is still to be normalised
+    in_features: int
+
+
+class Stage(NamedTuple):
+    """Jobs that may run side by side; `inputs` is how each reads x: ROOT, MISH or SIMNORM."""
+
+    inputs: int
+    jobs: list[Job]
+
+
+class Chain(NamedTuple):
+    """A whole rollout as one list: scratch columns a row, columns of z_0's part, jobs."""
+
+    columns: int
+    jobs: list[Job]
+
+
+class Stages(NamedTuple):
+    """A whole rollout as stages, after `root_stage`.
+
+    `heads` is the first of the regions where the critics' second layers lie: 2 i + c for critic c
+    on action i of a_0, a_1, ã_1, a_2, ã_2, ...
+    """
+
+    columns: int
+    heads: int
+    stages: list[Stage]
+
+
+def root_stage(w: TritonWeights, horizon: int) -> Stage:
+    """z_0's part of the first layers: [critic, critic, dynamics] regions of `width` columns."""
+    jobs = [_job(w.critics, 0, ROOT, slot=c, out=c * w.width) for c in range(2)]
+    if horizon > 1:
+        jobs.append(_job(w.dynamics, 0, ROOT, out=2 * w.width))
+    return Stage(ROOT, jobs)
+
+
+def chain(w: TritonWeights, horizon: int) -> Chain:
+    """One job after the other, in as little scratch memory as possible."""
+    z, first, second, saved = (i * w.width for i in range(4))
+    jobs = []
+
+    def critic(c: int, action: int, t: int, **how: int) -> None:
+        jobs.append(_job(w.critics, 0, MISH, slot=c, action=action, step=t, out=first, **how))
+        jobs.append(_job(w.critics, 1, HEAD, slot=c, x=first, out=second,
+                         prior=action == PRIOR))
+
+    for t in range(horizon):
+        if t:
+            jobs.append(_job(w.policy, 0, MISH, x=z, out=first))
+            jobs.append(_job(w.policy, 1, MISH, x=first, out=second))
+            jobs.append(_job(w.policy, 2, POLICY, x=second, step=t))
+        for c in range(2):
+            if t:
+                critic(c, PRIOR, t, x=z, save=saved)
+                critic(c, GIVEN, t, init=SAVED, source=saved)
+            else:
+                critic(c, GIVEN, t, init=SHARED, source=c * w.width)
+        if t + 1 < horizon:
+            how = dict(x=z) if t else dict(init=SHARED, source=2 * w.width)
+            jobs.append(_job(w.dynamics, 0, MISH, action=GIVEN, step=t, out=first, **how))
+            jobs.append(_job(w.dynamics, 1, MISH, x=first, out=second))
+            jobs.append(_job(w.dynamics, 2, SIMNORM, x=second, out=z))
+    return Chain(4 * w.width, jobs)
+
+
+def stages(w: TritonWeights, horizon: int) -> Stages:
+    """As few stages as the dependencies allow; Q(z_t, ã_t) runs beside the layers of t + 1."""
+    region = itertools.count(step=w.width)
+
+    def two() -> list[int]:
+        return [next(region), next(region)]
+
+    z, policy, dynamics, given, prior = next(region), two(), two(), two(), two()
+    saved = two(), two()  # by the parity of t: one is read while the other is written
+    heads = next(region)
+
+    def seconds(hidden: list[int], number: int) -> list[Job]:
+        return [_job(w.critics, 1, HEAD, slot=c, x=hidden[c], producer=w.critics[0],
+                     out=heads + (2 * number + c) * w.width) for c in range(2)]
+
+    result: list[Stage] = []
+    late: tuple[list[Job], list[Job]] = [], []
+    for t in range(horizon):
+        parts = [[], [], []]  # first, second and third layers
+        for c in range(2):
+            how = (dict(x=z, producer=w.dynamics[2], save=saved[t % 2][c]) if t
+                   else dict(init=SHARED, source=c * w.width))
+            parts[0].append(_job(
+                w.critics, 0, MISH, slot=c, action=GIVEN, step=t, out=given[c], **how))
+        parts[1] += seconds(given, 2 * t - 1 if t else 0)
+        if t:
+            parts[0].append(_job(w.policy, 0, MISH, x=z, producer=w.dynamics[2], out=policy[0]))
+            parts[1].append(
+                _job(w.policy, 1, MISH, x=policy[0], producer=w.policy[0], out=policy[1]))
+            parts[2].append(_job(w.policy, 2, POLICY, x=policy[1], producer=w.policy[1], step=t))
+        if t + 1 < horizon:
+            how = (dict(x=z, producer=w.dynamics[2]) if t
+                   else dict(init=SHARED, source=2 * w.width))
+            parts[0].append(
+                _job(w.dynamics, 0, MISH, action=GIVEN, step=t, out=dynamics[0], **how))
+            parts[1].append(
+                _job(w.dynamics, 1, MISH, x=dynamics[0], producer=w.dynamics[0], out=dynamics[1]))
+            parts[2].append(
+                _job(w.dynamics, 2, SIMNORM, x=dynamics[1], producer=w.dynamics[1], out=z))
+        result.append(Stage(SIMNORM if t else MISH, parts[0] + late[0]))
+        result.append(Stage(MISH, parts[1] + late[1]))
+        if parts[2]:
+            result.append(Stage(MISH, parts[2]))
+        late = ([], [])
+        if t:
+            late = ([_job(w.critics, 0, MISH, slot=c, action=PRIOR, step=t, init=SAVED,
+                          source=saved[t % 2][c], out=prior[c]) for c in range(2)],
+                    seconds(prior, 2 * t))
+    result += [Stage(MISH, jobs) for jobs in late if jobs]
+    return Stages(heads + 2 * (2 * horizon - 1) * w.width, heads, result)
+
+
+def _job(
+    layers: tuple[PackedLayer, ...], index: int, kind: int, *, slot: int = -1, x: int | None = None,
+    action: int = NONE, step: int = 0, init: int = BIAS, source: int = 0, save: int = -1,
+    out: int = 0, prior: int = 0, producer: PackedLayer | None = None,
+) -> Job:
+    layer = layers[index]
+    return Job(
+        kind, slot, layer.weight, 0 if x is None and kind != ROOT else layer.inputs,
+        layer.outputs, layer.vectors, layer.features, layer.action_weight, action, step, init,
+        source, save, x or 0, out, int(prior), producer.vectors if producer else 0,
+        producer.features if producer else 1)

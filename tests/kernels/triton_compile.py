@@ -1,0 +1,137 @@
+"""Compile the Triton kernels for GPUs that need not be there: a script, run by test_triton.py.
+
+    python tests/kernels/triton_compile.py --arch 90 [--size paper] [--precision bf16] [--every]
+
+One line of JSON a kernel: bytes of shared memory a program, registers and bytes of stack a thread
+(a stack means spilt registers), and the tensor-core instruction it uses. Without `--every`, only
+the first and the last choice of tile sizes that fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from iqmpc.kernels.mppi_refit import triton as refit
+from iqmpc.kernels.mppi_rollout import triton as rollout
+from iqmpc.kernels.mppi_rollout import triton_jobs as tables
+from iqmpc.kernels.triton_launch import LAUNCH, Target, fits, power_of_two
+from iqmpc.kernels.triton_weights import PRECISIONS, TritonWeights
+from iqmpc.kernels.weights import Layer, Weights
+
+TARGETS = {80: Target(163 * 1024, False), 90: Target(227 * 1024, True)}
+SIZES = {"paper": (39, 512, 512), "small": (6, 128, 384)}  # A, Z, hidden
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# Types of the arguments that are neither float32 tensors nor int32.
+OPERANDS = ("matrices", "scratch")
+TYPES = {"jobs": "*i32", "pair": "*i64", "index": "*i64"} | dict.fromkeys(
+    ("discount", "log_std_min", "log_std_max", "temperature", "std_min", "std_max"), "fp32")
+TENSORS = ("vectors", "root", "actions", "noise", "priors", "returns", "latents", "squares", "mean",
+           "std", "weight")
+
+
+class Case(NamedTuple):
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, int]  # num_warps, num_stages
+    operands: torch.dtype
+    name: dict[str, str]
+
+
+def model(size: str, precision: str) -> TritonWeights:
+    action_dim, latent, hidden = SIZES[size]
+
+    def layer(inputs: int, outputs: int, normed: bool, *lead: int) -> Layer:
+        vector = torch.zeros(*lead, outputs)
+        return Layer(torch.zeros(*lead, outputs, inputs), vector, *([vector] * 2 * normed))
+
+    def stack(inputs: int, outputs: int, normed: bool, *lead: int) -> tuple[Layer, ...]:
+        return (layer(inputs, hidden, True, *lead), layer(hidden, hidden, True, *lead),
+                layer(hidden, outputs, normed, *lead))
+
+    return TritonWeights(Weights(
+        (layer(1, latent, True),), stack(latent + action_dim, latent, True),
+        stack(latent, 2 * action_dim, False), stack(latent + action_dim, 1, False, 2),
+        8, -10.0, 2.0), precision=precision)
+
+
+def cases(size: str, precision: str, arch: int, every: bool) -> Iterator[Case]:
+    w = model(size, precision)
+    name = dict(arch=str(arch), size=size, precision=precision)
+    layer = dict(GROUP=w.group, WIDTH=w.width, A=w.action_dim, ACTIONS=w.actions,
+                 PRECISION=w.product, BLOCK_K=w.block)
+    inputs = (tables.MISH, tables.SIMNORM, tables.ROOT)
+    for kernel, constants in (
+        (rollout._chain_kernel, layer),
+        *((rollout._stage_kernel, layer | dict(IN=i, SLOTS=w.slots)) for i in inputs),
+        (rollout._score_kernel, dict(WIDTH=w.width, SLOTS=w.slots)),
+    ):
+        configs = [c for c in kernel.configs
+                   if "BLOCK_K" not in constants
+                   or fits(c, TARGETS[arch], w.dtype.itemsize, w.block, w.width)]
+        for c in configs if every else {0: configs[0], 1: configs[-1]}.values():
+            yield Case(kernel.fn, constants | c.kwargs,
+                       dict(num_warps=c.num_warps, num_stages=c.num_stages), w.dtype,
+                       name | dict(choice=str(c)))
+    block_a = min(power_of_two(w.action_dim), refit._HELD // 64)
+    yield Case(refit._refit_kernel, dict(ELITES=64, BLOCK_A=block_a, BLOCK=refit._BLOCK),
+               dict(num_warps=8), w.dtype, name)
+
+
+def compile_case(case: Case, arch: int) -> dict[str, Any]:
+    operands = "*bf16" if case.operands == torch.bfloat16 else "*fp32"
+    kernel, signature, aligned = case.kernel, {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        kind = TYPES.get(argument, "*fp32" if argument in TENSORS else "i32")
+        if argument in OPERANDS:
+            kind = operands
+        signature[argument] = "constexpr" if argument in case.constants else kind
+        if kind.startswith("*") or argument == "columns":
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=case.constants, attrs=aligned)
+    start = time.perf_counter()
+    done = triton.compile(source, target=GPUTarget("cuda", arch, 32),
+                          options=case.options | LAUNCH)
+    seconds = time.perf_counter() - start
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(done.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True,
+            text=True, check=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    instruction = re.search(r"wgmma\.mma_async|mma\.sync", done.asm["ptx"])
+    return dict(
+        kernel=kernel.__name__, inputs=case.constants.get("IN"), **case.name,
+        shared=done.metadata.shared, registers=int(found["REG"]), stack=int(found["STACK"]),
+        local=int(found["LOCAL"]), tensor_core=instruction and instruction[0],
+        barriers=done.asm["ptx"].count("bar.sync"), seconds=round(seconds, 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--arch", type=int, choices=TARGETS, required=True)
+    parser.add_argument("--size", choices=SIZES, nargs="*", default=list(SIZES))
+    parser.add_argument("--precision", choices=PRECISIONS, nargs="*", default=["float32", "bf16"])
+    parser.add_argument("--every", action="store_true")
+    given = parser.parse_args()
+    for size in given.size:
+        for precision in given.precision:
+            for case in cases(size, precision, given.arch, given.every):
+                print(json.dumps(compile_case(case, given.arch)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
