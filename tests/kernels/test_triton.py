@@ -13,21 +13,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from iqmpc.errors import BackendError
 from iqmpc.kernels.mppi_refit import mppi_refit
-from iqmpc.kernels.mppi_rollout import mppi_rollout, noise_steps, triton_jobs
+from iqmpc.kernels.mppi_rollout import mppi_rollout, triton_jobs
 from iqmpc.kernels.triton_weights import TritonWeights
-from iqmpc.kernels.weights import Weights, map_layers, snapshot
+from iqmpc.kernels.weights import Weights, map_layers
+from tests.kernels.contract import BETA, GAMMA, TOLERANCE, assert_within, drawn, in_float64
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
-GAMMA, BETA = 0.96, 0.03
-# The contract: relative to the float64 reference, and the share of elites that are the same.
-TOLERANCE = {"float32": 1e-4, "bf16": 2e-2}
 SCHEDULES = ("throughput", "latency")
 
 needs_triton = pytest.mark.skipif(
@@ -53,28 +52,9 @@ def to_device(weights: Weights) -> Weights:
         for part in ("encoder", "dynamics", "policy", "critics")})
 
 
-def draw(weights: Weights, envs: int, horizon: int, samples: int, score: str = "advantage",
-         seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """z0, actions, policy noise and critic pair."""
-    random = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=random)
-
-    groups = weights.latent_dim // weights.simnorm_dim
-    draws = (
-        normal(envs, groups, weights.simnorm_dim).softmax(-1).flatten(1),
-        normal(envs, horizon, samples, weights.action_dim).clamp(-1, 1),
-        normal(envs, noise_steps(horizon, score), samples, weights.action_dim),
-        torch.tensor([2, 0]))
-    return tuple(t.to(device()) for t in draws)
-
-
-def exact(weights: Weights, draws: tuple[torch.Tensor, ...], score: str = "advantage"):
-    z0, actions, noise, pair = draws
-    return mppi_rollout(
-        snapshot(weights, torch.float64), z0.double(), actions.double(), noise.double(), pair,
-        GAMMA, score, entropy=BETA, backend="reference")
+def draw(*sizes: Any, **settings: Any) -> tuple[torch.Tensor, ...]:
+    """The contract's draws, where these tests compute."""
+    return tuple(t.to(device()) for t in drawn(*sizes, **settings))
 
 
 def rollout(weights: Weights | TritonWeights, draws, score: str = "advantage", schedule=None):
@@ -226,19 +206,16 @@ def test_rollout_is_the_reference(make_weights, envs, horizon, samples, action_d
                                   simnorm, hidden, score, schedule, precision):
     weights = to_device(
         make_weights(5, action_dim, latent=latent, simnorm=simnorm, hidden=hidden))
-    # More samples than are compared, for the scale of a return: a single one may be near zero.
     draws = draw(weights, envs, horizon, samples + 32, score)
-    expected = exact(weights, draws, score)
+    expected = in_float64(weights, draws, score)
     z0, actions, noise, pair = draws
     some = z0, actions[:, :, :samples], noise[:, :, :samples], pair
     returns = rollout(TritonWeights(weights, precision=precision), some, score, schedule)
     assert returns.shape == (envs, samples) and returns.dtype == torch.float32
-    error, scale = returns - expected[:, :samples], expected.square().mean().sqrt()
-    if precision == "float32":
-        assert error.abs().max() <= TOLERANCE[precision] * max(scale, expected.abs().max())
-    else:  # rounding to bf16 is noise: bounded as a whole
-        assert error.square().mean().sqrt() <= TOLERANCE[precision] * max(1, scale)
-        assert error.abs().max() > 0 and not torch.equal(returns, rollout(weights, some, score))
+    assert_within(returns, expected, precision)
+    if precision == "bf16":  # it is another computation
+        assert (returns - expected[:, :samples]).abs().max() > 0
+        assert not torch.equal(returns, rollout(weights, some, score))
 
 
 @needs_triton
@@ -383,7 +360,7 @@ def test_refit_ranks_what_is_not_finite_last():
 def test_at_the_sizes_in_use(make_weights, action_dim, latent, hidden, envs, schedule, precision):
     weights = to_device(make_weights(17, action_dim, latent=latent, hidden=hidden, encoder=64))
     draws = draw(weights, envs, 3, 488)
-    expected = exact(weights, draws)
+    expected = in_float64(weights, draws)
     returns = rollout(TritonWeights(weights, precision=precision), draws, schedule=schedule)
     assert (returns - expected).norm() <= TOLERANCE.get(precision, 1e-2) * expected.norm()
     for got, true in zip(returns.topk(64).indices, expected.topk(64).indices, strict=True):

@@ -1,0 +1,65 @@
+"""What holds every backend of the rollout to one meaning: its draws, reference and tolerances."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iqmpc.kernels.mppi_rollout import mppi_rollout, noise_steps
+from iqmpc.kernels.weights import Weights, snapshot
+
+GAMMA, BETA = 0.96, 0.03
+# Relative to the float64 reference; the same elites in at least 95 % of places.
+TOLERANCE = {"float32": 1e-4, "bf16": 2e-2}
+
+
+def drawn(
+    weights: Weights, envs: int, horizon: int, samples: int, score: str = "advantage", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z0, actions, policy noise and critic pair, in float32 on the CPU."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    groups = weights.latent_dim // weights.simnorm_dim
+    z0 = normal(envs, groups, weights.simnorm_dim).softmax(-1).flatten(1)
+    actions = normal(envs, horizon, samples, weights.action_dim).clamp(-1, 1)
+    noise = normal(envs, noise_steps(horizon, score), samples, weights.action_dim)
+    return z0, actions, noise, torch.tensor([2, 0])
+
+
+def in_float64(
+    weights: Weights, draws: tuple[Tensor, ...], score: str = "advantage", *,
+    backend: str = "reference",
+) -> Tensor:
+    """The returns of the reference, [E, S]."""
+    z0, actions, noise, pair = draws
+    return mppi_rollout(snapshot(weights, torch.float64), z0.double(), actions.double(),
+                        noise.double(), pair, GAMMA, score, entropy=BETA, backend=backend)
+
+
+def first(draws: tuple[Tensor, ...], samples: int) -> tuple[Tensor, ...]:
+    """The draws of the first samples of each problem alone."""
+    z0, actions, noise, pair = draws
+    return z0, actions[:, :, :samples].contiguous(), noise[:, :, :samples].contiguous(), pair
+
+
+def assert_within(returns: Tensor, expected: Tensor, precision: str) -> None:
+    """`returns` [E, S] are the first of `expected` [E, S or more].
+
+    More, for the scale of a return: a single one may be near zero.
+    """
+    scale = expected.square().mean().sqrt()
+    error = returns - expected[:, :returns.shape[1]]
+    if precision == "float32":
+        assert error.abs().max() <= TOLERANCE[precision] * max(scale, expected.abs().max())
+    else:  # rounding to bf16 is noise: bounded as a whole
+        assert error.square().mean().sqrt() <= TOLERANCE[precision] * max(1, scale)
+
+
+def assert_within_with_elites(returns: Tensor, expected: Tensor, precision: str) -> None:
+    """Close as a whole, and 32 elites of at least 95 % the same."""
+    assert (returns - expected).norm() <= TOLERANCE[precision] * expected.norm()
+    for got, true in zip(returns.topk(32).indices, expected.topk(32).indices, strict=True):
+        assert len(set(got.tolist()) & set(true.tolist())) >= 0.95 * 32
