@@ -12,6 +12,7 @@ import gymnasium
 import numpy as np
 
 from iqmpc.config import TaskConfig
+from iqmpc.envs.actions import scaled
 from iqmpc.errors import TaskError
 
 # name of the task -> (domain, task) of dm_control
@@ -102,14 +103,10 @@ class DMControlEnv(gymnasium.Env):
         return self._flat(self._env.reset().observation), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != self.action_space.shape:
-            raise ValueError(
-                f"action must have shape {self.action_space.shape}, got {action.shape}")
-        scaled = self._low + (action + 1) * 0.5 * (self._high - self._low)
+        command = scaled(action, self._low, self._high)
         reward = 0.0
         for _ in range(self.config.action_repeat):
-            step = self._env.step(scaled)
+            step = self._env.step(command)
             reward += step.reward
         self._steps += 1
         truncated = self._steps >= self.config.episode_length

@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict
 
 from iqmpc.config import TaskConfig
+from iqmpc.envs.actions import scaled
 from iqmpc.errors import TaskError
 
 
@@ -36,7 +37,7 @@ class ControlEnv(gymnasium.Wrapper):
         _check_box(env.observation_space, f"{task.name}: the observation space")
         super().__init__(env)
         self.config = task
-        self._low, self._high = np.float64(low), np.float64(high)
+        self._low, self._high = np.asarray(low, np.float64), np.asarray(high, np.float64)
         self.observation_space = Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
         self.action_space = Box(-1.0, 1.0, env.action_space.shape, np.float32)
         self._seed, self._steps = seed, 0
@@ -51,15 +52,10 @@ class ControlEnv(gymnasium.Wrapper):
         return np.asarray(obs, np.float32), info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        action = np.asarray(action, np.float64)
-        if action.shape != self.action_space.shape:
-            raise ValueError(
-                f"action must have shape {self.action_space.shape}, got {action.shape}")
-        scaled = self._low + (action + 1) * 0.5 * (self._high - self._low)
+        command = scaled(action, self._low, self._high).astype(self.env.action_space.dtype)
         total = 0.0
         for _ in range(self.config.action_repeat):
-            obs, reward, terminated, truncated, info = self.env.step(
-                scaled.astype(self.env.action_space.dtype))
+            obs, reward, terminated, truncated, info = self.env.step(command)
             total += float(reward)
             if terminated or truncated:
                 break

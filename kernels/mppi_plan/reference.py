@@ -156,14 +156,12 @@ class ReferencePlan:
         action = actions.gather(2, chosen)[:, 0, 0] + std[:, 0] * explore
         finite = weight.sum(1, keepdim=True) > 0
         mode = torch.tanh(layers.policy(w, z0)[0])
-        action = torch.where(finite, action, mode).nan_to_num(0).clamp(-1, 1)
-        return torch.cat([action, (~finite).to(action.dtype)], dim=1)
+        return _marked(torch.where(finite, action, mode), finite)
 
     def _prior(self, w: Weights, obs: Tensor, noise: Tensor) -> Tensor:
         """The policy's action at h(obs), marked where it is not finite: [E, A+1]."""
         action = layers.policy_action(w, layers.encode(w, obs), noise)
-        finite = action.isfinite().all(1, keepdim=True)
-        return torch.cat([action.nan_to_num(0).clamp(-1, 1), (~finite).to(action.dtype)], dim=1)
+        return _marked(action, action.isfinite().all(1, keepdim=True))
 
     def _returns(
         self, w: Weights, z0: Tensor, actions: Tensor, noise: Tensor, root: Tensor, pair: Tensor
@@ -187,3 +185,8 @@ class ReferencePlan:
     def _normal(self, *shape: int) -> Tensor:
         draw = torch.randn(shape, device=self.device, generator=self.generator)
         return draw.to(self.dtype)
+
+
+def _marked(action: Tensor, finite: Tensor) -> Tensor:
+    """action [E, A] in range, and a last column that is 1 where `finite` [E, 1] is not."""
+    return torch.cat([action.nan_to_num(0).clamp(-1, 1), (~finite).to(action.dtype)], dim=1)

@@ -1,0 +1,13 @@
+"""From the method's actions to an environment's."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def scaled(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """action [A] in [-1, 1] -> float64 [A] in [low, high]; `ValueError` for another shape."""
+    action = np.asarray(action, dtype=np.float64)
+    if action.shape != low.shape:
+        raise ValueError(f"action must have shape {low.shape}, got {action.shape}")
+    return low + (action + 1) * 0.5 * (high - low)
