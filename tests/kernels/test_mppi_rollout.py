@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from iqmpc import _C, WorldModel
@@ -147,13 +147,19 @@ def on_cpu(weights, draws, score="advantage", *, precision="float32", isa=None):
        score=st.sampled_from(["advantage", "unrolled"]), seed=st.integers(0, 1000))
 def test_cpu_is_the_reference(make_weights, isa, precision, envs, horizon, samples, action_dim,
                               groups, simnorm, hidden, score, seed):
+    # LayerNorm over two outputs is nearly a sign: it turns any rounding into an error of size one.
+    assume(precision == "float32" or groups * simnorm > 2)
     weights = make_weights(5, action_dim, latent=groups * simnorm, simnorm=simnorm, hidden=hidden,
                            seed=seed)
     draws = drawn(weights, envs, horizon, samples + 32, score, seed)
     expected = in_float64(weights, draws, score)
-    some = first(draws, samples)
-    returns = on_cpu(weights, some, score, precision=precision, isa=isa)
+    # All of them, since a bound on noise as a whole says little of one; then only the first, for
+    # the number of samples, which must change nothing.
+    returns = on_cpu(weights, draws, score, precision=precision, isa=isa)
     assert_within(returns, expected, precision)
+    some = on_cpu(weights, first(draws, samples), score, precision=precision, isa=isa)
+    same = torch.equal if score == "advantage" else torch.allclose
+    assert same(some, returns[:, :samples])
 
 
 @pytest.mark.parametrize("isa", LEVELS)
