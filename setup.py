@@ -76,7 +76,9 @@ class CMakeBuild(build_ext):
             # on every run, so that what an earlier one asked for does not stay in CMake's cache.
             f"-DIQMPC_CUDA={os.environ.get('IQMPC_CUDA', 'AUTO').upper()}",
         ]
-        for command in (configure, [cmake, "--build", str(build), "--target", "_C"]):
+        null_vulkan = ["_null_vulkan"] if sys.platform == "linux" else []
+        targets = ["_C", *null_vulkan]
+        for command in (configure, [cmake, "--build", str(build), "--target", *targets]):
             try:
                 subprocess.run(command, check=True)
             except subprocess.CalledProcessError as error:
@@ -87,6 +89,8 @@ class CMakeBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         # The name CMake gives is asked of the same interpreter and so is the one setuptools wants.
         shutil.copy2(build / target.name, target)
+        for name in null_vulkan:
+            shutil.copy2(build / f"{name}.so", target.parent)
 
 
 setup(

@@ -118,6 +118,7 @@ def evaluate_run(
         "task": agent.config.task.name, "seed": seed, **agent.facts, "episodes": episodes,
         "return_mean": result.return_mean, "return_std": result.return_std,
         "success_rate": result.success_rate,
+        "success_any_rate": result.success_any_rate,
         "ratio": ratio(result.return_mean, agent.facts["demonstrator_return"]),
         "reward_correlation": reward_correlation(agent, result.episodes),
         "planner": planner, "backend": agent.planner.backend,
@@ -247,7 +248,7 @@ def _print_summary(summary: dict[str, Any], run: Path) -> None:
     table = Table(title=f"{summary['task']}  ({run})", show_header=False)
     for key, value in summary.items():
         if value is not None and key != "task":
-            text = f"{value:.3g}" if key in ("ratio", "reward_correlation") else \
+            text = f"{value:.3g}" if key.endswith(("ratio", "_rate", "_correlation")) else \
                 f"{value:.1f}" if isinstance(value, float) else str(value)
             table.add_row(key, text)
     _console.print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -16,9 +17,14 @@ from iqmpc.seeding import stream_seed
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Episodes of an agent, as recorded."""
+    """Episodes of an agent, as recorded.
+
+    `solved` says of each whether the task was solved at any of its steps; an `Episode`'s own
+    `success` is that of its last step. None where the task defines none.
+    """
 
     episodes: tuple[Episode, ...]
+    solved: tuple[bool | None, ...]
 
     @property
     def returns(self) -> np.ndarray:
@@ -35,8 +41,33 @@ class Evaluation:
     @property
     def success_rate(self) -> float | None:
         """Share of episodes solved at their last step; None where the task defines none."""
-        known = [e.success for e in self.episodes if e.success is not None]
-        return float(np.mean(known)) if known else None
+        return _share([e.success for e in self.episodes])
+
+    @property
+    def success_any_rate(self) -> float | None:
+        """Share of episodes solved at any step; None where the task defines none."""
+        return _share(self.solved)
+
+
+def _share(outcomes: Sequence[bool | None]) -> float | None:
+    known = [outcome for outcome in outcomes if outcome is not None]
+    return float(np.mean(known)) if known else None
+
+
+class _Watched(gymnasium.Wrapper):
+    """Remembers whether any step of the episode was a success."""
+
+    solved: bool | None = None
+
+    def reset(self, **how: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        self.solved = None
+        return self.env.reset(**how)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        *result, info = self.env.step(action)
+        if "success" in info:
+            self.solved = bool(self.solved) or bool(info["success"])
+        return (*result, info)
 
 
 def rollout(
@@ -82,13 +113,14 @@ def evaluate(
 
     `progress(done, return)` is called after each; `on_step(env)` before each step of the first.
     """
-    done = []
+    done, solved, watched = [], [], _Watched(env)
     for index in range(episodes):
-        done.append(rollout(agent, env, seed=stream_seed(seed, "eval", index),
+        done.append(rollout(agent, watched, seed=stream_seed(seed, "eval", index),
                             on_step=on_step if index == 0 else None))
+        solved.append(watched.solved)
         if progress is not None:
             progress(index + 1, float(done[-1].rewards.sum()))
-    return Evaluation(tuple(done))
+    return Evaluation(tuple(done), tuple(solved))
 
 
 def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | None:

@@ -230,6 +230,7 @@ class Trainer:
             "return_mean": result.return_mean,
             "return_std": result.return_std,
             "success_rate": result.success_rate,
+            "success_any_rate": result.success_any_rate,
             "demonstrator_return": self.demonstrator_return,
             "ratio": ratio(result.return_mean, self.demonstrator_return),
             "backend": self.agent.planner.backend,

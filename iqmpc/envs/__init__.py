@@ -10,14 +10,23 @@ import gymnasium
 import numpy as np
 
 from iqmpc.config import TaskConfig
-from iqmpc.envs import dmcontrol, gym
+from iqmpc.envs import dmcontrol, gym, maniskill, myosuite
 from iqmpc.envs.noise import TransitionNoise
 from iqmpc.errors import TaskError
 
-_SUITES = {"dmcontrol": dmcontrol.make, "gym": gym.make}
+_SUITES = {"dmcontrol": dmcontrol.make, "myosuite": myosuite.make, "maniskill": maniskill.make,
+           "gym": gym.make}
 
+# The same values as in configs/task, which a test compares.
 TASKS: dict[str, TaskConfig] = {
-    name: TaskConfig(name=name, suite="dmcontrol") for name in dmcontrol.TASKS
+    name: TaskConfig(name=name, suite=suite, **how)
+    for suite, names, how in (
+        ("dmcontrol", dmcontrol.TASKS, {}),
+        ("myosuite", myosuite.TASKS,
+         dict(episode_length=100, action_repeat=1, gradient_penalty=True)),
+        ("maniskill", maniskill.TASKS,
+         dict(episode_length=100, action_repeat=2, gradient_penalty=True)))
+    for name in names
 }
 
 

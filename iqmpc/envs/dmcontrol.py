@@ -13,6 +13,7 @@ import numpy as np
 
 from iqmpc.config import TaskConfig
 from iqmpc.envs.actions import scaled
+from iqmpc.envs.extras import import_extra
 from iqmpc.errors import TaskError
 
 # name of the task -> (domain, task) of dm_control
@@ -46,12 +47,7 @@ def import_suite(render: bool) -> Any:
     # torch loads Triton lazily, from a compile or an optimiser: so Triton comes first.
     if os.environ.get("MUJOCO_GL") != "disabled" and importlib.util.find_spec("triton"):
         importlib.import_module("triton")
-    if importlib.util.find_spec("dm_control") is None:
-        raise TaskError(
-            "DMControl tasks need the extra 'dmcontrol': pip install 'iqmpc[dmcontrol]'")
-    from dm_control import suite
-
-    return suite
+    return import_extra("dm_control.suite", "DMControl", "dmcontrol")
 
 
 class DMControlEnv(gymnasium.Env):

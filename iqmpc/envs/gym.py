@@ -22,11 +22,17 @@ class ControlEnv(gymnasium.Wrapper):
     Dictionaries of Boxes are flattened in the order of their keys. An action is scaled to the
     environment's range and repeated `action_repeat` times, rewards summed, unless the episode ends
     before. `terminated` is the environment's own; `truncated` too, or after `episode_length`
-    control steps. With a `seed`, the first `reset()` uses it. `info["is_success"]`, as some suites
-    call it, is given as `info["success"]` too.
+    control steps. With a `seed`, the first `reset()` uses it.
+
+    What a suite calls `success` (some say `is_success`) is given as `info["success"]` too. With
+    `terminates=False` an end that the environment announces is ignored: the episode has its full
+    length, and `terminated` is always False.
     """
 
-    def __init__(self, env: gymnasium.Env, task: TaskConfig, *, seed: int | None = None):
+    def __init__(
+        self, env: gymnasium.Env, task: TaskConfig, *, seed: int | None = None,
+        success: str = "is_success", terminates: bool = True,
+    ):
         _check_box(env.action_space, f"{task.name}: the action space")
         low, high = env.action_space.low, env.action_space.high
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
@@ -40,6 +46,7 @@ class ControlEnv(gymnasium.Wrapper):
         self._low, self._high = np.asarray(low, np.float64), np.asarray(high, np.float64)
         self.observation_space = Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
         self.action_space = Box(-1.0, 1.0, env.action_space.shape, np.float32)
+        self._success, self._terminates = success, terminates
         self._seed, self._steps = seed, 0
 
     def reset(
@@ -57,13 +64,15 @@ class ControlEnv(gymnasium.Wrapper):
         for _ in range(self.config.action_repeat):
             obs, reward, terminated, truncated, info = self.env.step(command)
             total += float(reward)
+            terminated = bool(terminated) and self._terminates
             if terminated or truncated:
                 break
         self._steps += 1
         truncated = bool(truncated) or self._steps >= self.config.episode_length
-        if "success" not in info and "is_success" in info:
-            info = {**info, "success": info["is_success"]}
-        return np.asarray(obs, np.float32), total, bool(terminated), truncated, info
+        success = "success" if "success" in info else self._success
+        if success in info:
+            info = {**info, "success": bool(info[success])}
+        return np.asarray(obs, np.float32), total, terminated, truncated, info
 
 
 def make(

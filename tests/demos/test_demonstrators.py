@@ -1,0 +1,90 @@
+"""Those who demonstrate without having been trained here."""
+
+import importlib.util
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from iqmpc import make_env
+from iqmpc.demos import DemonstrationError, npg, scripted
+from iqmpc.demos.npg import GaussianPolicy
+
+
+def solves(env, policy, seed):
+    obs, _ = env.reset(seed=seed)
+    done = False
+    while not done:
+        obs, _, _, done, info = env.step(policy(obs))
+    return info["success"]
+
+
+def needs(package, extra):
+    return pytest.mark.skipif(
+        importlib.util.find_spec(package) is None, reason=f"needs the extra {extra!r}")
+
+
+@needs("myosuite", "myosuite")
+def test_the_packaged_policies_solve_their_tasks():
+    for task, env_id, seed in (("myo-key-turn", "myoHandKeyTurnFixed-v0", 1),
+                               ("myo-obj-hold", "myoHandObjHoldFixed-v0", 3)):
+        policy, provenance = npg.packaged(env_id, generator=np.random.default_rng(0))
+        assert f"{env_id}, seed {seed}" in provenance["demonstrator"]
+        assert solves(make_env(task), policy, 0)
+
+
+@needs("mani_skill2", "maniskill")
+@pytest.mark.parametrize("task", ["lift-cube", "pick-cube"])
+def test_the_controllers_solve_their_tasks(task):
+    policy, env = scripted.CubeController(task, generator=np.random.default_rng(0)), make_env(task)
+    for seed in range(2):
+        policy.reset()
+        assert solves(env, policy, seed)
+
+
+def test_a_gaussian_policy_against_its_formula():
+    random = np.random.default_rng(0)
+    layers = [(random.normal(size=(4, 3)), random.normal(size=4)),
+              (random.normal(size=(2, 4)) * 0.1, np.zeros(2))]
+    shift, scale = np.full(3, 0.5), np.full(3, 2.0)
+    policy = GaussianPolicy(layers, shift, scale, np.full(2, 0.1), np.full(2, 0.5),
+                            np.log([0.2, 30.0]), noise=0.0)
+    obs = random.normal(size=3)
+    hidden = np.tanh(layers[0][0] @ ((obs - 0.5) / 2) + layers[0][1])
+    mean = layers[1][0] @ hidden * 0.5 + 0.1
+    np.testing.assert_allclose(policy(obs), mean, rtol=1e-6)
+    policy.noise = 1.0
+    drawn = np.array([policy(obs) for _ in range(2000)])
+    assert drawn.dtype == np.float32 and np.abs(drawn).max() == 1  # clipped: σ_1 = 30
+    assert drawn[:, 0].std() == pytest.approx(0.2, rel=0.1)
+
+
+def test_a_policy_file_runs_nothing(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    for content, found in ((pickle.dumps(Hostile()), r"it names \w+.mkdir, which is not admitted"),
+                           (b"\x80\x04.", "not an mjrl policy"), (b"", "not an mjrl policy"),
+                           (pickle.dumps({"model": 3}), "not an mjrl policy")):
+        path = tmp_path / "best_policy.pickle"
+        path.write_bytes(content)
+        with pytest.raises(DemonstrationError, match=found):
+            npg.load(path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_no_policy_is_packaged_that_twirls_the_pen():
+    with pytest.raises(DemonstrationError, match="packages no policy that solves myoHandPenTwirl"):
+        npg.packaged("myoHandPenTwirlFixed-v0")
+
+
+def test_a_vector_in_a_turned_frame():
+    half = np.sqrt(0.5)
+    turned = np.array([half, 0, 0, half])  # a quarter about z
+    np.testing.assert_allclose(
+        scripted._rotate_back(turned, np.array([1.0, 0, 3])), [0, -1, 3], atol=1e-12)
+    down = np.array([0.0, 1, 0, 0])  # half a turn about x: the gripper's
+    np.testing.assert_allclose(
+        scripted._rotate_back(down, np.array([1.0, 2, 3])), [1, -2, -3], atol=1e-12)
