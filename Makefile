@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test benchmark cpp-test cpp-test-asan cpp-test-tsan clean
+.PHONY: train test test-newest benchmark cpp-test cpp-test-asan cpp-test-tsan clean
 .DELETE_ON_ERROR:
 
 train: $(READY)
@@ -12,6 +12,11 @@ train: $(READY)
 test: cpp-test cpp-test-asan cpp-test-tsan
 	$(BIN)/ruff check .
 	$(BIN)/pytest $(ARGS)
+
+# The core and DMControl against the newest releases that they are known to work with (NumPy 2);
+# MyoSuite and ManiSkill2 hold NumPy below it.
+test-newest: .venv-newest/.ready
+	.venv-newest/bin/pytest -m "not slow" $(ARGS)
 
 benchmark: $(READY)
 	$(BIN)/pytest --benchmark $(ARGS)
@@ -27,15 +32,23 @@ cpp-test cpp-test-asan cpp-test-tsan: $(READY)
 	$(BIN)/ctest --test-dir build/$@ --output-on-failure
 
 # Made again when what it was made from has changed: requirements, or sources of the extension.
-$(READY): pyproject.toml constraints.txt setup.py CMakeLists.txt \
-          $(shell find csrc -type f -not -path 'csrc/tests/*')
+SOURCES := pyproject.toml setup.py CMakeLists.txt \
+           $(shell find csrc -type f -not -path 'csrc/tests/*')
+$(READY): CONSTRAINTS = constraints.txt
+$(READY): EXTRA = test
+$(READY): constraints.txt $(SOURCES)
+.venv-newest/.ready: CONSTRAINTS = constraints-newest.txt
+.venv-newest/.ready: EXTRA = test-newest
+.venv-newest/.ready: constraints-newest.txt $(SOURCES)
+
+.venv/.ready .venv-newest/.ready:
 	@command -v $(PYTHON) > /dev/null || \
 	  { echo "$(PYTHON) is missing (Debian: apt-get install python3)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2> /dev/null || \
 	  { echo "Python's venv is missing (Debian: apt-get install python3-venv)"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRA)]'
 	@touch $@
 
 clean:
-	rm -rf build .venv iqmpc/*.so *.egg-info
+	rm -rf build .venv .venv-newest iqmpc/*.so *.egg-info
