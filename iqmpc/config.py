@@ -127,7 +127,8 @@ class LearnerConfig:
     """The losses and the optimiser. Symbols as in the paper.
 
     `objective`: `iq` (inverse soft-Q, initial-state form), `v_diff` (the original form with the
-    value difference on behaviour) or `td` (regression on the environment's reward).
+    value difference on behaviour) or `td` (regression on the environment's reward). `mode: graph`
+    makes an update one CUDA graph and needs a CUDA device.
     `entropy_scale`: β·A (`action_dim`) or β (`one`). `gradient_penalty: null` follows the task;
     `discount: null` derives γ from the episode length.
     """
@@ -148,7 +149,7 @@ class LearnerConfig:
     encoder_lr_scale: float = 0.3
     grad_clip: float = 20.0
     tau: float = 0.01
-    mode: Literal["eager", "compile"] = "compile"
+    mode: Literal["eager", "compile", "graph"] = "compile"
 
     def __post_init__(self) -> None:
         _at_least("learner", self, 1, "batch", "horizon")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from iqmpc import losses
+from iqmpc.capture import CapturedStep
 from iqmpc.config import Config
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import frozen, map_layers
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
 from iqmpc.model import WorldModel
+from iqmpc.replay import SliceReplay, join
 from iqmpc.seeding import stream_seed
 
 
@@ -20,11 +20,18 @@ class Learner:
     """Parameters, target critics, optimisers and the random draws of learning.
 
     `update` makes one gradient step on the encoder, dynamics and critics, one on the policy prior,
-    and moves the target critics. `config.learner.mode` is `eager` or `compile` (torch.compile of
-    both losses with their backward passes); the two agree on the same draws.
+    and moves the target critics; `learn` draws the batch for it too. `config.learner.mode` is
+    `eager`, `compile` (torch.compile of both losses with their backward passes) or `graph`
+    (`compile`, and all of `learn` as one CUDA graph); they agree on the same draws.
+
+    `sampler` is the generator that `learn` draws slices from, by default one of the learner's own;
+    whoever gives it keeps its state. Raises `ConfigError` for `graph` on another device than CUDA.
     """
 
-    def __init__(self, obs_dim: int, action_dim: int, config: Config, device: str = "cpu"):
+    def __init__(
+        self, obs_dim: int, action_dim: int, config: Config, device: torch.device | str = "cpu",
+        *, sampler: torch.Generator | None = None,
+    ):
         self.config, self.settings = config, config.learner
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
@@ -35,6 +42,8 @@ class Learner:
         self.beta = config.entropy_coefficient(action_dim)
         self.generator = torch.Generator(self.device).manual_seed(
             stream_seed(config.seed, "learner"))
+        self.sampler = sampler if sampler is not None else torch.Generator(
+            self.device).manual_seed(stream_seed(config.seed, "sampler"))
         self.updates = 0
 
         s, m = self.settings, self.model
@@ -45,15 +54,49 @@ class Learner:
                 {"params": list(m.encoder.parameters()), "lr": s.lr * s.encoder_lr_scale},
                 {"params": [*m.dynamics.parameters(), *m.critics.parameters()]},
             ],
-            lr=s.lr, fused=True)
-        self.policy_optimiser = torch.optim.Adam(m.policy.parameters(), lr=s.lr, fused=True)
+            lr=s.lr, fused=True, capturable=s.mode == "graph")
+        self.policy_optimiser = torch.optim.Adam(
+            m.policy.parameters(), lr=s.lr, fused=True, capturable=s.mode == "graph")
         self._model_loss, self._policy_loss = losses.model_loss, losses.policy_loss
-        if s.mode == "compile":
+        self._captured: CapturedStep | None = None
+        if s.mode == "graph":
+            self._captured = CapturedStep(self.device, (self.generator, self.sampler))
+        if s.mode != "eager":
             self._model_loss = torch.compile(losses.model_loss, dynamic=False)
             self._policy_loss = torch.compile(losses.policy_loss, dynamic=False)
 
+    def learn(self, experts: SliceReplay | None, behaviour: SliceReplay) -> dict[str, Tensor]:
+        """Draw `learner.batch` slices of each replay and make one update on them.
+
+        Returns what `update` does; in mode `graph` the next call overwrites these tensors.
+        `experts` is None for `objective: td`. Raises `ValueError` for a replay without slices.
+        """
+        if self._captured is None:
+            return self.update(self._batch(experts, behaviour))
+        replays = tuple(r for r in (experts, behaviour) if r is not None)
+        for replay in replays:
+            replay.require_slices()
+        # Parameters, moments and targets never move; a replay's tensors do when it grows.
+        metrics = self._captured(
+            lambda: self._update_on_device(self._batch(experts, behaviour)),
+            key=(experts, behaviour, *(r.allocations for r in replays)))
+        self.updates += 1
+        return metrics
+
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update. Returns metrics as 0-dim tensors on the device; fetch them when logging."""
+        metrics = self._update_on_device(batch)
+        self.updates += 1
+        return metrics
+
+    def _batch(self, experts: SliceReplay | None, behaviour: SliceReplay) -> Batch:
+        batch = behaviour.sample(self.settings.batch, self.sampler)
+        if experts is None:
+            return batch
+        return join(experts.sample(self.settings.batch, self.sampler), batch)
+
+    def _update_on_device(self, batch: Batch) -> dict[str, Tensor]:
+        """The update, without any state of the host's: what mode `graph` captures."""
         s = self.settings
         loss, latents, metrics = self._model_loss(
             self.weights, self.targets, batch, self._model_noise(batch), s, self.config.discount,
@@ -67,7 +110,6 @@ class Learner:
             policy_loss, self.policy_optimiser, list(self.model.policy.parameters()))
 
         self._move_targets()
-        self.updates += 1
         return metrics | policy_metrics
 
     @property
@@ -117,7 +159,7 @@ class Learner:
         return PolicyNoise(self._normal(steps, rows, self.model.action_dim), self._pair())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything an exact continuation needs, as a flat mapping of tensors."""
+        """Everything an exact continuation needs but `sampler`, as a flat mapping of tensors."""
         state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         state |= {f"target.{i}.{name}": t for i, layer in enumerate(self.targets)
                   for name, t in layer._asdict().items() if t is not None}
@@ -129,7 +171,10 @@ class Learner:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `state_dict`; raises `KeyError` or `RuntimeError` where it does not fit."""
+        """Restore `state_dict`; raises `KeyError` or `RuntimeError` where it does not fit.
+
+        All in place, the optimisers' moments too: a captured update stays valid.
+        """
         self.model.load_state_dict(
             {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
         for i, layer in enumerate(self.targets):
@@ -137,12 +182,19 @@ class Learner:
                 if t is not None:
                     t.copy_(state[f"target.{i}.{name}"])
         for name, optimiser in self._optimisers():
-            values: dict[int, dict[str, Any]] = {}
-            for key, v in state.items():
-                if key.startswith(name + "."):
-                    _, index, field = key.split(".")
-                    values.setdefault(int(index), {})[field] = v.clone()
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": values})
+            parameters = [p for group in optimiser.param_groups for p in group["params"]]
+            for index, parameter in enumerate(parameters):
+                held, prefix = optimiser.state[parameter], f"{name}.{index}."
+                for t in held.values():
+                    t.zero_()  # as before the first step, where nothing was saved
+                for key, v in state.items():
+                    if not key.startswith(prefix):
+                        continue
+                    field = key.removeprefix(prefix)
+                    if field in held:
+                        held[field].copy_(v)
+                    else:
+                        held[field] = v.to(self.device, copy=True)
         self.generator.set_state(state["generator"])
         self.updates = int(state["updates"])
 

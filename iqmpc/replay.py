@@ -15,7 +15,8 @@ class SliceReplay:
 
     An episode of T steps takes T+1 rows (its last row holds an observation alone) and offers
     T-H+1 slices, none of which crosses into another episode. When the ring is full the oldest
-    episodes make room. Memory grows with use, up to `capacity` rows.
+    episodes make room. Memory grows with use, up to `capacity` rows, by doubling: `allocations`
+    counts how often. In between the tensors that `sample` reads stay where they are.
     """
 
     def __init__(
@@ -25,10 +26,15 @@ class SliceReplay:
         self.horizon, self.capacity, self.device = horizon, capacity, torch.device(device)
         self._dims = {"obs": (obs_dim,), "action": (action_dim,), "reward": (), "terminated": ()}
         self._rows: dict[str, Tensor] = {}
-        self._allocate(min(capacity, 4096))
         self._episodes: list[tuple[int, int]] = []  # (first row, steps), oldest first
-        self._starts = torch.empty(0, dtype=torch.int64, device=self.device)
         self._next = 0  # the row where the next episode begins
+        self._count = torch.zeros((), dtype=torch.float64, device=self.device)  # slices
+        # On a CPU a draw's range is a host number; elsewhere it is read on the device, so that a
+        # captured draw follows the replay.
+        self._range_on_device = self.device.type != "cpu"
+        self.allocations = 0
+        self._allocate(min(capacity, 4096))
+        self._index()
 
     def __len__(self) -> int:
         """Steps held."""
@@ -71,18 +77,31 @@ class SliceReplay:
 
     def sample(self, batch: int, generator: torch.Generator) -> Batch:
         """`batch` slices, drawn uniformly with replacement; `Batch.experts` is 0."""
-        if not len(self._starts):
-            raise ValueError(f"the replay holds no episode of at least {self.horizon} steps")
-        pick = torch.randint(
-            len(self._starts), (batch,), generator=generator, device=self.device)
+        self.require_slices()
         steps = torch.arange(self.horizon + 1, device=self.device)
-        rows = self._starts[pick] + steps.unsqueeze(1)  # [H+1, B]
+        rows = self._draw(batch, generator) + steps.unsqueeze(1)  # [H+1, B]
         inner = rows[:-1]
         r = self._rows
         return Batch(r["obs"][rows], r["action"][inner], r["reward"][inner],
                      r["terminated"][inner], 0)
 
+    def require_slices(self) -> None:
+        """Raises `ValueError` where there is nothing to sample."""
+        if not self.slices:
+            raise ValueError(f"the replay holds no episode of at least {self.horizon} steps")
+
+    def _draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        """The first rows of `batch` slices, [B]."""
+        if not self._range_on_device:
+            return self._starts[torch.randint(self.slices, (batch,), generator=generator)]
+        # 53 bits on at most 2^31 slices: none is likelier than another by more than 2^-22.
+        uniform = torch.rand(
+            batch, dtype=torch.float64, generator=generator, device=self.device)
+        return self._line[(uniform * self._count).long()]
+
     def _allocate(self, rows: int) -> None:
+        self.allocations += 1
+        self._line = torch.zeros(rows, dtype=torch.int64, device=self.device)  # slices' first rows
         for name in _FIELDS:
             grown = torch.zeros(rows, *self._dims[name], device=self.device)
             if name in self._rows:
@@ -104,11 +123,13 @@ class SliceReplay:
         return first
 
     def _index(self) -> None:
-        first, steps = torch.tensor(self._episodes).unbind(1)
+        first, steps = torch.tensor(self._episodes, dtype=torch.int64).reshape(-1, 2).unbind(1)
         count = steps - self.horizon + 1
         skipped = first - (count.cumsum(0) - count)  # from a slice's place in line to its row
         line = torch.arange(int(count.sum()))
-        self._starts = (line + skipped.repeat_interleave(count)).to(self.device)
+        self._starts = self._line[:len(line)]
+        self._starts.copy_(line + skipped.repeat_interleave(count))
+        self._count.fill_(len(line))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rows in use and where the episodes lie."""
@@ -127,8 +148,7 @@ class SliceReplay:
             self._rows[name][:used] = state[name].to(self.device)
         self._episodes = [(first, steps) for first, steps in state["episodes"].tolist()]
         self._next = int(state["next"])
-        if self._episodes:
-            self._index()
+        self._index()
 
 
 def join(expert: Batch, behaviour: Batch) -> Batch:

@@ -6,6 +6,7 @@ import torch
 from iqmpc import Learner
 from iqmpc.kernels.weights import map_layers
 from iqmpc.losses import Batch
+from iqmpc.replay import SliceReplay, join
 
 
 def batch(experts=8, seed=0):
@@ -110,6 +111,30 @@ def test_state_round_trip_continues_exactly(small_config):
             learner.update(batch(seed=i))
     after = resumed.state_dict()
     assert all(torch.equal(v, after[k]) for k, v in straight.state_dict().items())
+
+
+def test_learning_is_an_update_on_slices_of_both_replays(small_config):
+    """Drawn by the generator that was given, behaviour first."""
+    replays = [SliceReplay(2, 2, horizon=3, capacity=100) for _ in range(2)]
+    for replay in replays:
+        replay.add_episode(torch.randn(31, 2), torch.rand(30, 2), torch.rand(30))
+    sampler = torch.Generator().manual_seed(7)
+    learns = Learner(2, 2, small_config, sampler=sampler)
+    updates = Learner(2, 2, small_config)
+    for experts in (replays[0], None):
+        for learner in (learns, updates):
+            learner.settings = dataclasses.replace(
+                small_config.learner, objective="iq" if experts else "td")
+        generator = torch.Generator()
+        generator.set_state(sampler.get_state())
+        behaviour = replays[1].sample(8, generator)
+        batch = join(experts.sample(8, generator), behaviour) if experts else behaviour
+        one, two = learns.learn(experts, replays[1]), updates.update(batch)
+        assert one == two and torch.equal(parameters(learns), parameters(updates))
+        assert torch.equal(sampler.get_state(), generator.get_state())
+    assert learns.updates == updates.updates == 2
+    with pytest.raises(ValueError, match="no episode of at least 3 steps"):
+        learns.learn(None, SliceReplay(2, 2, horizon=3, capacity=100))
 
 
 @pytest.mark.slow

@@ -49,6 +49,36 @@ def test_every_slice_is_drawn():
     assert starts == {(0, 0), (0, 1), (0, 2), (1, 0)} and replay.slices == 4
 
 
+def test_a_range_on_the_device_draws_every_slice_alike():
+    """As on a GPU, where a captured draw must follow the replay in place."""
+    replay = SliceReplay(2, 1, horizon=3, capacity=10_000)
+    replay._range_on_device = True
+    generator = torch.Generator().manual_seed(0)
+    replay.add_episode(*episode(0, 5))
+    memory = [t.data_ptr() for t in (*replay._rows.values(), replay._line, replay._count)]
+    replay.add_episode(*episode(1, 9))
+    drawn = replay.sample(100_000, generator)
+    check(drawn, 3)
+    slices, count = drawn.obs[0].unique(dim=0, return_counts=True)
+    assert len(slices) == replay.slices == 3 + 7
+    assert (count / 10_000 - 1).abs().max() < 0.05  # five standard deviations
+    assert replay.allocations == 1 and memory == [
+        t.data_ptr() for t in (*replay._rows.values(), replay._line, replay._count)]
+    for number in range(2, 12):
+        replay.add_episode(*episode(number, 500))
+    assert replay.allocations == 2 and memory[0] != replay._rows["obs"].data_ptr()
+    drawn = replay.sample(10_000, generator)
+    check(drawn, 3)
+    assert set(range(12)) == {int(n) for n in drawn.obs[0, :, 0]}
+
+
+def test_an_empty_state_empties_the_replay():
+    replay = SliceReplay(2, 1, horizon=3, capacity=100)
+    replay.add_episode(*episode(0, 5))
+    replay.load_state_dict(SliceReplay(2, 1, horizon=3, capacity=100).state_dict())
+    assert replay.slices == len(replay) == 0
+
+
 def test_termination_is_the_last_step_alone():
     replay = SliceReplay(2, 1, horizon=2, capacity=100)
     replay.add_episode(*episode(0, 4), terminated=True)
