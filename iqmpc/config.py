@@ -168,6 +168,8 @@ class TrainConfig:
     over all of them, and `updates_per_step` updates follow for the step of each.
     `random_steps: null` means max(1000, 5 episodes); `initial_updates: null` as many as those.
     `demo_updates` are updates before any interaction, with demonstrations on both sides.
+    `overlap: async` makes a step's updates beside the next step, `sync` makes the same ones one
+    after the other, `off` before the next step; null is `async` on a GPU, else `off` (`Trainer`).
     """
 
     steps: int = 100_000
@@ -181,6 +183,7 @@ class TrainConfig:
     eval_episodes: int = 3
     final_episodes: int = 10
     checkpoint_every: int = 10_000
+    overlap: Literal["off", "sync", "async"] | None = None
 
     def __post_init__(self) -> None:
         _at_least("train", self, 1, "steps", "num_envs", "updates_per_step", "capacity",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,13 @@ from iqmpc.envs.vector import VectorEnv, check_alike
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.evaluation import Evaluation, evaluate, ratio
 from iqmpc.learner import Learner
-from iqmpc.replay import SliceReplay, join
+from iqmpc.replay import SliceReplay
 from iqmpc.runlog import RunLog, write_summary
 from iqmpc.seeding import stream_seed
 
 _REPORT_EVERY = 25  # steps between progress reports; metrics are fetched no oftener
+
+Metrics = tuple[tuple[str, ...], torch.Tensor]  # names and, on the learner's device, values
 
 
 class Trainer:
@@ -42,6 +47,20 @@ class Trainer:
     steps (they stay counted) and goes on with every environment reset, by seeds not used before.
     With one environment, or with episodes that end together, nothing is lost and the continuation
     is exact.
+
+    A tick is one step of every environment; `train.updates_per_step` updates are due for each of
+    its steps. `train.overlap` says when they are made:
+
+    - `off`: at the tick's end. The next plan acts on weights with every update that is due.
+    - `async`: beside the next tick, on a thread (and CUDA stream) of the learner's own, while the
+      planner acts on its snapshot, which is published at that tick's end. A plan lacks the updates
+      of one tick at most. They are waited for at once where an episode ended and where more than
+      a tick's are due (the initial ones), so that nothing is under way at an evaluation, at a
+      checkpoint or at the end, and a continuation is as exact as with `off`.
+    - `sync`: the schedule of `async`, one after the other on the caller's thread: the same run,
+      bit for bit.
+
+    An error in the learner's thread is raised by `train`.
 
     Raises `TaskError`, `ConfigError`, `DemonstrationError` or `CheckpointError` for what does not
     fit, before anything is written.
@@ -65,7 +84,11 @@ class Trainer:
         self.envs, self.eval_env = _environments(config, env, eval_env)
         obs_dim, action_dim, count = self.envs.obs_dim, self.envs.action_dim, len(self.envs)
         self.device = resolve_device(config.device)
-        self.learner = Learner(obs_dim, action_dim, config, self.device)
+        # Of the random actions, and later of the batches.
+        self.generator = torch.Generator(self.device).manual_seed(
+            stream_seed(config.seed, "trainer"))
+        self.learner = Learner(
+            obs_dim, action_dim, config, self.device, sampler=self.generator)
         self.agent = Agent(self.learner.model, config, seed=config.seed, num_envs=count)
         # Evaluation plans for one environment; a single agent does both (and is compiled once).
         self._evaluator = self.agent if count == 1 else Agent(
@@ -85,12 +108,15 @@ class Trainer:
                     "none were given")
             self.experts = _expert_replay(
                 demonstrations, config.task.name, obs_dim, action_dim, horizon, self.device)
-        self.generator = torch.Generator(self.device).manual_seed(
-            stream_seed(config.seed, "trainer"))
+        cuda = self.device.startswith("cuda")
+        self.overlap = config.train.overlap or ("async" if cuda else "off")
+        self._worker: ThreadPoolExecutor | None = None  # while training
+        self._stream = torch.cuda.Stream(self.device) if cuda and self.overlap == "async" else None
+        self._stop = threading.Event()  # ends updates that nobody waits for any more
         self.env_steps = self.episodes = 0
         self._resumed = False
         self._wall_before, self._started = 0.0, time.monotonic()
-        self._metrics: dict[str, torch.Tensor] = {}
+        self._metrics: Metrics | None = None  # the last update's
         self._last_return: float | None = None
         self._evaluated_at = self._saved_at = 0
         if resume:
@@ -113,10 +139,13 @@ class Trainer:
         (self.run / "summary.json").unlink(missing_ok=True)  # of what came before resuming
         since = self.env_steps if self._resumed else None
         self._log = RunLog(self.run, since=since, evaluated=self._evaluated_at)
+        self._stop.clear()
+        if self.overlap == "async":
+            self._worker = ThreadPoolExecutor(1, "iqmpc-learner")
         try:
             if self.learner.updates == 0 and c.demo_updates:
                 self._on_message(f"{c.demo_updates} updates on the demonstrations alone")
-                self._update_to(c.demo_updates, self.experts)
+                self._join(self._start_updates(c.demo_updates, self.experts, report=True))
             while self.env_steps < c.steps:
                 if self._tick() and self.env_steps < c.steps:
                     if self.env_steps - self._evaluated_at >= c.eval_every:
@@ -127,15 +156,24 @@ class Trainer:
                 self._save()
             return self._finish()
         finally:
+            self._stop.set()
+            if self._worker is not None:
+                self._worker.shutdown()
+                self._worker = None
             self._log.close()
 
     def _tick(self) -> bool:
-        """One control step of every environment, then learning. Whether an episode ended."""
+        """One control step of every environment, and learning. Whether an episode ended."""
         left = self.config.train.steps - self.env_steps
+        learning = None
+        if self._due() > self.learner.updates:  # what the last tick left to be made beside this
+            learning = self._start_updates(self._due(), self.behaviour)
         for index in self.envs.start():
             self.agent.reset(index)
         actions = self._act(self.envs.observations)[:left]  # the last tick may have too many
         ended = self.envs.step(actions)
+        if learning is not None:
+            self._join(learning)
         self.env_steps += len(actions)
         if len(actions) == left:
             ended += self.envs.cut()
@@ -144,16 +182,16 @@ class Trainer:
                 *(torch.as_tensor(np.asarray(x, np.float32))
                   for x in (episode.observations, episode.actions, episode.rewards)),
                 terminated=episode.terminated)
-        self._learn()
+        self._learn(at_once=self.overlap == "off" or bool(ended))
         if self.env_steps % _REPORT_EVERY < len(actions):
             self._report()
         for episode in ended:
             self.episodes += 1
             self._last_return = float(np.sum(episode.rewards))
             self._log.write({**self._progress(), "return": self._last_return,
-                             **{k: v.item() for k, v in self._metrics.items()}})
+                             **self._fetched()})
         if ended:
-            self._metrics = {}
+            self._metrics = None
         return bool(ended)
 
     @property
@@ -169,29 +207,67 @@ class Trainer:
             return (2 * uniform - 1).cpu().numpy()
         return self.agent.act(obs, explore=True)
 
-    def _learn(self) -> None:
-        """Make the updates that are due: the initial ones, then `updates_per_step` a step."""
+    def _due(self) -> int:
+        """Updates due by now: the initial ones, then `updates_per_step` for each step."""
         c = self.config
         if self._exploring_at_random:
-            return
+            return 0
         since = self.env_steps - c.random_steps
-        due = c.train.demo_updates + c.initial_updates + since * c.train.updates_per_step
-        if due - self.learner.updates > len(self.envs) * c.train.updates_per_step:
-            self._on_message(
-                f"{due - self.learner.updates} updates on the first {self.env_steps} steps")
-        self._update_to(due, self.behaviour)
+        return c.train.demo_updates + c.initial_updates + since * c.train.updates_per_step
 
-    def _update_to(self, updates: int, behaviour: SliceReplay) -> None:
-        """Update until `updates` have been made in all, then publish the weights."""
-        size = self.config.learner.batch
-        while self.learner.updates < updates:
-            batch = behaviour.sample(size, self.generator)
-            if self.experts is not None:
-                batch = join(self.experts.sample(size, self.generator), batch)
-            self._metrics = self.learner.update(batch)
-            if updates - self.learner.updates > 1 and self.learner.updates % _REPORT_EVERY == 0:
-                self._report()
+    def _learn(self, *, at_once: bool) -> None:
+        """Make the updates that are due, or leave them to the next tick unless they are many."""
+        missing = self._due() - self.learner.updates
+        many = missing > len(self.envs) * self.config.train.updates_per_step
+        if many:
+            self._on_message(f"{missing} updates on the first {self.env_steps} steps")
+        if missing > 0 and (at_once or many):
+            self._join(self._start_updates(self._due(), self.behaviour, report=True))
+
+    def _start_updates(
+        self, updates: int, behaviour: SliceReplay, *, report: bool = False
+    ) -> Future[Metrics | None]:
+        """Update until `updates` have been made in all, on the learner's thread if it has one.
+
+        `report` allows progress reports, where the caller does nothing but wait.
+        """
+        if self._worker is None:
+            done: Future[Metrics | None] = Future()
+            done.set_result(self._update_to(updates, behaviour, report))
+            return done
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        return self._worker.submit(self._update_to, updates, behaviour, report)
+
+    def _join(self, learning: Future[Metrics | None]) -> None:
+        """Wait for updates and publish the weights to the planner."""
+        self._metrics = learning.result() or self._metrics
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
         self.agent.planner.publish(self.learner.weights)
+
+    def _update_to(self, updates: int, behaviour: SliceReplay, report: bool) -> Metrics | None:
+        metrics = None
+        stream = contextlib.nullcontext() if self._stream is None else \
+            torch.cuda.stream(self._stream)
+        with stream:
+            while self.learner.updates < updates and not self._stop.is_set():
+                latest = self.learner.learn(self.experts, behaviour)
+                left = updates - self.learner.updates
+                shown = report and left > 1 and self.learner.updates % _REPORT_EVERY == 0
+                if shown or left == 0:  # a copy: the next update may overwrite them
+                    metrics = tuple(latest), torch.stack(list(latest.values()))
+                if shown:
+                    self._metrics = metrics
+                    self._report()
+        return metrics
+
+    def _fetched(self) -> dict[str, float]:
+        """The last update's metrics, in one transfer from the device."""
+        if self._metrics is None:
+            return {}
+        names, values = self._metrics
+        return dict(zip(names, values.tolist(), strict=True))
 
     def _evaluate(self, episodes: int) -> Evaluation:
         """Without exploration, and without a trace in the state of training."""
@@ -246,7 +322,7 @@ class Trainer:
 
     def _report(self) -> None:
         self._on_progress({**self._progress(), "return": self._last_return,
-                           **{k: v.item() for k, v in self._metrics.items()}})
+                           **self._fetched()})
 
     def _save(self) -> None:
         tensors = {

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import yaml
 
 from iqmpc.compose import compose, options
 from iqmpc.config import Config, all_keys
@@ -67,6 +68,12 @@ def test_every_task_file_is_a_task():
     assert set(options("task")) == set(TASKS) | {"gym"}
     for name in TASKS:
         assert compose([f"task={name}"]).task == TASKS[name]
+
+
+def test_off_is_a_word_and_not_a_boolean():
+    config = compose(["train.overlap=off", "learner.mode=graph"])
+    assert config.train.overlap == "off" and config.learner.mode == "graph"
+    assert Config.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
 def test_round_trip_through_a_dictionary():

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import gymnasium
@@ -574,3 +575,162 @@ def test_one_environment_may_come_in_a_list_and_with_another_for_evaluation(
     train(small_config, [type(point_env)()], point_demonstrations, tmp_path / "list",
           eval_env=type(point_env)())
     assert_same_state(tmp_path / "plain", tmp_path / "list")
+
+
+def overlapping(config, schedule, **changes):
+    return config.replace({"train.overlap": schedule, **changes})
+
+
+def rows_of(run):
+    return [{k: v for k, v in row.items() if k != "wall_s"}
+            for row in csv.DictReader(open(run / "metrics.csv", newline=""))]
+
+
+def test_overlapped_is_the_same_schedule_in_line(
+        tmp_path, small_config, point_env, point_demonstrations):
+    """`async` is `sync` bit for bit, resumed or not; `off` is another schedule, and the default."""
+    def go(name, schedule, steps=100, **options):
+        config = overlapping(small_config, schedule, **{"train.steps": steps})
+        train(config, point_env, point_demonstrations, tmp_path / name, **options)
+
+    for name in ("sync", "async", "off"):
+        go(name, name)
+    assert_same_state(tmp_path / "sync", tmp_path / "async")
+    assert rows_of(tmp_path / "sync") == rows_of(tmp_path / "async")
+    for first, then in (("async", "async"), ("sync", "async")):
+        go(f"{first}-{then}", first, 60)
+        go(f"{first}-{then}", then, 100, resume=True)
+        one, two = (tensors_of(tmp_path / n)[0] for n in ("sync", f"{first}-{then}"))
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    go("default", None)
+    assert_same_state(tmp_path / "default", tmp_path / "off")
+    one, two = (tensors_of(tmp_path / n)[0] for n in ("sync", "off"))
+    assert not torch.equal(one["behaviour.action"], two["behaviour.action"])
+
+
+def test_overlapped_is_the_same_schedule_with_three_environments(
+        tmp_path, three, point_env, point_demonstrations):
+    """Also where their episodes end at different times, with two updates a step and none at first.
+    """
+    for name in ("sync", "async"):
+        config = overlapping(three, name, **{
+            "train.updates_per_step": 2, "train.initial_updates": 0, "train.demo_updates": 3})
+        train(config, marked(), point_demonstrations, tmp_path / name, eval_env=point_env)
+    assert_same_state(tmp_path / "sync", tmp_path / "async")
+    assert rows_of(tmp_path / "sync") == rows_of(tmp_path / "async")
+
+
+@pytest.mark.parametrize("schedule", ["off", "sync", "async"])
+def test_a_plan_lacks_the_updates_of_one_tick_at_most(
+        tmp_path, small_config, point_env, point_demonstrations, schedule):
+    trainer = Trainer(overlapping(small_config, schedule), point_env, point_demonstrations,
+                      run=tmp_path / "run")
+    planner, lacking, saved = trainer.agent.planner, {}, []
+    plan, publish, save = planner.plan, planner.publish, trainer._save
+    published = 0
+
+    def publish_(weights):
+        nonlocal published
+        published = trainer.learner.updates
+        publish(weights)
+
+    def plan_(obs, explore=False):
+        if explore:  # not an evaluation
+            lacking[trainer.env_steps] = 5 + trainer.env_steps - 40 - published
+        return plan(obs, explore=explore)
+
+    planner.publish, planner.plan = publish_, plan_
+    trainer._save = lambda: saved.append((trainer.learner.updates, published)) or save()
+    trainer.train()
+    # the initial updates (step 40) and those of an episode's last step are waited for
+    late = 0 if schedule == "off" else 1
+    assert lacking == {step: late if step % 20 else 0 for step in range(40, 100)}
+    assert saved == [(5, 5), (45, 45), (65, 65)]
+
+
+def test_the_environment_steps_while_the_learner_learns(
+        tmp_path, small_config, point_env, point_demonstrations):
+    began, stepped = threading.Event(), threading.Event()
+
+    class Waits(gymnasium.Wrapper):
+        def step(self, action):
+            if trainer.env_steps == 50:
+                assert began.wait(60), "no update has begun beside this step"
+                stepped.set()
+            return self.env.step(action)
+
+    trainer = Trainer(overlapping(small_config, "async"), Waits(point_env), point_demonstrations,
+                      run=tmp_path / "run")
+    update, names = trainer.learner.update, set()
+
+    def update_(batch):
+        names.add(threading.current_thread().name)
+        if trainer.learner.updates == 14:  # the one of the step before
+            began.set()
+            assert stepped.wait(60), "the environment waits for the learner"
+        return update(batch)
+
+    trainer.learner.update = update_
+    trainer.train()
+    assert stepped.is_set() and names == {"iqmpc-learner_0"}
+    assert not [t for t in threading.enumerate() if t.name.startswith("iqmpc-learner")]
+
+
+def test_an_error_in_the_learners_thread_is_raised(
+        tmp_path, small_config, point_env, point_demonstrations):
+    trainer = Trainer(overlapping(small_config, "async"), point_env, point_demonstrations,
+                      run=tmp_path / "run")
+    update = trainer.learner.update
+
+    def fail(batch):
+        if trainer.learner.updates == 20:
+            raise FloatingPointError("at update 20")
+        return update(batch)
+
+    trainer.learner.update = fail
+    with pytest.raises(FloatingPointError, match="at update 20"):
+        trainer.train()
+    assert trainer.env_steps == 56  # raised in the tick beside which it happened
+    assert not [t for t in threading.enumerate() if t.name.startswith("iqmpc-learner")]
+
+
+@pytest.mark.parametrize("initial", [5, 10**9])
+def test_interrupting_an_overlapped_run(
+        tmp_path, small_config, point_env, point_demonstrations, initial):
+    """Ctrl-C beside a step, or while the initial updates are waited for: it ends, and resumes."""
+    config = overlapping(small_config, "async", **{"train.initial_updates": initial})
+    trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
+    update = trainer.learner.update
+
+    def interrupting(batch):
+        if trainer.learner.updates == 14:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return update(batch)
+
+    trainer.learner.update = interrupting
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.learner.updates < 1000
+    assert not [t for t in threading.enumerate() if t.name.startswith("iqmpc-learner")]
+    if initial == 5:
+        train(config, point_env, point_demonstrations, tmp_path / "run", resume=True)
+        train(config, point_env, point_demonstrations, tmp_path / "straight")
+        assert_same_state(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("mode", ["compile", "graph"])
+def test_overlapped_is_the_same_schedule_on_a_gpu(
+        tmp_path, small_config, point_env, point_demonstrations, mode):
+    config = small_config.replace({"device": "cuda", "learner.mode": mode})
+    assert Trainer(config, point_env, point_demonstrations, run=tmp_path).overlap == "async"
+    for name in ("sync", "async"):
+        train(overlapping(config, name), point_env, point_demonstrations, tmp_path / name)
+    train(overlapping(config, "async", **{"train.steps": 60}), point_env, point_demonstrations,
+          tmp_path / "parts")
+    train(overlapping(config, "async"), point_env, point_demonstrations, tmp_path / "parts",
+          resume=True)
+    assert_same_state(tmp_path / "sync", tmp_path / "async")
+    one, two = (tensors_of(tmp_path / n)[0] for n in ("sync", "parts"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
