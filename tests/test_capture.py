@@ -1,12 +1,14 @@
 """The captured update: on a CPU by a recorder of tensor operations, on a GPU as a CUDA graph."""
 
+import csv
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import iqmpc.learner
-from iqmpc import Learner
+from iqmpc import Learner, Trainer, checkpoint
 from iqmpc.capture import WARM_UPS, CapturedStep
 from iqmpc.errors import ConfigError
 from iqmpc.kernels.weights import refresh, snapshot
@@ -240,6 +242,37 @@ def test_graph_needs_cuda_and_slices(small_config, monkeypatch):
     behaviour.load_state_dict(SliceReplay(2, 2, horizon=3, capacity=9).state_dict())
     with pytest.raises(ValueError, match="no episode of at least 3 steps"):
         graph.learn(experts, behaviour)
+
+
+@pytest.mark.parametrize("overlap", ["off", "async"])
+def test_a_run_on_recorded_updates_is_the_eager_run(
+        tmp_path, small_config, point_env, point_demonstrations, monkeypatch, overlap):
+    """Also resumed, and what it logs: metrics are kept where the next update overwrites them."""
+    def go(name, mode, steps=100, **options):
+        config = small_config.replace(
+            {"train.overlap": overlap, "learner.mode": mode, "train.steps": steps})
+        trainer = Trainer(
+            config, point_env, point_demonstrations, run=tmp_path / name, **options)
+        trainer.behaviour._range_on_device = trainer.experts._range_on_device = True
+        if mode == "graph":
+            trainer.learner._captured.learner = trainer.learner
+        trainer.train()
+        if mode == "graph":
+            assert trainer.learner._captured.captures == 1
+
+    monkeypatch.setattr(iqmpc.learner, "CapturedStep", RecordedStep)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    go("eager", "eager")
+    go("graph", "graph")
+    go("parts", "graph", 60)
+    go("parts", "graph", resume=True)
+    one, *others = (checkpoint.newest(tmp_path / n)[1] for n in ("eager", "graph", "parts"))
+    for other in others:
+        assert all(torch.equal(one[k], other[k]) for k in one) and one.keys() == other.keys()
+    one, two = ([{k: v for k, v in row.items() if k != "wall_s"} for row in
+                 csv.DictReader(open(tmp_path / n / "metrics.csv", newline=""))]
+                for n in ("eager", "graph"))
+    assert one == two
 
 
 @pytest.mark.gpu
