@@ -27,8 +27,10 @@ TINY = [
 def iqmpc(*words, cwd=None, env=None):
     """The installed console script, in a process of its own."""
     program = Path(sys.executable).with_name("iqmpc")
+    # Without what dm_control was told in this process.
+    outside = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
     return subprocess.run([str(program), *map(str, words)], capture_output=True, text=True,
-                          cwd=cwd, env=None if env is None else {**os.environ, **env})
+                          cwd=cwd, env={**outside, **(env or {})})
 
 
 def run_main(monkeypatch, *words):
