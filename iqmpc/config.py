@@ -19,6 +19,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from iqmpc.errors import ConfigError
 
 
+def gym_task_name(env_id: str) -> str:
+    """The name of suite `gym`'s task: HalfCheetah-v4 is gym-halfcheetah-v4."""
+    return re.sub(r"[^a-z0-9]+", "-", f"gym-{env_id}".lower())
+
+
+def names_task(given: str, task: str) -> bool:
+    """Whether demonstrations of `given` are for `task`; a gym task may go by its env id."""
+    return task in (given, gym_task_name(given))
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """Which environment, and how it is stepped.
@@ -41,8 +51,7 @@ class TaskConfig:
         _at_least("task", self, 1, "episode_length", "action_repeat")
         _in_range("task", self, 0.0, 1.0, "transition_noise")
         if self.suite == "gym" and self.name == "gym" and self.env_id is not None:
-            name = re.sub(r"[^a-z0-9]+", "-", f"gym-{self.env_id}".lower())
-            object.__setattr__(self, "name", name)  # frozen for everyone else
+            object.__setattr__(self, "name", gym_task_name(self.env_id))  # frozen for others
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,14 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from iqmpc.checkpoint import load_config
 from iqmpc.errors import CheckpointError, IqmpcError
 from iqmpc.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Point(NamedTuple):
@@ -47,19 +50,31 @@ def read_curve(run: Path) -> tuple[list[Point], float | None]:
     return points, demonstrator
 
 
-def plot(runs: Sequence[Path], out: Path) -> None:
-    """Draw the curves of `runs` into `out` (.png, .pdf or .svg) and write their points beside it.
-
-    The CSV has the columns task, seed, env_steps, minutes, kind, return.
-    """
+def new_figure(out: Path, **options: Any) -> Figure:
+    """An empty figure for `out`; `IqmpcError` for another suffix and without matplotlib."""
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise IqmpcError(f"the figure must be a .png, .pdf or .svg file, got {out}")
     if importlib.util.find_spec("matplotlib") is None:
         raise IqmpcError("plotting needs the extra 'plots': pip install 'iqmpc[plots]'")
     from matplotlib.figure import Figure
 
+    return Figure(layout="constrained", **options)
+
+
+def save_figure(figure: Figure, out: Path) -> None:
+    """Write a figure whole or not at all, in the format that the suffix names."""
+    image = io.BytesIO()
+    figure.savefig(image, format=out.suffix[1:], dpi=120)
+    write_atomically(out, image.getvalue())
+
+
+def plot(runs: Sequence[Path], out: Path) -> None:
+    """Draw the curves of `runs` into `out` (.png, .pdf or .svg) and write their points beside it.
+
+    The CSV has the columns task, seed, env_steps, minutes, kind, return.
+    """
+    figure = new_figure(out, figsize=(10, 3.8))
     curves = [read_curve(run) for run in runs]
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for index, (points, demonstrator) in enumerate(curves):
         colour = f"C{index}"
@@ -76,13 +91,11 @@ def plot(runs: Sequence[Path], out: Path) -> None:
     axes[1].set(xlabel="minutes")
     axes[0].legend(title="dots: evaluations; pale: training\ndashed: the demonstrator",
                    title_fontsize="small", fontsize="small")
-    image = io.BytesIO()
-    figure.savefig(image, format=out.suffix[1:], dpi=120)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["task", "seed", "env_steps", "minutes", "kind", "return"])
     for points, _ in curves:
         writer.writerows(
             p._replace(minutes=round(p.minutes, 2), value=round(p.value, 1)) for p in points)
-    write_atomically(out, image.getvalue())
+    save_figure(figure, out)
     write_atomically(out.with_suffix(".csv"), text.getvalue().encode())

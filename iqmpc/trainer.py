@@ -16,7 +16,7 @@ import torch
 
 from iqmpc import checkpoint
 from iqmpc.agent import Agent, resolve_device
-from iqmpc.config import Config
+from iqmpc.config import Config, names_task
 from iqmpc.demos import Demonstrations
 from iqmpc.envs.vector import VectorEnv, check_alike
 from iqmpc.errors import CheckpointError, ConfigError
@@ -409,7 +409,7 @@ def _expert_replay(
     demonstrations: Demonstrations, task: str, obs_dim: int, action_dim: int, horizon: int,
     device: str,
 ) -> SliceReplay:
-    if demonstrations.task != task:
+    if not names_task(demonstrations.task, task):
         raise ConfigError(
             f"the demonstrations are of task {demonstrations.task!r}, the run's is {task!r}")
     dims = (demonstrations.obs_dim, demonstrations.action_dim)

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from iqmpc.config import names_task
 from iqmpc.demos.types import Defect, Draft
 
 
@@ -51,7 +52,7 @@ def _find(
         yield draft.task
     elif not isinstance(draft.task, str) or not draft.task:
         yield at("task", describe(draft.task), "the task's name")
-    elif task is not None and draft.task != task:
+    elif task is not None and not names_task(draft.task, task):
         yield at("task", repr(draft.task), repr(task))
 
     if isinstance(draft.provenance, Defect):
@@ -78,7 +79,9 @@ def _find(
         if isinstance(episode, Defect):
             yield episode
         else:
-            yield from _episode_defects(partial(at, episode=index), episode, widths)
+            yield from _episode_defects(
+                partial(at, episode=index), episode, widths, draft.range_hint
+            )
 
     for key in ("rewards", "success"):
         present = sum(episode[key] is not None for episode in episodes)
@@ -91,7 +94,10 @@ def _is_matrix(value: object) -> bool:
 
 
 def _episode_defects(
-    at: Callable[..., Defect], episode: Mapping[str, object], widths: Mapping[str, int | None]
+    at: Callable[..., Defect],
+    episode: Mapping[str, object],
+    widths: Mapping[str, int | None],
+    range_hint: str,
 ) -> Iterator[Defect]:
     steps = len(episode["actions"]) if _is_matrix(episode["actions"]) else None
     rows = None if steps is None else steps + 1
@@ -114,7 +120,7 @@ def _episode_defects(
         actions = episode["actions"]
         outside = np.isfinite(actions) & ((actions < -1) | (actions > 1))
         if outside.any():
-            yield at("actions", _first(actions, outside), "values in [-1, 1]")
+            yield at("actions", _first(actions, outside), f"values in [-1, 1]{range_hint}")
 
     for key in ("terminated", "success"):
         value = episode[key]

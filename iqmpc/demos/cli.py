@@ -17,12 +17,56 @@ from rich.table import Table
 from rich.text import Text
 
 from iqmpc.demos.checks import find_defects
-from iqmpc.demos.demonstrations import Demonstrations, packaged_path, packaged_tasks, read
-from iqmpc.demos.types import DemonstrationError, Draft
+from iqmpc.demos.demonstrations import Demonstrations, packaged_path, packaged_tasks
+from iqmpc.demos.formats import FORMATS, read
+from iqmpc.demos.types import DemonstrationError, Draft, Facts
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check and convert demonstrations.")
 
-Source = Annotated[str, typer.Argument(help="A .h5, .hdf5 or .npz file, or a packaged task.")]
+Source = Annotated[
+    str, typer.Argument(help="A file or folder of any readable format, or a packaged task.")
+]
+# What a format does not say; docs/demonstrations.md has which needs what.
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help=f"{', '.join(FORMATS)}; by default what the content says."),
+]
+ObsKeys = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="Members of a dictionary of observations, in this order."),
+]
+Low = Annotated[
+    str | None, typer.Option(metavar="N[,N…]", help="The least that each action may be.")
+]
+High = Annotated[str | None, typer.Option(metavar="N[,N…]", help="The most.")]
+Length = Annotated[
+    int | None, typer.Option(min=1, help="Steps to a time limit, where the file marks none.")
+]
+Mask = Annotated[str | None, typer.Option(help="Take this subset of a robomimic file.")]
+
+
+def _facts(
+    task: str | None,
+    obs_keys: str | None,
+    action_low: str | None,
+    action_high: str | None,
+    episode_length: int | None,
+    mask: str | None,
+) -> Facts:
+    def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+        try:
+            return None if text is None else tuple(float(part) for part in text.split(","))
+        except ValueError:
+            raise DemonstrationError(f"{option} {text}: needs N or N,N,…") from None
+
+    return Facts(
+        task=task,
+        obs_keys=None if obs_keys is None else tuple(obs_keys.split(",")),
+        action_low=numbers("--action-low", action_low),
+        action_high=numbers("--action-high", action_high),
+        episode_length=episode_length,
+        mask=mask,
+    )
 
 
 def _locate(source: str) -> Path:
@@ -41,9 +85,20 @@ def _locate(source: str) -> Path:
 def info(
     path: Source,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Draw its distributions: .png, .pdf or .svg.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The task, where the file names none.")] = None,
+    format: Format = None,
+    obs_keys: ObsKeys = None,
+    action_low: Low = None,
+    action_high: High = None,
+    episode_length: Length = None,
+    mask: Mask = None,
 ) -> None:
     """Show what a demonstration set holds."""
-    demos = Demonstrations.load(_locate(path))
+    facts = _facts(task, obs_keys, action_low, action_high, episode_length, mask)
+    demos = Demonstrations.load(_locate(path), format=format, facts=facts)
     returns = demos.returns()
     lengths = [len(episode.actions) for episode in demos.episodes]
     summary = {
@@ -64,6 +119,10 @@ def info(
         typer.echo(json.dumps(summary, indent=2))
     else:
         _print_table(summary)
+    if out is not None:
+        from iqmpc.demos.figure import draw
+
+        draw(demos, out)
 
 
 def _print_table(summary: dict[str, Any]) -> None:
@@ -91,9 +150,16 @@ def _print_table(summary: dict[str, Any]) -> None:
 def check(
     path: Source,
     task: Annotated[str | None, typer.Option(help="The task that it must be for.")] = None,
+    format: Format = None,
+    obs_keys: ObsKeys = None,
+    action_low: Low = None,
+    action_high: High = None,
+    episode_length: Length = None,
+    mask: Mask = None,
 ) -> None:
     """List every defect of a demonstration file; exit with 1 if it has any."""
-    draft = read(_locate(path))
+    facts = _facts(task, obs_keys, action_low, action_high, episode_length, mask)
+    draft = read(_locate(path), format, facts)
     defects = list(find_defects(draft, task=task))
     for defect in defects:
         typer.echo(str(defect))
@@ -115,15 +181,33 @@ def convert(
         typer.Option(metavar="KEY=VALUE", help="Note how it was made; may be repeated."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    legacy_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--legacy-pickle",
+            help="SOURCE is a pickle of arrays in lists and dicts, as older code writes them; "
+            "nothing in it is run.",
+        ),
+    ] = False,
+    format: Format = None,
+    obs_keys: ObsKeys = None,
+    action_low: Low = None,
+    action_high: High = None,
+    episode_length: Length = None,
+    mask: Mask = None,
 ) -> None:
     """Write any readable demonstration file as HDF5."""
+    facts = _facts(task, obs_keys, action_low, action_high, episode_length, mask)
     notes = [note.partition("=") for note in provenance or []]
     for key, equals, value in notes:
         if not (key and equals and value):
             raise DemonstrationError(f"--provenance {key}{equals}{value}: needs KEY=VALUE")
     if target.exists() and not force:
         raise DemonstrationError(f"{target}: exists; --force replaces it")
-    draft = read(_locate(source))
+    if legacy_pickle and format is not None:
+        raise DemonstrationError("--legacy-pickle is a format of its own: give no --format")
+    path = Path(source) if legacy_pickle else _locate(source)
+    draft = read(path, "legacy pickle" if legacy_pickle else format, facts)
     if task is not None and isinstance(draft, Draft):
         draft = replace(draft, task=task)
     demos = Demonstrations.from_draft(draft)

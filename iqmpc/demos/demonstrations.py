@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from iqmpc.demos import hdf5, npz
+from iqmpc.demos import hdf5
 from iqmpc.demos.checks import find_defects
-from iqmpc.demos.types import Defect, DemonstrationError, Draft, Episode
+from iqmpc.demos.formats import read
+from iqmpc.demos.types import Defect, DemonstrationError, Draft, Episode, Facts
 from iqmpc.files import write_atomically
 
-_READERS = {".h5": hdf5.read, ".hdf5": hdf5.read, ".npz": npz.read}
-_PICKLES = (".pkl", ".pickle", ".p", ".pt", ".pth", ".joblib")
 _DATA = Path(__file__).parent / "data"
 
 
@@ -91,13 +90,21 @@ class Demonstrations:
         task: str | None = None,
         obs_dim: int | None = None,
         action_dim: int | None = None,
+        *,
+        format: str | None = None,
+        facts: Facts | None = None,
     ) -> Demonstrations:
-        """Read and check a .h5, .hdf5 or .npz file.
+        """Read and check a file or folder; docs/demonstrations.md lists the formats.
 
-        task, obs_dim and action_dim are what the set must be for; None accepts any.
+        task, obs_dim and action_dim are what the set must be for; None accepts any. A gym task may
+        be named by its env id. format: None goes by the content. facts: what the format does not
+        say; the task is `task` where neither they nor the file name it.
         Raises DemonstrationError, which lists the first defects and holds all of them.
         """
-        return cls.from_draft(read(path), task, obs_dim, action_dim)
+        facts = facts or Facts()
+        if facts.task is None:
+            facts = replace(facts, task=task)
+        return cls.from_draft(read(path, format, facts), task, obs_dim, action_dim)
 
     @classmethod
     def from_draft(
@@ -147,26 +154,6 @@ def packaged_path(task: str) -> Path:
         shipped = ", ".join(packaged_tasks())
         raise DemonstrationError(f"no demonstrations ship for {task!r}; they do for {shipped}")
     return _DATA / f"{task}.h5"
-
-
-def read(path: str | os.PathLike[str]) -> Draft | Defect:
-    """Read a file for the checks, by its extension; DemonstrationError if there is no reader."""
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix in _PICKLES:
-        raise DemonstrationError(
-            f"{path}: pickled files are refused, since loading one can run any code in it; "
-            "write the arrays to .npz or .h5 instead"
-        )
-    if suffix not in _READERS:
-        readable = ", ".join(_READERS)
-        raise DemonstrationError(f"{path}: unknown extension {suffix!r}; readable: {readable}")
-    try:
-        # The libraries below would call an unreadable file a damaged one.
-        open(path, "rb").close()
-    except OSError as error:
-        raise DemonstrationError(f"{path}: cannot be read: {error.strerror}") from error
-    return _READERS[suffix](path)
 
 
 def _raise_any(draft: Draft | Defect, **expected: str | int | None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from iqmpc.demos import h5
 from iqmpc.demos.checks import describe
 from iqmpc.demos.types import Defect, Draft, Episode
 
@@ -54,78 +55,49 @@ def encode(task: str, episodes: Sequence[Episode], provenance: Mapping[str, str]
 def read(path: Path) -> Draft | Defect:
     """Read a file for the checks; a Defect when it is no readable file of this format."""
     at = partial(Defect, str(path))
-    try:
-        if not h5py.is_hdf5(path):
-            return at("", "no HDF5 signature", "an HDF5 file")
-        with h5py.File(path, "r") as file:
-            return _read(file, at)
-    # h5py has no exception of its own: damaged structures surface as any of these.
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        return at("", f"a truncated or corrupt file ({error})", "a complete HDF5 file")
+    return h5.read_file(path, at, partial(_read, at=at))
 
 
 def _read(file: h5py.File, at: partial[Defect]) -> Draft | Defect:
-    kind, version = _text(file, "format"), file.attrs.get("version")
+    kind, version = h5.text(file, "format"), file.attrs.get("version")
     if not isinstance(kind, str) or kind != FORMAT:
-        return at("format", describe(kind), f"{FORMAT!r}; other HDF5 layouts are not read")
+        return at(
+            "format",
+            describe(kind),
+            f"{FORMAT!r}, or the layout of Minari, D4RL, robomimic or ManiSkill",
+        )
     if not isinstance(version, np.integer) or version < 1:
         return at("version", describe(version), "a whole number from 1")
     if version > VERSION:
         return at("version", str(version), f"at most {VERSION}; upgrade iqmpc to read this file")
 
-    provenance = _text(file, "provenance")
+    provenance = h5.text(file, "provenance")
     try:
         provenance = {} if provenance is None else json.loads(provenance)
     except (ValueError, TypeError):
         provenance = at("provenance", describe(provenance), "a JSON object")
 
     episodes: list[dict[str, object] | Defect] = []
-    group = _stored(file, "episodes", h5py.Group, at)
+    group = h5.stored(file, "episodes", h5py.Group, at)
     if isinstance(group, h5py.Group):
         for index in range(len(group)):
             episodes.append(_read_episode(group, index, partial(at, episode=index)))
     elif group is not None:
         episodes.append(group)
-    return Draft(file.filename, _text(file, "task"), episodes, provenance)
-
-
-def _text(file: h5py.File, key: str) -> object:
-    """A root attribute, decoded if it is text of fixed length."""
-    value = file.attrs.get(key)
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
+    return Draft(file.filename, h5.text(file, "task"), episodes, provenance)
 
 
 def _read_episode(group: h5py.Group, index: int, at: partial[Defect]) -> dict[str, object] | Defect:
     name = f"{index:06d}"
-    episode = _stored(group, name, h5py.Group, at)
+    episode = h5.stored(group, name, h5py.Group, at)
     if not isinstance(episode, h5py.Group):
         return episode or at(name, "nothing", "a group for every episode, numbered from 000000")
     fields: dict[str, object] = {}
     for key in ("observations", "actions", "rewards"):
-        dataset = _stored(episode, key, h5py.Dataset, at)
-        try:
-            fields[key] = dataset[()] if isinstance(dataset, h5py.Dataset) else dataset
-        except (OSError, MemoryError) as error:
-            fields[key] = at(key, f"unreadable data ({error})", "an intact dataset")
+        dataset = h5.stored(episode, key, h5py.Dataset, at)
+        found = isinstance(dataset, h5py.Dataset)
+        fields[key] = h5.values(dataset, partial(at, key)) if found else dataset
     for key in ("terminated", "success"):
         fields[key] = episode.attrs.get(key)
     return fields
 
-
-def _stored(
-    group: h5py.Group, name: str, kind: type[h5py.HLObject], at: partial[Defect]
-) -> h5py.HLObject | Defect | None:
-    """A member that lies in this file; None where there is none.
-
-    Links and datasets with outside storage are refused: a file from a stranger must not make
-    its reader open another.
-    """
-    link = group.get(name, getlink=True)
-    if link is None:
-        return None
-    found = group[name] if isinstance(link, h5py.HardLink) else link
-    if not isinstance(found, kind):
-        return at(name, f"a {type(found).__name__}", f"a {kind.__name__}")
-    if kind is h5py.Dataset and (found.is_virtual or found.external):
-        return at(name, "data kept in another file", "data in this file")
-    return found

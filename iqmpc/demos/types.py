@@ -52,19 +52,43 @@ class Defect:
         return f"{place}: found {self.found}, expected {self.expected}"
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the user says of a file because its format does not.
+
+    task: the task's name, where the file gives none.
+    obs_keys: which members of a dictionary of observations, in this order; None takes all of them
+        in sorted order.
+    action_low, action_high: the range of the file's actions, one value or A; they are rescaled
+        from it to [-1, 1]. Both or neither.
+    episode_length: T of every episode, where the file marks no time limits.
+    mask: the name of the subset to take.
+    """
+
+    task: str | None = None
+    obs_keys: tuple[str, ...] | None = None
+    action_low: tuple[float, ...] | None = None
+    action_high: tuple[float, ...] | None = None
+    episode_length: int | None = None
+    mask: str | None = None
+
+
 @dataclass
 class Draft:
     """A set as a reader found it, before any check.
 
     Anything that could not be read is replaced by the Defect that says why, so that the checks
     can report it together with everything else. Episodes map Episode's field names to values;
-    an absent value is None.
+    an absent value is None. action_range is (low, high), each [1] or [A], where the file has a
+    specification of its actions; range_hint says what to do about actions outside [-1, 1].
     """
 
     source: str
     task: object
     episodes: Sequence[dict[str, object] | Defect]
     provenance: object
+    action_range: tuple[np.ndarray, np.ndarray] | None = None
+    range_hint: str = ""
 
 
 class DemonstrationError(IqmpcError, ValueError):

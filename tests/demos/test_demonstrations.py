@@ -114,14 +114,26 @@ def test_the_error_is_the_users_and_a_value_error():
     [
         ("set.pkl", "pickled files are refused, since loading one can run any code in it"),
         ("set.pt", "pickled files are refused"),
-        ("set.csv", "unknown extension '.csv'; readable: .h5, .hdf5, .npz"),
-        ("set", "unknown extension ''; readable: .h5, .hdf5, .npz"),
+        ("set.h5", "pickled files are refused"),
+        ("set", "pickled files are refused"),
     ],
 )
-def test_other_formats_are_refused_by_name(tmp_path, name, message):
+def test_pickles_are_refused_by_name_and_by_content(tmp_path, name, message):
     path = tmp_path / name
     path.write_bytes(b"\x80\x04.")
     with pytest.raises(DemonstrationError, match=re.escape(f"{path}: {message}")):
+        Demonstrations.load(path)
+
+
+@pytest.mark.parametrize("name", ["set.csv", "set"])
+def test_content_of_no_known_format_is_refused(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"1,2,3")
+    message = (
+        f"{path}: unknown extension {path.suffix!r} and no content of a known format; readable: "
+        "hdf5, npz, minari, d4rl, robomimic, maniskill, lerobot"
+    )
+    with pytest.raises(DemonstrationError, match=f"^{re.escape(message)}$"):
         Demonstrations.load(path)
 
 
@@ -132,9 +144,9 @@ def test_a_missing_file(tmp_path, name):
         Demonstrations.load(tmp_path / name)
 
 
-def test_a_directory_is_no_file(tmp_path):
+def test_a_folder_of_no_known_format(tmp_path):
     (tmp_path / "set.h5").mkdir()
-    with pytest.raises(DemonstrationError, match="cannot be read: Is a directory"):
+    with pytest.raises(DemonstrationError, match="a folder that is neither a LeRobot"):
         Demonstrations.load(tmp_path / "set.h5")
 
 

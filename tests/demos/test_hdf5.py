@@ -132,7 +132,8 @@ def test_another_hdf5_layout(path, kind):
     found = {None: "nothing", 3: "3"}.get(kind, "'robomimic'")
     (defect,) = defects_of(path)
     assert defect == (
-        f", format: found {found}, expected 'iqmpc-demonstrations'; other HDF5 layouts are not read"
+        f", format: found {found}, expected 'iqmpc-demonstrations', "
+        "or the layout of Minari, D4RL, robomimic or ManiSkill"
     )
 
 

@@ -1,0 +1,87 @@
+"""Reader for D4RL's HDF5 files: all steps end to end, in flat arrays."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from iqmpc.demos import h5
+from iqmpc.demos.assembly import Assembly
+from iqmpc.demos.types import Defect, Draft, Facts
+
+
+def read(path: Path, facts: Facts) -> Draft | Defect:
+    """Read a file for the checks; a Defect when it is no readable HDF5 file.
+
+    An episode ends where `terminals` or `timeouts` is true, or with the file. Without `timeouts`,
+    facts.episode_length says where the time limits were.
+    """
+    return h5.read_file(path, partial(Defect, str(path)), partial(_read, path=path, facts=facts))
+
+
+def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
+    assembly = Assembly("d4rl", path)
+    at = assembly.at
+    ends = _ends(file, facts.episode_length, at)
+    terminals = h5.flags(file, "terminals", at)
+    if isinstance(ends, Defect):
+        return ends
+    for start, stop in zip([0, *ends[:-1]], ends, strict=True):
+        rows, here = slice(start, stop), assembly.here()
+        observations = h5.observations(file, "observations", None, here, rows)
+        following = h5.observations(file, "next_observations", None, here, rows)
+        if isinstance(observations, np.ndarray) and isinstance(following, np.ndarray):
+            following = _continued(observations, following, here)
+        assembly.add(
+            observations,
+            h5.numbers(file, "actions", here, rows),
+            rewards=h5.numbers(file, "rewards", here, rows),
+            terminated=bool(terminals[stop - 1]),
+            next_observations=following,
+        )
+    return assembly.draft(facts.task)
+
+
+def _ends(file: h5py.File, length: int | None, at: partial[Defect]) -> list[int] | Defect:
+    """Where each episode stops: the index after its last step."""
+    terminals = h5.flags(file, "terminals", at)
+    if not isinstance(terminals, np.ndarray):
+        return terminals or at("terminals", "nothing", "true or false per step")
+    steps = len(terminals)
+    for key in ("observations", "actions", "rewards", "next_observations", "timeouts"):
+        dataset = h5.stored(file, key, h5py.Dataset, at)
+        if isinstance(dataset, Defect):
+            return dataset
+        if dataset is not None and dataset.shape[:1] != (steps,):
+            return at(key, f"shape {list(dataset.shape)}", f"{steps} rows, as terminals")
+    timeouts = h5.flags(file, "timeouts", at)
+    if isinstance(timeouts, Defect):
+        return timeouts
+    if timeouts is None and length is None:
+        return at("timeouts", "nothing", "true at time limits; give --episode-length instead")
+    over = terminals.copy() if timeouts is None else terminals | timeouts
+    if length is not None:
+        start = 0
+        for stop in [*(np.flatnonzero(over) + 1).tolist(), steps]:
+            over[np.arange(start + length, stop, length) - 1] = True
+            start = stop
+    return sorted({*(np.flatnonzero(over) + 1).tolist(), steps} - {0})
+
+
+def _continued(
+    observations: np.ndarray, following: np.ndarray, at: partial[Defect]
+) -> np.ndarray | Defect:
+    """next_observations, if inside the episode they are the observations of the next step."""
+    if following.shape == observations.shape:
+        other = (following[:-1] != observations[1:]).any(axis=1)
+        if other.any():
+            step = int(np.argmax(other))
+            return at(
+                "next_observations",
+                f"another state than observations has one step later, at [{step}]",
+                "episodes without gaps; give --episode-length where time limits are not marked",
+            )
+    return following
