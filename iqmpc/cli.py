@@ -15,6 +15,7 @@ from rich.table import Table
 
 from iqmpc.demos.cli import app as demos_app
 from iqmpc.errors import ConfigError, IqmpcError
+from iqmpc.progress import RecordingDisplay
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -24,6 +25,8 @@ app.add_typer(demos_app, name="demos", help="Inspect, check, convert and record 
 # Figures for programs go to stdout, everything for people to stderr.
 _console = Console(stderr=True)
 
+MinReturn = Annotated[
+    float | None, typer.Option(help="Keep only episodes with at least this return.")]
 _OVERRIDES_HELP = "Settings as key=value: task=cheetah-run train.steps=50000 learner.batch=128"
 
 
@@ -48,7 +51,6 @@ def train(
     changed.
     """
     from iqmpc.compose import compose, parse
-    from iqmpc.progress import TrainingDisplay
 
     words = parse(overrides or [])
     if "resume" in words:
@@ -61,9 +63,14 @@ def train(
         if config.demos.path is not None:  # the run may be continued from another folder
             config = config.replace({"demos.path": str(Path(config.demos.path).resolve())})
     _prepare_torch(config)
+    _print_summary(_train(config, run, resume=resume), run)
 
+
+def _train(config: Any, run: Path, *, resume: bool) -> dict[str, Any]:
+    """Train to the end with progress shown; the summary."""
     import iqmpc
     from iqmpc.envs import check_spaces
+    from iqmpc.progress import TrainingDisplay
 
     count = config.train.num_envs
     envs = [iqmpc.make_env(config.task, seed=config.seed) for _ in range(count)]
@@ -82,7 +89,7 @@ def train(
         except KeyboardInterrupt:
             display.message(f"interrupted; continue with: iqmpc train resume={run}")
             raise
-    _print_summary(summary, run)
+    return summary
 
 
 @app.command("eval")
@@ -140,43 +147,78 @@ def record(
     out: Annotated[Path, typer.Argument(metavar="OUT.h5")],
     episodes: Annotated[int, typer.Option(min=1)] = 10,
     planner: Annotated[bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
-    min_return: Annotated[
-        float | None, typer.Option(help="Keep only episodes with at least this return.")] = None,
+    min_return: MinReturn = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the episodes.")] = 0,
     force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
 ) -> None:
     """Roll out a trained run and keep the episodes as demonstrations."""
-    from iqmpc.demos import DemonstrationError, Demonstrations
+    from iqmpc.demos import make
 
-    if out.exists() and not force:
-        raise DemonstrationError(f"{out} exists; --force overwrites it")
-    if out.suffix not in (".h5", ".hdf5") or not out.resolve().parent.is_dir():
-        raise DemonstrationError(f"{out} must be an .h5 file in a folder that exists")
+    _check_target(out, force)
     agent, env = _load(run, {} if planner else {"planner.enabled": False}, seed=seed)
-    import iqmpc
-    from iqmpc.evaluation import rollout
-    from iqmpc.seeding import stream_seed
+    with RecordingDisplay(episodes, _console) as display:
+        demonstrations = make.record(
+            _run_demonstrator(run, agent, planner), env, task=agent.config.task.name,
+            episodes=episodes, max_tries=episodes, fewer=True, seed=seed, min_return=min_return,
+            progress=display.update)
+    _save(demonstrations, out)
 
-    kept = []
-    with _console.status("recording") as status:
-        for index in range(episodes):
-            episode = rollout(agent, env, seed=stream_seed(seed, "record", index))
-            total = float(episode.rewards.sum())
-            if min_return is None or total >= min_return:
-                kept.append(episode)
-            status.update(f"{index + 1}/{episodes}: return {total:.1f}, {len(kept)} kept")
-    if not kept:
-        raise DemonstrationError(f"none of {episodes} episodes reached a return of {min_return}")
-    provenance = {
-        "recorded_by": f"iqmpc {iqmpc.__version__}", "run": run.name,
-        "actor": "planner" if planner else "policy prior", "seed": str(seed),
-        "kept": f"{len(kept)} of {episodes}"
-        + ("" if min_return is None else f" with return >= {min_return:g}"),
-        "objective": agent.config.learner.objective,
-    }
-    demonstrations = Demonstrations(agent.config.task.name, tuple(kept), provenance)
-    demonstrations.save(out)
-    _console.print(f"wrote {len(kept)} episodes to {out}, return {demonstrations.return_mean:.1f}")
+
+@demos_app.command("make")
+def make_demonstrations(
+    words: Annotated[list[str], typer.Argument(
+        metavar="TASK [KEY=VALUE]...", help="A task, or its settings as for train.")],
+    out: Annotated[Path, typer.Option(help="The .h5 file to write.")],
+    episodes: Annotated[int, typer.Option(min=1, help="How many to keep.")] = 10,
+    policy: Annotated[str | None, typer.Option(
+        metavar="sb3:ZIP|run:RUN|td", help="Who demonstrates: a Stable-Baselines3 model, a trained "
+        "run, or an agent trained on the reward first. Default: the task's own demonstrator, or "
+        "td where it has none.")] = None,
+    train_steps: Annotated[int, typer.Option(
+        min=1, help="Control steps of that training.")] = 200_000,
+    run_dir: Annotated[Path | None, typer.Option(
+        help="Its run folder, continued where there is one. Default: "
+        "runs/TASK/demonstrator-seedN.")] = None,
+    min_return: MinReturn = None,
+    successes_only: Annotated[bool | None, typer.Option(
+        "--successes-only/--all-episodes", help="Keep only episodes that are solved at their last "
+        "step. Default: what the demonstrator says.")] = None,
+    noise: Annotated[float | None, typer.Option(
+        min=0, help="Standard deviation of Gaussian noise on actions. Default: the "
+        "demonstrator's.")] = None,
+    max_tries: Annotated[int | None, typer.Option(
+        min=1, help="Give up after so many episodes. Default: ten times --episodes.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the episodes, and of training.")] = 0,
+    force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
+) -> None:
+    """Make demonstrations of any task: train or load who demonstrates, then record."""
+    import iqmpc
+    from iqmpc.compose import compose
+    from iqmpc.demos import make
+
+    _check_target(out, force)
+    words = [word if "=" in word else f"task={word}" for word in words]
+    config = compose(words)
+    _prepare_torch(config)
+    task = config.task.name
+    kind, _, path = (policy or "").partition(":")
+    if policy is not None and (kind, bool(path)) not in (
+            ("sb3", True), ("run", True), ("td", False)):
+        raise ConfigError(f"--policy must be sb3:ZIP, run:RUN or td, got {policy!r}")
+    if policy is None and task not in make.DEMONSTRATORS:
+        kind = "td"
+    if kind == "td":
+        path = run_dir or Path(f"runs/{task}/demonstrator-seed{seed}")
+        _train_demonstrator(
+            compose([f"train.steps={train_steps}", *words, "learner=td", f"seed={seed}"]), path)
+    env = iqmpc.make_env(config.task, seed=seed)
+    demonstrator = _demonstrator(kind, path, env, config, seed)
+    with RecordingDisplay(episodes, _console) as display:
+        demonstrations = make.record(
+            demonstrator, env, task=task, episodes=episodes, max_tries=max_tries or 10 * episodes,
+            seed=seed, noise=noise, min_return=min_return, successes_only=successes_only,
+            progress=display.update)
+    _save(demonstrations, out)
 
 
 @app.command()
@@ -198,6 +240,78 @@ def doctor() -> None:
 
     for table in report():
         Console().print(table)
+
+
+def _check_target(out: Path, force: bool) -> None:
+    """`DemonstrationError`, before anything is run, where `out` could not be saved."""
+    from iqmpc.demos import DemonstrationError
+
+    if out.exists() and not force:
+        raise DemonstrationError(f"{out} exists; --force overwrites it")
+    if out.suffix not in (".h5", ".hdf5") or not out.resolve().parent.is_dir():
+        raise DemonstrationError(f"{out} must be an .h5 file in a folder that exists")
+
+
+def _save(demonstrations: Any, out: Path) -> None:
+    demonstrations.save(out)
+    _console.print(f"wrote {len(demonstrations)} episodes to {out}, "
+                   f"return {demonstrations.return_mean:.1f}")
+
+
+def _train_demonstrator(config: Any, run: Path) -> None:
+    """Train an agent on the task's reward into `run`, or continue or take the one that is there."""
+    from iqmpc import checkpoint
+
+    resume = (run / "config.yaml").exists()
+    if resume:
+        there = checkpoint.load_config(run)
+        if (there.task, there.learner.objective) != (config.task, "td"):
+            raise ConfigError(
+                f"{run} holds a run of {there.task.name} with learner.objective="
+                f"{there.learner.objective}, not of {config.task.name} with td; give another "
+                "--run-dir")
+        done = checkpoint.newest(run)[2]["env_steps"] if checkpoint.exists(run) else 0
+        if done >= config.train.steps:
+            return
+        config = there.replace({"train.steps": config.train.steps})
+    _prepare_torch(config)
+    _train(config, run, resume=resume)
+
+
+def _demonstrator(kind: str, path: str | Path, env: Any, config: Any, seed: int) -> Any:
+    """Who acts in `env`: kind is sb3, run or td with its path, or "" for the task's own."""
+    from iqmpc.demos import make
+    from iqmpc.envs import check_spaces
+
+    dims = check_spaces(env, config.task.name)
+    if not kind:
+        return make.DEMONSTRATORS[config.task.name](env, seed)
+    if kind == "sb3":
+        from iqmpc.demos.sb3 import Sb3Policy
+
+        policy = Sb3Policy(path, *dims)
+        return make.Demonstrator(policy, provenance={
+            "demonstrator": "Stable-Baselines3 policy, deterministic",
+            "policy": f"{Path(path).name}, sha256 {policy.digest}"})
+    import iqmpc
+
+    agent = iqmpc.Agent.load(path, seed=seed)
+    found = agent.model.obs_dim, agent.model.action_dim
+    if found != dims:
+        raise ConfigError(
+            f"{path}: the agent has {found[0]} observations and {found[1]} actions, the task "
+            f"{dims[0]} and {dims[1]}")
+    return _run_demonstrator(Path(path), agent, agent.config.planner.enabled)
+
+
+def _run_demonstrator(run: Path, agent: Any, planner: bool) -> Any:
+    from iqmpc.demos import make
+
+    return make.Demonstrator(make.AgentPolicy(agent), provenance={
+        "demonstrator": "iqmpc agent", "run": run.resolve().name,
+        "actor": "planner" if planner else "policy prior",
+        "objective": agent.config.learner.objective, "trained_steps": str(agent.facts["env_steps"]),
+    })
 
 
 def _prepare_torch(config: Any) -> None:

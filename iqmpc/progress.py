@@ -11,6 +11,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _PLAIN_EVERY_S = 30.0
 
 
+class RecordingDisplay:
+    """Feeds on `demos.make.record`'s `progress`; use as a context manager."""
+
+    def __init__(self, episodes: int, console: Console):
+        self._console, self._episodes, self._printed = console, episodes, time.monotonic()
+        self._bar = Progress(
+            TextColumn("recording"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console,
+            disable=not console.is_terminal)
+        self._task = self._bar.add_task("episodes", total=episodes, note="")
+
+    def __enter__(self) -> RecordingDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, kept: int, tried: int, last_return: float) -> None:
+        note = f"of {tried} tried, last return {last_return:.1f}"
+        self._bar.update(self._task, completed=kept, note=note)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._printed > _PLAIN_EVERY_S:
+            self._printed = now
+            self._console.print(f"{kept}/{self._episodes} episodes {note}", highlight=False)
+
+
 class TrainingDisplay:
     """Feeds on the trainer's `on_progress` and `on_message`; use as a context manager."""
 

@@ -31,6 +31,7 @@ def draw(demos: Demonstrations, out: Path) -> None:
     steps = [len(episode.actions) for episode in demos.episodes]
     lengths.hist(steps, bins=min(_BINS, max(steps) - min(steps) + 1))
     lengths.set(xlabel="steps", ylabel="episodes")
+    lengths.xaxis.get_major_locator().set_params(integer=True)
     rate = demos.success_rate
     success.set(ylabel="episodes", title="at the last step", xticks=[])
     if rate is None:

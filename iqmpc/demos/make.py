@@ -1,0 +1,160 @@
+"""Demonstrations made offline: a policy acts, and its episodes are kept."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Protocol
+
+import gymnasium
+import numpy as np
+
+import iqmpc
+from iqmpc.agent import Agent
+from iqmpc.demos.demonstrations import Demonstrations
+from iqmpc.demos.types import DemonstrationError, Episode
+from iqmpc.evaluation import rollout
+from iqmpc.seeding import stream_seed
+
+# Distributions whose versions change what an episode looks like, by the module that they install.
+_PACKAGES = {
+    "gymnasium": "gymnasium",
+    "numpy": "numpy",
+    "torch": "torch",
+    "mujoco": "mujoco",
+    "dm_control": "dm-control",
+    "myosuite": "myosuite",
+    "mani_skill2": "mani_skill2",
+    "sapien": "sapien",
+}
+
+
+class Policy(Protocol):
+    """Acts in one environment, from step to step of an episode."""
+
+    def reset(self, env: gymnasium.Env) -> None:
+        """An episode has begun: `env` has just been reset, and may be looked into."""
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """obs float32 [O] -> action [A] in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class Demonstrator:
+    """A policy and how its episodes become demonstrations.
+
+    successes_only: keep only the episodes that are solved at their last step.
+    noise: standard deviation of the Gaussian noise on its actions, unless another is asked for.
+    provenance: who it is, as text by name.
+    """
+
+    policy: Policy
+    successes_only: bool = False
+    noise: float = 0.0
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+
+# Tasks that have a demonstrator of their own: name -> what makes it, given the task's environment
+# and the seed. Every other task's is an agent trained on its reward.
+DEMONSTRATORS: dict[str, Callable[[gymnasium.Env, int], Demonstrator]] = {}
+
+
+class AgentPolicy:
+    """A trained `iqmpc.Agent`, without exploration noise."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    def reset(self, env: gymnasium.Env) -> None:
+        self._agent.reset()
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        return self._agent.act(obs)
+
+
+def record(
+    demonstrator: Demonstrator,
+    env: gymnasium.Env,
+    *,
+    task: str,
+    episodes: int,
+    max_tries: int,
+    seed: int = 0,
+    noise: float | None = None,
+    min_return: float | None = None,
+    successes_only: bool | None = None,
+    fewer: bool = False,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Demonstrations:
+    """Episodes of a demonstrator until `episodes` are kept, from at most `max_tries`.
+
+    Kept are those with at least `min_return` and, with `successes_only`, success at the last step.
+    `noise` and `successes_only`: None takes the demonstrator's. `fewer`: take what was kept, if it
+    is any. `progress(kept, tried, return)` is called after each. The same arguments give the same
+    episodes.
+    Raises DemonstrationError that counts what was reached when too few were kept, and where
+    successes are asked for and the task tells none.
+    """
+    if max_tries < episodes:
+        raise DemonstrationError(f"{episodes} episodes cannot be kept from {max_tries} tries")
+    noise = demonstrator.noise if noise is None else noise
+    successes_only = demonstrator.successes_only if successes_only is None else successes_only
+    kept: list[Episode] = []
+    tried = succeeded = reached = 0
+    while len(kept) < episodes and tried < max_tries:
+        actor = _Actor(demonstrator.policy, env, noise, stream_seed(seed, "noise", tried))
+        episode = rollout(actor, env, seed=stream_seed(seed, "record", tried))
+        if successes_only and episode.success is None:
+            raise DemonstrationError(f"{task} tells no success, so none can be selected by it")
+        total = float(episode.rewards.sum())
+        far_enough = min_return is None or total >= min_return
+        tried += 1
+        reached += far_enough
+        succeeded += bool(episode.success)
+        if far_enough and (episode.success or not successes_only):
+            kept.append(episode)
+        if progress is not None:
+            progress(len(kept), tried, total)
+    conditions = ([f"return >= {min_return:g}"] if min_return is not None else []) + (
+        ["success"] if successes_only else [])
+    if not kept or (len(kept) < episodes and not fewer):
+        counts = [f"{reached} reached a return of {min_return:g}"] if min_return is not None else []
+        counts += [f"{succeeded} succeeded"] if successes_only else []
+        raise DemonstrationError(
+            f"{len(kept)} of {episodes} episodes were kept after {tried} tries: "
+            f"{', '.join(counts)}")
+    provenance = {
+        **demonstrator.provenance,
+        "versions": ", ".join(f"{name} {number}" for name, number in _versions().items()),
+        "seed": str(seed),
+        "kept": f"{len(kept)} of {tried}"
+        + (f" with {' and '.join(conditions)}" if conditions else ""),
+    }
+    if noise:
+        provenance["action_noise"] = f"{noise:g}"
+    return Demonstrations(task, tuple(kept), provenance)
+
+
+class _Actor:
+    """A policy as `rollout` takes an agent, with noise on its actions."""
+
+    def __init__(self, policy: Policy, env: gymnasium.Env, noise: float, seed: int) -> None:
+        self._policy, self._env, self._noise = policy, env, noise
+        self._random = np.random.default_rng(seed)
+
+    def reset(self) -> None:
+        self._policy.reset(self._env)
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        action = np.asarray(self._policy(obs), np.float32)
+        if self._noise:
+            action = action + self._noise * self._random.standard_normal(action.shape)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+
+def _versions() -> dict[str, str]:
+    """Of this package and of those that the episodes came from."""
+    names = [name for module, name in _PACKAGES.items() if module in sys.modules]
+    return {"iqmpc": iqmpc.__version__, **{name: version(name) for name in names}}
