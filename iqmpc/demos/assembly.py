@@ -50,7 +50,7 @@ class Assembly:
         )
         if isinstance(rewards, np.ndarray):
             rewards = rewards.reshape(-1)
-        if isinstance(next_observations, Defect):
+        if isinstance(next_observations, Defect) and isinstance(observations, np.ndarray):
             observations = next_observations
         known = isinstance(observations, np.ndarray) and isinstance(actions, np.ndarray)
         if known and 0 < len(observations) == len(actions):

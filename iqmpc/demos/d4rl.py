@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -29,7 +30,7 @@ def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
     terminals = h5.flags(file, "terminals", at)
     if isinstance(ends, Defect):
         return ends
-    for start, stop in zip([0, *ends[:-1]], ends, strict=True):
+    for start, stop in pairwise([0, *ends]):
         rows, here = slice(start, stop), assembly.here()
         observations = h5.observations(file, "observations", None, here, rows)
         following = h5.observations(file, "next_observations", None, here, rows)
@@ -76,7 +77,8 @@ def _continued(
 ) -> np.ndarray | Defect:
     """next_observations, if inside the episode they are the observations of the next step."""
     if following.shape == observations.shape:
-        other = (following[:-1] != observations[1:]).any(axis=1)
+        after, before = following[:-1], observations[1:]
+        other = ((after != before) & ~(np.isnan(after) & np.isnan(before))).any(axis=1)
         if other.any():
             step = int(np.argmax(other))
             return at(

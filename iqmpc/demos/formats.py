@@ -103,12 +103,8 @@ def detect(path: Path) -> str:
     except h5.DAMAGE:
         return "hdf5"  # whose reader says what is damaged
     if start == b"PK\x03\x04":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if any(name.endswith("data.pkl") for name in archive.namelist()):
-                    raise _refused(path)
-        except (zipfile.BadZipFile, OSError, ValueError):
-            pass
+        if any(name.endswith(".pkl") for name in _members(path)):
+            raise _refused(path)
         return "npz"
     if path.suffix.lower() in _SUFFIXES:
         return _SUFFIXES[path.suffix.lower()]
@@ -116,6 +112,14 @@ def detect(path: Path) -> str:
         f"{path}: unknown extension {path.suffix!r} and no content of a known format; "
         f"readable: {', '.join(FORMATS)}"
     )
+
+
+def _members(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return []  # the reader says what is damaged
 
 
 def _refused(path: Path) -> DemonstrationError:
