@@ -20,7 +20,7 @@ from iqmpc.progress import RecordingDisplay
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Learn from demonstrations without rewards, act by planning in a latent world model.")
-app.add_typer(demos_app, name="demos", help="Inspect, check, convert and record demonstrations.")
+app.add_typer(demos_app, name="demos", help="Inspect, check, convert and make demonstrations.")
 
 # Figures for programs go to stdout, everything for people to stderr.
 _console = Console(stderr=True)

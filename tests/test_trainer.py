@@ -1,6 +1,7 @@
 """Whole runs on a task that is learnt in seconds, and the exact continuation of one."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -241,6 +242,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(CheckpointError, match="is no run folder"):
         Trainer(small_config, point_env, point_demonstrations, run=run, resume=True)
     assert not run.exists()
+
+
+def test_demonstrations_may_name_a_gym_task_by_its_env_id(
+    tmp_path, small_config, point_env, point_demonstrations
+):
+    config = small_config.replace({"task.name": "gym-point-v0"})
+    named = dataclasses.replace(point_demonstrations, task="Point-v0")
+    trainer = Trainer(config, point_env, named, run=tmp_path / "run")
+    assert trainer.experts.slices
+    with pytest.raises(ConfigError, match="are of task 'Point-v1', the run's is 'gym-point-v0'"):
+        Trainer(config, point_env, dataclasses.replace(named, task="Point-v1"),
+                run=tmp_path / "run")
 
 
 def test_a_run_is_not_overwritten(tmp_path, small_config, point_env, point_demonstrations):

@@ -25,11 +25,7 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
 
 def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
     assembly = Assembly("d4rl", path)
-    at = assembly.at
-    ends = _ends(file, facts.episode_length, at)
-    terminals = h5.flags(file, "terminals", at)
-    if isinstance(ends, Defect):
-        return ends
+    terminals, ends = _ends(file, facts.episode_length, assembly)
     for start, stop in pairwise([0, *ends]):
         rows, here = slice(start, stop), assembly.here()
         observations = h5.observations(file, "observations", None, here, rows)
@@ -46,30 +42,43 @@ def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
     return assembly.draft(facts.task)
 
 
-def _ends(file: h5py.File, length: int | None, at: partial[Defect]) -> list[int] | Defect:
-    """Where each episode stops: the index after its last step."""
+def _ends(
+    file: h5py.File, length: int | None, assembly: Assembly
+) -> tuple[np.ndarray, list[int]]:
+    """(terminals, where each episode stops: the index after its last step).
+
+    Where that cannot be told there are no ends, and the assembly has the defects.
+    """
+    at = assembly.at
     terminals = h5.flags(file, "terminals", at)
     if not isinstance(terminals, np.ndarray):
-        return terminals or at("terminals", "nothing", "true or false per step")
-    steps = len(terminals)
+        assembly.add_defect(terminals or at("terminals", "nothing", "true or false per step"))
+        return np.zeros(0, bool), []
+    steps, defects = len(terminals), []
     for key in ("observations", "actions", "rewards", "next_observations", "timeouts"):
         dataset = h5.stored(file, key, h5py.Dataset, at)
         if isinstance(dataset, Defect):
-            return dataset
-        if dataset is not None and dataset.shape[:1] != (steps,):
-            return at(key, f"shape {list(dataset.shape)}", f"{steps} rows, as terminals")
+            defects.append(dataset)
+        elif dataset is not None and dataset.shape[:1] != (steps,):
+            shape = f"shape {list(dataset.shape)}"
+            defects.append(at(key, shape, f"{steps} rows, as terminals"))
     timeouts = h5.flags(file, "timeouts", at)
-    if isinstance(timeouts, Defect):
-        return timeouts
     if timeouts is None and length is None:
-        return at("timeouts", "nothing", "true at time limits; give --episode-length instead")
+        expected = "true at time limits; give --episode-length instead"
+        defects.append(at("timeouts", "nothing", expected))
+    elif isinstance(timeouts, Defect):
+        defects.append(timeouts)
+    for defect in defects:
+        assembly.add_defect(defect)
+    if defects:
+        return terminals, []
     over = terminals.copy() if timeouts is None else terminals | timeouts
     if length is not None:
         start = 0
         for stop in [*(np.flatnonzero(over) + 1).tolist(), steps]:
             over[np.arange(start + length, stop, length) - 1] = True
             start = stop
-    return sorted({*(np.flatnonzero(over) + 1).tolist(), steps} - {0})
+    return terminals, sorted({*(np.flatnonzero(over) + 1).tolist(), steps} - {0})
 
 
 def _continued(

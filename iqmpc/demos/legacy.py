@@ -35,8 +35,17 @@ _EXPECTED = (
 # Opcodes that make objects other than plain containers, and need no name to do it.
 _REFUSED_OPCODES = {
     "PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX",
-    "NEXT_BUFFER",
+    "NEXT_BUFFER", "DUP",
 }  # fmt: skip
+# After one of these, what is remembered is no tuple. Tuples in tuples in tuples, each twice, take a
+# time to hash that doubles with each, so they may be referred to again only so many times.
+_NO_TUPLE = {
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE",
+    "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "LIST", "EMPTY_LIST",
+    "DICT", "EMPTY_DICT", "EMPTY_SET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "FLOAT", "BINFLOAT",
+    "LONG", "LONG1", "LONG4",
+}  # fmt: skip
+_MAX_TUPLE_REFERENCES = 16
 # A list of numbers takes at least 2 bytes of a pickle each, and 4 as float32; a repeated
 # reference to one large array must not become many copies.
 _MAX_GROWTH, _FREE_BYTES = 16, 2**20
@@ -81,14 +90,24 @@ def _scan(data: bytes) -> None:
     Each argument is within the file, as pickletools reads it; an index far beyond what the file
     could have stored would make the machine allocate a table up to it.
     """
-    count = 0
+    count, before, references = 0, "", 0
+    tuples: dict[int, bool] = {}  # of each index of the memo, whether it may hold a tuple
     try:
         for opcode, argument, _ in pickletools.genops(data):
             count += 1
-            if opcode.name in _REFUSED_OPCODES:
-                raise _Refused(f"the opcode {opcode.name}")
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= argument <= count:
-                raise _Refused(f"a memo of {argument} entries in {count} steps")
+            name = opcode.name
+            if name in _REFUSED_OPCODES:
+                raise _Refused(f"the opcode {name}")
+            if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                index = len(tuples) if argument is None else argument
+                if not 0 <= index <= count:
+                    raise _Refused(f"a memo of {index} entries in {count} steps")
+                tuples[index] = tuples.get(index, False) or before not in _NO_TUPLE
+            elif name in ("GET", "BINGET", "LONG_BINGET"):
+                references += tuples.get(argument, True)
+                if references > _MAX_TUPLE_REFERENCES:
+                    raise _Refused("references that repeat its data many times over")
+            before = name
     except _Refused:
         raise
     except Exception as error:  # pickletools has no error of its own

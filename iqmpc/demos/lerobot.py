@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -32,10 +33,11 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
     """
     try:
         import pyarrow
-    except ModuleNotFoundError:
+    except ImportError as error:  # missing, or for another NumPy
         raise DemonstrationError(
-            f"{path}: LeRobot datasets need the extra 'lerobot': pip install 'iqmpc[lerobot]'"
-        ) from None
+            f"{path}: LeRobot datasets need the extra 'lerobot': pip install 'iqmpc[lerobot]' "
+            f"({error})"
+        ) from error
     assembly = Assembly("lerobot", path)
     at = assembly.at
     info = _info(path, facts, at)
@@ -47,15 +49,20 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
         for number, parts in _episodes(path, columns, at):
             here = partial(at, episode=number)
             if number != seen:
-                return at("episode_index", str(number), f"{seen}, without gaps or repeats")
+                found = at("episode_index", str(number), f"{seen}, without gaps or repeats")
+                assembly.add_defect(found)
+                break
             seen += 1
             observations, actions, rest = _fields(parts, columns, here)
             assembly.add(observations, actions, **rest)
+        else:
+            if total != seen:
+                expected = f"{describe(total)}, as total_episodes says"
+                assembly.add_defect(at("data", f"{seen} episodes", expected))
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, _Unreadable) as error:
         found = error.args[0] if isinstance(error, _Unreadable) else f"damage ({error})"
-        return at("data", found, "whole Parquet files with the columns of meta/info.json")
-    if total != seen:
-        return at("data", f"{seen} episodes", f"{describe(total)}, as total_episodes says")
+        expected = "whole Parquet files with the columns of meta/info.json"
+        assembly.add_defect(at("data", found, expected))
     return assembly.draft(facts.task, dataset_version=version, **_described(path))
 
 
@@ -100,7 +107,10 @@ def _episodes(
     """(episode_index, parts of each column) of one episode after the other."""
     import pyarrow.parquet as parquet
 
-    files = sorted(path.glob("data/chunk-*/*.parquet"))
+    files = sorted(
+        path.glob("data/chunk-*/*.parquet"),
+        key=lambda file: [int(n) for n in re.findall(r"\d+", f"{file.parent.name} {file.name}")],
+    )
     if not files:
         raise _Unreadable("no data/chunk-*/*.parquet")
     current, parts, widths = None, {}, {}

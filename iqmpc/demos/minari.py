@@ -16,6 +16,7 @@ from iqmpc.demos.types import Defect, Draft, Facts
 
 MAIN = "main_data.hdf5"
 METADATA = "metadata.json"
+_USED = ("env_spec", "action_space", "total_episodes", "dataset_id")
 
 
 def locate(folder: Path) -> Path | None:
@@ -60,14 +61,15 @@ def _read(
 ) -> Draft | Defect:
     assembly = Assembly("minari", path)
     at = assembly.at
-    metadata = {**{key: h5.text(file, key) for key in file.attrs}, **metadata}
-    action_range = _action_range(metadata.get("action_space"), at)
+    metadata = {key: metadata.get(key, h5.text(file, key)) for key in _USED}
+    action_range = _action_range(metadata["action_space"], at)
     if isinstance(action_range, Defect):
-        return action_range
-    names = h5.numbered(file, "episode_")
-    total = metadata.get("total_episodes", len(names))
-    if total != len(names):
-        return at("", f"{len(names)} episodes", f"{describe(total)}, as total_episodes says")
+        assembly.add_defect(action_range)
+        action_range = None
+    names, total = h5.numbered(file, "episode_"), metadata["total_episodes"]
+    if total is not None and total != len(names):
+        expected = f"{describe(total)}, as total_episodes says"
+        assembly.add_defect(at("", f"{len(names)} episodes", expected))
     for name in names:
         here = assembly.here()
         group = h5.stored(file, name, h5py.Group, here)
@@ -81,12 +83,13 @@ def _read(
             terminated=last(h5.flags(group, "terminations", here)),
             success=_success(group, here),
         )
-    notes = {"dataset": metadata["dataset_id"]} if "dataset_id" in metadata else {}
+    dataset = metadata["dataset_id"]
+    notes = {"dataset": dataset} if isinstance(dataset, str) else {}
     return assembly.draft(_task(metadata, facts, at), action_range=action_range, **notes)
 
 
 def _task(metadata: dict[str, object], facts: Facts, at: partial[Defect]) -> object:
-    spec = metadata.get("env_spec")
+    spec = metadata["env_spec"]
     if spec is None:
         return facts.task
     try:
@@ -108,6 +111,8 @@ def _action_range(
         low, high = (np.ravel(np.array(found[key], np.float64)) for key in ("low", "high"))
     except (ValueError, TypeError, KeyError, RecursionError):
         return at("action_space", describe(space), "a serialised Box")
+    if low.shape != high.shape or not (low < high).all():
+        return at("action_space", describe(space), "a Box with low < high")
     return (low, high) if np.isfinite(low).all() and np.isfinite(high).all() else None
 
 

@@ -113,6 +113,13 @@ def test_a_member_of_the_wrong_kind(path, members, defect):
     assert defects(path)[0].startswith(defect)
 
 
+def test_all_that_is_wrong_with_a_file_is_listed(path):
+    edit(path, timeouts=None, actions=np.zeros((14, 2)), rewards=np.zeros(3))
+    found = [str(d).removeprefix(str(path)) for d in find_defects(read(path))]
+    assert [defect.split(":")[0] for defect in found] == [
+        ", task", ", actions", ", rewards", ", timeouts"]
+
+
 def test_a_file_without_episodes(path):
     empty = {key: np.zeros((0, 3), "f4") for key in ("observations", "next_observations")}
     edit(path, **empty, actions=np.zeros((0, 2), "f4"), rewards=np.zeros(0, "f4"))

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,6 +250,24 @@ def test_streaming_reads_an_episode_at_a_time(write, monkeypatch, demos):
     assert whole == {"/terminals", "/timeouts"}
     parts = [rows for name, rows in seen if name == "/observations"]
     assert parts == [slice(0, 4), slice(4, 9), slice(9, 15)]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_is_not_in_memory_twice(tmp_path, write_format, make_episode, name):
+    """Reading takes the set's own float32 arrays and little more, though files keep float64."""
+    episodes = tuple(make_episode(500, obs_dim=100, seed=i) for i in range(40))
+    path = write_format(name, tmp_path, Demonstrations("t", episodes, {}))
+    size = sum(e.observations.nbytes for e in episodes)
+    assert size > 2**22
+    del episodes
+    Demonstrations.load(path, task="t")  # what is imported on the way
+    tracemalloc.start()
+    try:
+        found = Demonstrations.load(path, task="t")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found) == 40 and peak < 1.5 * size
 
 
 def test_a_gym_task_may_be_named_by_its_env_id(tmp_path, make_episode):

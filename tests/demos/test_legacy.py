@@ -325,6 +325,29 @@ def test_nesting_without_end(refusal):
     assert "where there should be" in refusal(data)
 
 
+def test_tuples_of_tuples_as_keys_take_no_time_without_end(refusal):
+    """Hashing sixty levels of (t, t) would take 2^60 steps."""
+    key = ()
+    for _ in range(60):
+        key = (key, key)
+    for protocol in range(6):
+        assert refusal([key], protocol) == (
+            "references that repeat its data many times over")
+    level = b")"
+    for i in range(60):  # remembered after another step, and called up twice
+        level += b"]0q" + bytes([i]) + b"h" + bytes([i]) + b"\x86"
+    assert refusal(b"\x80\x02}" + level + b"Ns.") == (
+        "references that repeat its data many times over")
+    assert refusal(b"\x80\x02}(N2\x86Ns.") == "the opcode DUP"
+
+
+def test_a_trajectory_may_be_referred_to_again(load, demos):
+    first = demos.episodes[0]
+    item = (first.observations, first.actions, first.rewards)
+    for protocol in range(6):
+        assert len(load([item] * 8, protocol)) == 8
+
+
 def measured(function):
     tracemalloc.start()
     try:

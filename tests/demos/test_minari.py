@@ -116,6 +116,15 @@ def test_metadata_that_does_not_fit(path, changes, defect):
     assert found.startswith(defect)
 
 
+def test_all_that_is_wrong_with_metadata_is_listed(path):
+    edit(path, action_space='{"type": "Box", "low": [0], "high": [0]}', total_episodes=5,
+         env_spec=None)
+    found = messages(path)
+    assert len(found) == 3 and found[0].startswith(", task: ")
+    assert found[1].endswith("expected a Box with low < high")
+    assert found[2].startswith(": found 3 episodes, expected 5")
+
+
 def test_metadata_that_is_no_json(path):
     (path / "data/metadata.json").write_text("{")
     (found,) = messages(path)
