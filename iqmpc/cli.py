@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,14 +73,15 @@ def _train(config: Any, run: Path, *, resume: bool) -> dict[str, Any]:
     from iqmpc.envs import check_spaces
     from iqmpc.progress import TrainingDisplay
 
-    count = config.train.num_envs
-    envs = [iqmpc.make_env(config.task, seed=config.seed) for _ in range(count)]
-    eval_env = iqmpc.make_env(config.task, seed=config.seed) if count > 1 else None
-    demonstrations = _demonstrations(config, *check_spaces(envs[0], config.task.name))
+    make = partial(iqmpc.make_env, config.task, seed=config.seed)
+    env, count = make(), config.train.num_envs
+    apart = count > 1 or config.train.workers  # `env` is then for evaluation alone
+    demonstrations = _demonstrations(config, *check_spaces(env, config.task.name))
     with TrainingDisplay(config.train.steps, _console) as display:
         trainer = iqmpc.Trainer(
-            config, envs, demonstrations, run=run, eval_env=eval_env, resume=resume,
-            on_progress=display.update, on_message=display.message)
+            config, [make] * count if apart else env, demonstrations, run=run,
+            eval_env=env if apart else None, resume=resume, on_progress=display.update,
+            on_message=display.message)
         parameters = sum(p.numel() for p in trainer.learner.model.parameters())
         display.message(
             f"{config.task.name}: {parameters:,} parameters on {trainer.device}, planner "

@@ -179,10 +179,16 @@ class TrainConfig:
     `demo_updates` are updates before any interaction, with demonstrations on both sides.
     `overlap: async` makes a step's updates beside the next step, `sync` makes the same ones one
     after the other, `off` before the next step; null is `async` on a GPU, else `off` (`Trainer`).
+    `env_workers` puts each environment into a process of its own (null: where there are several);
+    one that fails, or gives no answer for `env_timeout_s` seconds, is replaced, `env_restarts`
+    times at most over all of them.
     """
 
     steps: int = 100_000
     num_envs: int = 1
+    env_workers: bool | None = None
+    env_restarts: int = 10
+    env_timeout_s: float = 120.0
     random_steps: int | None = None
     initial_updates: int | None = None
     demo_updates: int = 0
@@ -197,10 +203,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least("train", self, 1, "steps", "num_envs", "updates_per_step", "capacity",
                   "eval_every", "eval_episodes", "final_episodes", "checkpoint_every")
-        _at_least("train", self, 0, "demo_updates")
+        _at_least("train", self, 0, "demo_updates", "env_restarts")
+        _positive("train", self, "env_timeout_s")
         for key in ("random_steps", "initial_updates"):
             if getattr(self, key) is not None:
                 _at_least("train", self, 0, key)
+
+    @property
+    def workers(self) -> bool:
+        """Whether each environment gets a process of its own, where functions make them."""
+        return self.num_envs > 1 if self.env_workers is None else self.env_workers
 
 
 @dataclass(frozen=True)

@@ -19,3 +19,7 @@ class TaskError(IqmpcError, RuntimeError):
 
 class CheckpointError(IqmpcError, RuntimeError):
     """A run folder or checkpoint that cannot be read."""
+
+
+class WorkerError(IqmpcError, RuntimeError):
+    """An environment's worker process failed more often than it may be restarted."""

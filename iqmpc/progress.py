@@ -58,7 +58,7 @@ class TrainingDisplay:
         self._bar.stop()
 
     def message(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, markup=False, highlight=False)
 
     def update(self, values: dict[str, Any]) -> None:
         now, step = time.monotonic(), values["env_steps"]

@@ -19,6 +19,7 @@ from iqmpc.agent import Agent, resolve_device
 from iqmpc.config import Config, names_task
 from iqmpc.demos import Demonstrations
 from iqmpc.envs.vector import VectorEnv, check_alike
+from iqmpc.envs.workers import WorkerVectorEnv
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.evaluation import Evaluation, evaluate, ratio
 from iqmpc.learner import Learner
@@ -26,6 +27,7 @@ from iqmpc.replay import SliceReplay
 from iqmpc.runlog import RunLog, write_summary
 from iqmpc.seeding import stream_seed
 
+Environment = gymnasium.Env | Callable[[], gymnasium.Env]
 _REPORT_EVERY = 25  # steps between progress reports; metrics are fetched no oftener
 
 Metrics = tuple[tuple[str, ...], torch.Tensor]  # names and, on the learner's device, values
@@ -36,11 +38,13 @@ class Trainer:
 
     `env` is any `gymnasium.Env` with flat Box observations and actions in [-1, 1], or a sequence of
     `config.train.num_envs` of them with the same spaces. They are stepped together, one tick after
-    another, and their actions planned in one call. Evaluation takes `eval_env`; where there is one
-    environment that may be absent and is `env` itself. `run` is the folder that receives config,
-    metrics and checkpoints; a folder that holds a run already is refused unless `resume` continues
-    it. `on_progress(values)` is called now and then with the current figures (`return` is the last
-    episode's), `on_message(text)` with events in words.
+    another, and their actions planned in one call. In place of environments, functions that make
+    them may be given: then `config.train.env_workers` can put each into a process of its own
+    (`iqmpc.envs.workers`). Evaluation takes `eval_env`, in this process; where that is absent it
+    is `env` itself, if that is one environment, or is made by the first function. `run` is
+    the folder that receives config, metrics and checkpoints; a folder that holds a run already is
+    refused unless `resume` continues it. `on_progress(values)` is called now and then with the
+    current figures (`return` is the last episode's), `on_message(text)` with events in words.
 
     Evaluations and checkpoints come after ticks at which an episode ended. A checkpoint holds no
     unfinished episode: where other environments were inside theirs, a resumed run has lost those
@@ -63,13 +67,13 @@ class Trainer:
     An error in the learner's thread is raised by `train`.
 
     Raises `TaskError`, `ConfigError`, `DemonstrationError` or `CheckpointError` for what does not
-    fit, before anything is written.
+    fit, before anything is written; `train` raises `WorkerError` where workers fail too often.
     """
 
     def __init__(
         self,
         config: Config,
-        env: gymnasium.Env | Sequence[gymnasium.Env],
+        env: Environment | Sequence[Environment],
         demonstrations: Demonstrations | None = None,
         *,
         run: str | Path,
@@ -81,7 +85,7 @@ class Trainer:
         self.config, self.run = config, Path(run)
         self._on_progress = on_progress or (lambda values: None)
         self._on_message = on_message or (lambda text: None)
-        self.envs, self.eval_env = _environments(config, env, eval_env)
+        self.envs, self.eval_env = _environments(config, env, eval_env, self._on_message)
         obs_dim, action_dim, count = self.envs.obs_dim, self.envs.action_dim, len(self.envs)
         self.device = resolve_device(config.device)
         # Of the random actions, and later of the batches.
@@ -161,6 +165,7 @@ class Trainer:
                 self._worker.shutdown()
                 self._worker = None
             self._log.close()
+            self.envs.close()
 
     def _tick(self) -> bool:
         """One control step of every environment, and learning. Whether an episode ended."""
@@ -312,6 +317,7 @@ class Trainer:
             "backend": self.agent.planner.backend,
             "nonfinite_plans": self.agent.planner.nonfinite_plans,
             "missed_plans": self.agent.planner.missed_plans,
+            "env_restarts": self.envs.restarts,
         }
         write_summary(self.run, summary)
         return summary
@@ -334,6 +340,7 @@ class Trainer:
         checkpoint.save(self.run, self.env_steps, tensors, {
             "obs_dim": self.learner.model.obs_dim, "action_dim": self.learner.model.action_dim,
             **self._progress(), "started": self.envs.started,
+            "env_restarts": self.envs.restarts,
             "evaluated_at": self._evaluated_at,
             "demonstrator_return": self.demonstrator_return,
             "demonstrations": self._demonstrations_digest()})
@@ -381,6 +388,7 @@ class Trainer:
         self.agent.planner.publish(self.learner.weights)
         self.env_steps, self.episodes = meta["env_steps"], meta["episodes"]
         self.envs.started = meta.get("started", self.episodes)  # absent: of one environment
+        self.envs.restarts = meta.get("env_restarts", 0)
         self._wall_before, self._evaluated_at = meta["wall_s"], meta["evaluated_at"]
         self._saved_at = self.env_steps
         checkpoint.set_aside(self.run, path)
@@ -388,17 +396,35 @@ class Trainer:
 
 
 def _environments(
-    config: Config, env: gymnasium.Env | Sequence[gymnasium.Env], eval_env: gymnasium.Env | None,
+    config: Config, env: Environment | Sequence[Environment], eval_env: gymnasium.Env | None,
+    on_message: Callable[[str], None],
 ) -> tuple[VectorEnv, gymnasium.Env]:
     """Those to train in and the one to evaluate in."""
     given, count = list(env) if isinstance(env, Sequence) else [env], config.train.num_envs
     if len(given) != count:
         raise ConfigError(f"train.num_envs={count} needs {count} environments, got {len(given)}")
+    made = [not callable(e) for e in given]
+    if any(made):
+        if not all(made) or config.train.env_workers:
+            raise ConfigError(
+                "train.env_workers=true needs functions that make the environments, got "
+                f"{sum(made)} environments among {count}" if config.train.env_workers else
+                f"{sum(made)} of {count} environments are made already: give environments or "
+                "functions that make them, not both")
+        if count > 1 and (eval_env is None or any(eval_env is e for e in given)):
+            raise ConfigError(
+                f"train.num_envs={count} needs an eval_env of its own: an evaluation would cut the "
+                "episodes that are being recorded")
+    elif config.train.workers:
+        eval_env = eval_env or given[0]()
+        t = config.train
+        return WorkerVectorEnv(
+            given, config.task.name, like=eval_env, seed=config.seed, max_restarts=t.env_restarts,
+            timeout_s=t.env_timeout_s, on_message=on_message), eval_env
+    else:
+        eval_env = eval_env or (given[0]() if count > 1 else None)
+        given = [make() for make in given]
     envs = VectorEnv(given, config.task.name, seed=config.seed)
-    if count > 1 and (eval_env is None or any(eval_env is e for e in given)):
-        raise ConfigError(
-            f"train.num_envs={count} needs an eval_env of its own: an evaluation would cut the "
-            "episodes that are being recorded")
     if eval_env is None:
         return envs, given[0]
     check_alike(eval_env, given[0], f"{config.task.name}: eval_env", "environment 0")

@@ -65,8 +65,9 @@ def test_eval_prints_the_same_figures(run):
     done = iqmpc("eval", path, "--episodes", 2, "--json")
     assert done.returncode == 0, done.stderr
     figures, summary = json.loads(done.stdout), json.loads((path / "summary.json").read_text())
-    assert {k: figures[k] for k in summary if k != "wall_s"} == {
-        k: v for k, v in summary.items() if k != "wall_s"}
+    of_training = ("wall_s", "env_restarts")
+    assert {k: figures[k] for k in summary if k not in of_training} == {
+        k: v for k, v in summary.items() if k not in of_training}
     assert figures["wall_s"] == pytest.approx(summary["wall_s"], abs=5)
     assert figures["env_steps"] == 40 and figures["planner"] is True
     assert -1 <= figures["reward_correlation"] <= 1
@@ -91,7 +92,13 @@ def test_several_environments_train_and_continue(tmp_path):
     path = tmp_path / "run"
     done = iqmpc("train", *TINY, "train.num_envs=3", f"run_dir={path}")
     assert done.returncode == 0, done.stderr
-    assert json.loads((path / "summary.json").read_text())["env_steps"] == 40
+    serial = tmp_path / "serial"
+    done = iqmpc("train", *TINY, "train.num_envs=3", "train.env_workers=false",
+                 f"run_dir={serial}")
+    assert done.returncode == 0, done.stderr
+    summaries = [json.loads((p / "summary.json").read_text()) for p in (path, serial)]
+    assert summaries[0] == {**summaries[1], "wall_s": summaries[0]["wall_s"]}
+    assert summaries[0]["env_steps"] == 40 and summaries[0]["env_restarts"] == 0
     done = iqmpc("train", f"resume={path}", "train.steps=50", "train.num_envs=2")
     assert done.returncode == 2 and "num_envs cannot change when a run is resumed" in done.stderr
     done = iqmpc("train", f"resume={path}", "train.steps=50")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -16,7 +17,9 @@ import pytest
 import torch
 
 from iqmpc import Agent, Config, Trainer, checkpoint, evaluate
-from iqmpc.errors import CheckpointError, ConfigError, TaskError
+from iqmpc.envs.vector import VectorEnv
+from iqmpc.envs.workers import WorkerVectorEnv
+from iqmpc.errors import CheckpointError, ConfigError, TaskError, WorkerError
 from iqmpc.evaluation import reward_correlation
 from iqmpc.seeding import stream_seed
 
@@ -36,7 +39,7 @@ def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demon
     assert list(summary) == [
         "task", "seed", "env_steps", "updates", "wall_s", "return_mean", "return_std",
         "success_rate", "success_any_rate", "demonstrator_return", "ratio", "backend",
-        "nonfinite_plans", "missed_plans"]
+        "nonfinite_plans", "missed_plans", "env_restarts"]
     assert summary["env_steps"] == 100 and summary["updates"] == 5 + 60
     assert summary["demonstrator_return"] == point_demonstrations.return_mean
     assert summary["ratio"] == summary["return_mean"] / summary["demonstrator_return"]
@@ -747,3 +750,85 @@ def test_overlapped_is_the_same_schedule_on_a_gpu(
     assert_same_state(tmp_path / "sync", tmp_path / "async")
     one, two = (tensors_of(tmp_path / n)[0] for n in ("sync", "parts"))
     assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+# What makes the environments of `marked`, in worker processes too.
+MAKERS = [functools.partial(Marked, 1, 5), functools.partial(Marked, 2, 7, terminates=True),
+          functools.partial(Marked, 3, 11)]
+
+
+def test_worker_processes_give_the_same_run(tmp_path, three, point_env, point_demonstrations):
+    train(three, marked(), point_demonstrations, tmp_path / "given", eval_env=point_env)
+    for name, workers, kind in (("serial", False, VectorEnv), ("workers", None, WorkerVectorEnv)):
+        trainer = Trainer(three.replace({"train.env_workers": workers}), MAKERS,
+                          point_demonstrations, run=tmp_path / name, eval_env=point_env)
+        assert type(trainer.envs) is kind
+        trainer.train()
+        assert_same_state(tmp_path / "given", tmp_path / name)
+
+
+def test_a_worker_killed_in_the_middle_of_training(
+        tmp_path, three, point_env, point_demonstrations):
+    """After tick 20, nine steps into the second episode of 11 steps."""
+    messages = []
+    trainer = Trainer(three, MAKERS, point_demonstrations, run=tmp_path / "run",
+                      eval_env=point_env, on_message=messages.append)
+    update, killed, forgotten = trainer.learner.update, [], []
+    trainer.agent.planner.reset = lambda env: forgotten.append((trainer.env_steps, env))
+
+    def kill(batch):
+        if trainer.env_steps == 60 and not killed:
+            killed.append(trainer.envs.envs[2].process)
+            os.kill(killed[0].pid, signal.SIGKILL)
+        return update(batch)
+
+    trainer.learner.update = kill
+    summary = trainer.train()
+    assert killed[0].exitcode == -signal.SIGKILL
+    assert summary["env_restarts"] == 1 and summary["env_steps"] == 100
+    assert summary["updates"] == 5 + 60
+    (said,) = (m for m in messages if "SIGKILL" in m)
+    assert said.startswith(f"worker 2 of point (process {killed[0].pid}) was ended by SIGKILL")
+    assert said.endswith("restarted (1 of at most 10), its unfinished episode of 9 steps dropped")
+    # tick 21 is lost to it; then a whole episode, and one step that is too short for a slice
+    assert len(trainer.behaviour) == 34 + 33 + 11 + 11
+    of = trainer.behaviour._rows["obs"][trainer.behaviour._starts][:, 0].floor()
+    assert [(of == mark).sum().item() for mark in (1, 2, 3)] == [6 * 3 + 2, 4 * 5 + 3, 2 * 9]
+    assert [at for at, env in forgotten if env == 2] == [0, 33, 63, 96]
+    again = train(three.replace({"train.steps": 110}), MAKERS, point_demonstrations,
+                  tmp_path / "run", eval_env=point_env, resume=True)
+    assert again["env_restarts"] == 1 and again["env_steps"] == 110
+
+
+def test_a_worker_that_always_fails_ends_the_run(
+        tmp_path, three, point_env, point_demonstrations):
+    config = three.replace({"train.env_restarts": 1})
+    makers = [*MAKERS[:2], functools.partial(Marked, 3, 11, fails_at=4)]
+    trainer = Trainer(config, makers, point_demonstrations, run=tmp_path / "run",
+                      eval_env=point_env)
+    with pytest.raises(WorkerError, match=r"worker 2 of point [\s\S]*KeyboardInterrupt\nafter 1 "
+                                          "restarts of workers, .* train.env_restarts=1"):
+        trainer.train()
+    assert trainer.env_steps == 3 * 9  # the restarted one had four steps again
+
+
+def test_workers_need_functions(tmp_path, small_config, three, point_env, point_demonstrations):
+    def make(config, env, **options):
+        return Trainer(config, env, point_demonstrations, run=tmp_path / "run", **options)
+
+    with pytest.raises(ConfigError, match="train.env_workers=true needs functions that make the "
+                                          "environments, got 3 environments among 3"):
+        make(three.replace({"train.env_workers": True}), marked(), eval_env=point_env)
+    with pytest.raises(ConfigError, match="1 of 3 environments are made already"):
+        make(three, [*MAKERS[:2], Marked(3, 11)], eval_env=point_env)
+    here = make(small_config, MAKERS[0])  # made in this process, once
+    assert type(here.envs) is VectorEnv and here.envs.envs == [here.eval_env]
+    one = make(small_config.replace({"train.env_workers": True}), MAKERS[0])
+    assert isinstance(one.envs, WorkerVectorEnv) and isinstance(one.eval_env, Marked)
+    one.envs.close()
+    for key, value, message in (
+            ("env_timeout_s", 0, "must be positive, got 0"),
+            ("env_restarts", -1, "must be at least 0, got -1"),
+            ("env_workers", 3, "must be bool, got 3")):
+        with pytest.raises(ConfigError, match=f"train.{key} {message}"):
+            three.replace({f"train.{key}": value})

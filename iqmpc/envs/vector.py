@@ -45,6 +45,7 @@ class VectorEnv:
         for index, env in enumerate(envs[1:], 1):
             check_alike(env, envs[0], f"{name}: environment {index}", "environment 0")
         self._episodes: list[Recording | None] = [None] * len(envs)
+        self.restarts = 0  # of environments: those in this process are never restarted
 
     def __len__(self) -> int:
         """N."""
@@ -55,11 +56,15 @@ class VectorEnv:
 
         Returns their indices.
         """
-        idle = [index for index, episode in enumerate(self._episodes) if episode is None]
-        for index in idle:
-            obs, _ = self.envs[index].reset(seed=stream_seed(self.seed, "train", self.started))
-            self._episodes[index] = Recording([_copy(obs)])
-            self.started += 1
+        idle = waiting = self._idle()
+        while waiting:
+            seeds = {}
+            for index in waiting:
+                seeds[index] = stream_seed(self.seed, "train", self.started)
+                self.started += 1
+            for index, obs in self._reset(seeds).items():
+                self._episodes[index] = Recording([obs])
+            waiting = self._idle()
         return idle
 
     @property
@@ -73,13 +78,13 @@ class VectorEnv:
         Returns the episodes that ended with this step, whole and in the order of the environments.
         Raises `RuntimeError` for an environment that waits for `start`.
         """
+        episodes = [self._running(index) for index in range(len(actions))]
         ended = []
-        for index, action in enumerate(actions):
-            episode = self._running(index)
-            obs, reward, terminated, truncated, _ = self.envs[index].step(action)
-            episode.observations.append(_copy(obs))
-            episode.actions.append(action)
-            episode.rewards.append(reward)
+        for index, (obs, reward, terminated, truncated) in self._step(actions).items():
+            episode = episodes[index]
+            episode.observations.append(obs)
+            episode.actions.append(actions[index])
+            episode.rewards.append(float(reward))
             if terminated or truncated:
                 episode.terminated = bool(terminated)
                 self._episodes[index] = None
@@ -91,6 +96,24 @@ class VectorEnv:
         unfinished = [e for e in self._episodes if e is not None and e.actions]
         self._episodes = [None] * len(self)
         return unfinished
+
+    def close(self) -> None:
+        """End what was started for these environments; those in this process are the caller's."""
+
+    def _reset(self, seeds: dict[int, int]) -> dict[int, np.ndarray]:
+        """Reset environments, {index: seed} -> {index: observation} of those that could be."""
+        return {i: _copy(self.envs[i].reset(seed=seed)[0]) for i, seed in seeds.items()}
+
+    def _step(self, actions: np.ndarray) -> dict[int, tuple[np.ndarray, float, bool, bool]]:
+        """{index: (observation, reward, terminated, truncated)} of those that made the step."""
+        result = {}
+        for index, action in enumerate(actions):
+            obs, *rest, _ = self.envs[index].step(action)
+            result[index] = _copy(obs), *rest
+        return result
+
+    def _idle(self) -> list[int]:
+        return [index for index, episode in enumerate(self._episodes) if episode is None]
 
     def _running(self, index: int) -> Recording:
         episode = self._episodes[index]
