@@ -161,11 +161,13 @@ iqmpc::WorldModelView model_view(const py::sequence& encoder, const py::sequence
 
 Model world_model(const py::sequence& encoder, const py::sequence& dynamics,
                   const py::sequence& policy, const py::sequence& critics,
-                  py::ssize_t simnorm_dim, float log_std_min, float log_std_max,
-                  const std::string& precision, const std::optional<std::string>& isa) {
+                  const py::sequence& termination, py::ssize_t simnorm_dim, float log_std_min,
+                  float log_std_max, const std::string& precision,
+                  const std::optional<std::string>& isa) {
   std::vector<py::array> arrays;
-  const iqmpc::WorldModelView view = model_view(encoder, dynamics, policy, critics, simnorm_dim,
-                                                log_std_min, log_std_max, arrays);
+  iqmpc::WorldModelView view = model_view(encoder, dynamics, policy, critics, simnorm_dim,
+                                          log_std_min, log_std_max, arrays);
+  view.termination = stack_view(termination, "termination", arrays);
   const iqmpc::Precision operands = iqmpc::precision_from_name(precision);
   const iqmpc::Isa level = isa ? iqmpc::isa_from_name(*isa, "isa") : iqmpc::active_isa();
   py::gil_scoped_release release;
@@ -334,15 +336,18 @@ PYBIND11_MODULE(_C, module) {
       module, "WorldModel",
       "An immutable copy of a world model, packed for one instruction-set level and precision.")
       .def(py::init(&world_model), py::kw_only(), py::arg("encoder"), py::arg("dynamics"),
-           py::arg("policy"), py::arg("critics"), py::arg("simnorm_dim"), py::arg("log_std_min"),
-           py::arg("log_std_max"), py::arg("precision") = "float32", py::arg("isa") = py::none(),
+           py::arg("policy"), py::arg("critics"), py::arg("termination") = py::tuple(),
+           py::arg("simnorm_dim"), py::arg("log_std_min"), py::arg("log_std_max"),
+           py::arg("precision") = "float32", py::arg("isa") = py::none(),
            "Each part is a sequence of layers (weight [O, I], bias [O], gamma [O], beta [O]), the "
-           "policy's last one and the critics' without gamma and beta; critics is a sequence of "
-           "such parts. precision is float32 or bf16. Raises ValueError for what does not fit.")
+           "last one of policy, critics and termination without gamma and beta; critics is a "
+           "sequence of such parts, termination empty where there is none. precision is float32 or "
+           "bf16. Raises ValueError for what does not fit.")
       .def_property_readonly("obs_dim", &iqmpc::WorldModel::obs_dim)
       .def_property_readonly("action_dim", &iqmpc::WorldModel::action_dim)
       .def_property_readonly("latent_dim", &iqmpc::WorldModel::latent_dim)
       .def_property_readonly("num_critics", &iqmpc::WorldModel::num_critics)
+      .def_property_readonly("has_termination", &iqmpc::WorldModel::has_termination)
       .def_property_readonly("precision", [](const iqmpc::WorldModel& model) {
         return std::string(iqmpc::precision_name(model.precision()));
       })

@@ -58,7 +58,8 @@ class Agent:
         config = checkpoint.load_config(run).replace(changes or {})
         device = resolve_device(config.device)
         path, tensors, meta = checkpoint.newest(run)
-        model = WorldModel(int(meta["obs_dim"]), int(meta["action_dim"]), config.model)
+        model = WorldModel(int(meta["obs_dim"]), int(meta["action_dim"]), config.model,
+                           termination=config.termination)
         prefix = "learner.model."
         try:
             model.load_state_dict(

@@ -37,6 +37,7 @@ class TaskConfig:
     task asks for by default (manipulation does, locomotion does not). `env_id` is the gymnasium id
     or `module:function` of suite `gym`, whose task is named after it unless it is given a name.
     With probability `transition_noise` a step acts with a uniform action instead of the agent's.
+    `terminates` says that episodes can end in terminal states (a fall), not only by their length.
     """
 
     name: str = "walker-walk"
@@ -46,6 +47,7 @@ class TaskConfig:
     gradient_penalty: bool = False
     env_id: str | None = None
     transition_noise: float = 0.0
+    terminates: bool = False
 
     def __post_init__(self) -> None:
         _at_least("task", self, 1, "episode_length", "action_repeat")
@@ -56,7 +58,11 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the world model; the defaults are the paper's (4.3M parameters)."""
+    """Sizes of the world model; the defaults are the paper's (4.3M parameters).
+
+    `termination` adds a head that recognises terminal latents, which planning then gives no future
+    (null: where the task has `terminates`).
+    """
 
     encoder_dim: int = 256
     hidden_dim: int = 512
@@ -66,6 +72,7 @@ class ModelConfig:
     dropout: float = 0.01
     log_std_min: float = -10.0
     log_std_max: float = 2.0
+    termination: bool | None = None
 
     def __post_init__(self) -> None:
         _at_least("model", self, 1, "encoder_dim", "hidden_dim", "latent_dim", "simnorm_dim")
@@ -139,7 +146,8 @@ class LearnerConfig:
     value difference on behaviour) or `td` (regression on the environment's reward). `mode: graph`
     makes an update one CUDA graph and needs a CUDA device.
     `entropy_scale`: β·A (`action_dim`) or β (`one`). `gradient_penalty: null` follows the task;
-    `discount: null` derives γ from the episode length.
+    `discount: null` derives γ from the episode length. `termination_weight` is how many times a
+    terminal latent counts in the termination head's loss.
     """
 
     objective: Literal["iq", "v_diff", "td"] = "iq"
@@ -153,6 +161,8 @@ class LearnerConfig:
     c_cons: float = 20.0
     c_iq: float = 0.1
     c_gp: float = 1.0
+    c_termination: float = 1.0
+    termination_weight: float = 10.0
     gradient_penalty: bool | None = None
     lr: float = 3e-4
     encoder_lr_scale: float = 0.3
@@ -162,8 +172,9 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         _at_least("learner", self, 1, "batch", "horizon")
-        _positive("learner", self, "alpha", "lr", "grad_clip")
-        _at_least("learner", self, 0, "beta", "c_cons", "c_iq", "c_gp", "encoder_lr_scale")
+        _positive("learner", self, "alpha", "lr", "grad_clip", "termination_weight")
+        _at_least("learner", self, 0, "beta", "c_cons", "c_iq", "c_gp", "c_termination",
+                  "encoder_lr_scale")
         _in_range("learner", self, 0.0, 1.0, "rho", "tau")
         if self.discount is not None:
             _in_range("learner", self, 0.0, 1.0, "discount")
@@ -310,6 +321,13 @@ class Config:
         if self.learner.gradient_penalty is not None:
             return self.learner.gradient_penalty
         return self.task.gradient_penalty
+
+    @property
+    def termination(self) -> bool:
+        """Whether the world model has a termination head."""
+        if self.model.termination is not None:
+            return self.model.termination
+        return self.task.terminates
 
 
 def _check_key(key: str) -> None:

@@ -36,7 +36,8 @@ class Learner:
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "model"))
-            self.model = WorldModel(obs_dim, action_dim, config.model).to(self.device)
+            self.model = WorldModel(
+                obs_dim, action_dim, config.model, termination=config.termination).to(self.device)
         self.weights = self.model.weights()
         self.targets = map_layers(lambda t: t.detach().clone(), self.weights.critics)
         self.beta = config.entropy_coefficient(action_dim)
@@ -48,11 +49,13 @@ class Learner:
 
         s, m = self.settings, self.model
         self.model_parameters = [
-            *m.encoder.parameters(), *m.dynamics.parameters(), *m.critics.parameters()]
+            *m.encoder.parameters(), *m.dynamics.parameters(), *m.critics.parameters(),
+            *m.termination.parameters()]
         self.model_optimiser = torch.optim.Adam(
             [
                 {"params": list(m.encoder.parameters()), "lr": s.lr * s.encoder_lr_scale},
-                {"params": [*m.dynamics.parameters(), *m.critics.parameters()]},
+                {"params": [*m.dynamics.parameters(), *m.critics.parameters(),
+                            *m.termination.parameters()]},
             ],
             lr=s.lr, fused=True, capturable=s.mode == "graph")
         self.policy_optimiser = torch.optim.Adam(

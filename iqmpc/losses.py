@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from iqmpc.config import LearnerConfig
@@ -97,6 +98,23 @@ def td_loss(residual: Tensor, reward: Tensor, rho: float) -> Tensor:
     return (horizon_weights(rho, residual.shape[1], residual) * error).mean()
 
 
+def termination_loss(
+    logit: Tensor, terminated: Tensor, rho: float, weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(1/H) Σ_t λ^t mean of the cross-entropy of d̂(z_{t+1}), terminal rows `weight` times.
+
+    logit, terminated [H, B]. The metrics are the loss, and the recall and precision of the
+    threshold that planning uses (NaN where the batch has nothing to find, or nothing was claimed).
+    """
+    entropy = F.binary_cross_entropy_with_logits(
+        logit, terminated, pos_weight=logit.new_tensor(weight), reduction="none").mean(1)
+    loss = (horizon_weights(rho, len(entropy), entropy) * entropy).mean()
+    claimed = (logit.detach() > 0).to(terminated.dtype)
+    found = (claimed * terminated).sum()
+    return loss, {"termination_loss": loss, "termination_recall": found / terminated.sum(),
+                  "termination_precision": found / claimed.sum()}
+
+
 def gradient_penalty(
     critics: Critics, z: Tensor, action: Tensor, mix: Tensor, rho: float
 ) -> Tensor:
@@ -128,7 +146,7 @@ def model_loss(
     beta: float,
     penalise: bool,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The encoder's, dynamics' and critics' loss; π is fixed.
+    """The encoder's, dynamics' and critics' loss, and the termination head's; π is fixed.
 
     Returns the loss, the rollout's latents z [H+1, B, Z] and metrics (0-dim tensors). `beta` is
     the coefficient in force, β or β·A; `penalise` adds the gradient penalty.
@@ -175,6 +193,12 @@ def model_loss(
             metrics["gradient_penalty"] = penalty
     metrics["critic_loss"] = critic
     loss = config.c_cons * consistency + config.c_iq * critic
+    if weights.termination:
+        ends, ends_metrics = termination_loss(
+            layers.termination(weights, latents[1:]), batch.terminated, config.rho,
+            config.termination_weight)
+        loss = loss + config.c_termination * ends
+        metrics |= ends_metrics
     return loss, latents.detach(), {k: v.detach() for k, v in metrics.items()}
 
 

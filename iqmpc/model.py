@@ -1,4 +1,5 @@
-"""The world model: encoder, latent dynamics, policy prior and critic ensemble (IQ-MPC, eq. 7-10).
+"""The world model: encoder, latent dynamics, policy prior and critic ensemble (IQ-MPC, eq. 7-10),
+and, for tasks that end in terminal states, a head that recognises them.
 
 A `WorldModel` only holds parameters; what it computes is `iqmpc.kernels.layers` on its weights.
 """
@@ -32,10 +33,14 @@ class Linear(nn.Module):
 class WorldModel(nn.Module):
     """h, d, π and Q_1..Q_K for observations of size `obs_dim` and actions of size `action_dim`.
 
+    `termination` adds the head d̂ (null: as `config.termination` says, false where that is null).
     With the default (paper) sizes, 91 observations and 39 actions it has 4,274,259 parameters.
     """
 
-    def __init__(self, obs_dim: int, action_dim: int, config: ModelConfig | None = None):
+    def __init__(
+        self, obs_dim: int, action_dim: int, config: ModelConfig | None = None, *,
+        termination: bool | None = None,
+    ):
         super().__init__()
         config = config or ModelConfig()
         self.obs_dim, self.action_dim, self.config = obs_dim, action_dim, config
@@ -61,13 +66,21 @@ class WorldModel(nn.Module):
             Linear(hidden, 1, normed=False, members=members),
         ])
         nn.init.zeros_(self.critics[-1].weight)
+        self.termination = nn.ModuleList()
+        if config.termination if termination is None else termination:
+            self.termination.extend([
+                Linear(latent, hidden, normed=True),
+                Linear(hidden, hidden, normed=True),
+                Linear(hidden, 1, normed=False),
+            ])
+            nn.init.zeros_(self.termination[-1].weight)  # nothing is terminal before it is learnt
 
     def weights(self) -> Weights:
         """A live view of the parameters, for `iqmpc.kernels`."""
         stacks = (tuple(m.layer() for m in part)
                   for part in (self.encoder, self.dynamics, self.policy, self.critics))
-        c = self.config
-        return Weights(*stacks, c.simnorm_dim, c.log_std_min, c.log_std_max)
+        c, termination = self.config, tuple(m.layer() for m in self.termination)
+        return Weights(*stacks, c.simnorm_dim, c.log_std_min, c.log_std_max, termination)
 
     def encode(self, obs: Tensor) -> Tensor:
         """obs [..., O] -> z [..., Z]."""

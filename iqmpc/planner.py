@@ -41,7 +41,7 @@ class Planner:
         """
         self.config = config = config or PlannerConfig()
         self.obs_dim, self.num_envs = weights.obs_dim, num_envs
-        self.backend = _backend(config, weights.encoder[0].weight.device)
+        self.backend = _backend(config, weights)
         self._plan = mppi_plan.BACKENDS[self.backend](
             weights, config, discount=discount, beta=beta, num_envs=num_envs, seed=seed)
         self.nonfinite_plans = self.missed_plans = 0
@@ -98,9 +98,12 @@ class Planner:
         self.missed_plans = int(state["missed_plans"])
 
 
-def _backend(config: PlannerConfig, device: torch.device) -> str:
+def _backend(config: PlannerConfig, weights: Weights) -> str:
     """The backend to use, or `BackendError` with what keeps those named from serving."""
-    reasons = {}
+    reasons, device = {}, weights.encoder[0].weight.device
+    if weights.termination:
+        for name in ("triton", "cuda"):
+            reasons[name] = "takes no model with a termination head (model.termination)"
     if config.precision == "bf16":
         reasons["reference"] = "computes in float32 or float64, got planner.precision=bf16"
     elif config.budget_us is not None:

@@ -28,6 +28,7 @@ class PackedWeights:
             policy=layer_arrays("policy", weights.policy),
             critics=[layer_arrays(f"critic {k}", weights.critics, k)
                      for k in range(weights.num_critics)],
+            termination=layer_arrays("termination", weights.termination),
             simnorm_dim=weights.simnorm_dim, log_std_min=weights.log_std_min,
             log_std_max=weights.log_std_max, precision=precision, isa=isa)
         self.obs_dim: int = self.native.obs_dim

@@ -19,8 +19,8 @@ class CudaWeights:
     the host's work, so weights on a GPU are fetched first. Weights that are not finite are taken.
 
     Raises `BackendError` where no CUDA kernel can run, and `ValueError` for tensors that are not
-    float32, for sizes that do not fit together and for layers wider than the device's shared
-    memory.
+    float32, for sizes that do not fit together, for layers wider than the device's shared memory
+    and for a model with a termination head.
     """
 
     def __init__(
@@ -33,6 +33,8 @@ class CudaWeights:
         # Here, so that the package can be imported, and the reference used, without the extension.
         from iqmpc import _C
 
+        if weights.termination:
+            raise ValueError("the cuda backend takes no model with a termination head")
         for tensor in weights.tensors():
             if tensor.dtype != torch.float32:
                 raise ValueError(

@@ -63,6 +63,11 @@ def dynamics(w: Weights, z: Tensor, action: Tensor) -> Tensor:
     return simnorm(mlp(w.dynamics, torch.cat([z, action], dim=-1)), w.simnorm_dim)
 
 
+def termination(w: Weights, z: Tensor) -> Tensor:
+    """z [..., Z] -> the logit [...] of z being terminal; planning takes it as such above 0."""
+    return mlp(w.termination, z).squeeze(-1)
+
+
 def policy(w: Weights, z: Tensor) -> tuple[Tensor, Tensor]:
     """π: z [..., Z] -> mean μ and log σ, each [..., A], both before the squashing tanh."""
     mean, x = mlp(w.policy, z).chunk(2, dim=-1)

@@ -36,7 +36,7 @@ class TritonWeights:
     would subtract it. SimNorm's groups are padded to a power of two.
 
     Raises `ValueError` for a model that is not encoder, three layers each of dynamics, policy and
-    critics, or whose SimNorm groups have more than 64 members.
+    critics, whose SimNorm groups have more than 64 members or that has a termination head.
     """
 
     def __init__(self, weights: Weights, *, precision: str = "float32"):
@@ -174,6 +174,8 @@ def _view(buffer: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _check(weights: Weights) -> None:
+    if weights.termination:
+        raise ValueError("the triton backend takes no model with a termination head")
     normed = (True, True, True), (True, True, False), (True, True, False)
     for part, expected in zip(("dynamics", "policy", "critics"), normed, strict=True):
         if tuple(x.gamma is not None for x in getattr(weights, part)) != expected:

@@ -26,7 +26,10 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A world model: four stacks of layers and the constants of its activations."""
+    """A world model: its stacks of layers and the constants of its activations.
+
+    `termination` is empty for a model of tasks that never end in a terminal state.
+    """
 
     encoder: tuple[Layer, ...]
     dynamics: tuple[Layer, ...]
@@ -35,6 +38,7 @@ class Weights(NamedTuple):
     simnorm_dim: int
     log_std_min: float
     log_std_max: float
+    termination: tuple[Layer, ...] = ()
 
     @property
     def obs_dim(self) -> int:
@@ -54,7 +58,7 @@ class Weights(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""
-        parts = (self.encoder, self.dynamics, self.policy, self.critics)
+        parts = (self.encoder, self.dynamics, self.policy, self.critics, self.termination)
         return [t for part in parts for layer in part for t in layer if t is not None]
 
 
@@ -76,7 +80,7 @@ def snapshot(weights: Weights, dtype: torch.dtype = torch.float32) -> Weights:
 
     return weights._replace(**{
         part: map_layers(copy, getattr(weights, part))
-        for part in ("encoder", "dynamics", "policy", "critics")
+        for part in ("encoder", "dynamics", "policy", "critics", "termination")
     })
 
 

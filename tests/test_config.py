@@ -110,3 +110,14 @@ def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 3
     assert "learner.batch" in all_keys() and "run_dir" in all_keys()
+
+
+def test_the_task_decides_on_the_termination_head():
+    assert not compose(["task=walker-walk"]).termination
+    gym = compose(["task=gym", "env_id=Hopper-v4"])
+    assert gym.termination and gym.task.terminates
+    assert not gym.replace({"task.terminates": False}).termination
+    assert not gym.replace({"model.termination": False}).termination
+    assert compose(["task=walker-walk", "model.termination=true"]).termination
+    with pytest.raises(ConfigError, match="learner.termination_weight must be positive, got 0"):
+        gym.replace({"learner.termination_weight": 0})

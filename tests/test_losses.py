@@ -8,6 +8,7 @@ import torch
 
 from iqmpc import losses
 from iqmpc.config import LearnerConfig, ModelConfig
+from iqmpc.kernels import layers
 from iqmpc.kernels.weights import map_layers
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
 from iqmpc.model import WorldModel
@@ -23,8 +24,9 @@ class Plain:
         def numpy(stack):
             return [[None if t is None else t.detach().numpy() for t in layer] for layer in stack]
 
-        self.encoder, self.dyn, self.pi, self.critic = (
-            numpy(s) for s in (weights.encoder, weights.dynamics, weights.policy, weights.critics))
+        self.encoder, self.dyn, self.pi, self.critic, self.head = (
+            numpy(s) for s in (weights.encoder, weights.dynamics, weights.policy, weights.critics,
+                               weights.termination))
 
     @staticmethod
     def layer(layer, x, keep=None):
@@ -71,9 +73,10 @@ class Plain:
         return min(self.q(k, z, a) for k in pair) - BETA * log_prob
 
 
-def randomised(seed):
+def randomised(seed, **options):
     torch.manual_seed(seed)
-    model = WorldModel(OBS, A, ModelConfig(encoder_dim=6, hidden_dim=5, latent_dim=Z, critics=K))
+    model = WorldModel(OBS, A, ModelConfig(
+        encoder_dim=6, hidden_dim=5, latent_dim=Z, critics=K, **options))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return model.double()
@@ -247,3 +250,71 @@ def test_terminal_transitions_do_not_bootstrap(case):
         losses.model_loss(model.weights(), critics, batch, noise, settings("iq"), GAMMA, BETA,
                           False)[0] for critics in changed)
     assert first.item() == second.item()
+
+
+def with_head(case):
+    model = randomised(3, termination=True)
+    model.load_state_dict(case[0].state_dict(), strict=False)
+    with torch.no_grad():  # so that it claims some of the rows and not others
+        z, logits = model.encode(case[2].obs[0]), []
+        for action in case[2].action:
+            z = model.next(z, action)
+            logits.append(layers.termination(model.weights(), z))
+        model.termination[-1].bias -= torch.stack(logits).median()
+    return model, *case[1:]
+
+
+@pytest.mark.parametrize("objective", ["iq", "td"])
+def test_termination_loss(case, objective):
+    """-w d log p - (1 - d) log(1 - p) of z_{t+1} as the rollout gives it, on top of the rest."""
+    plain, _, _ = run(case, objective)
+    case = with_head(case)
+    loss, _, metrics = run(case, objective)
+    model, _, batch, _ = case
+    m, done, total = Plain(model.weights()), batch.terminated.numpy(), 0.0
+    z = [m.h(batch.obs[0, b].numpy()) for b in range(2 * N)]
+    claimed = np.zeros((H, 2 * N), bool)
+    for t in range(H):
+        z = [m.d(z[b], batch.action[t, b].numpy()) for b in range(2 * N)]
+        p = np.array([1 / (1 + math.exp(-m.mlp(m.head, z[b])[0])) for b in range(2 * N)])
+        claimed[t] = p > 0.5
+        total += RHO**t * np.mean(-10 * done[t] * np.log(p) - (1 - done[t]) * np.log(1 - p))
+    assert metrics["termination_loss"].item() == pytest.approx(total / H, rel=1e-10)
+    assert (loss - plain).item() == pytest.approx(total / H, rel=1e-8)
+    assert 0 < claimed.sum() < claimed.size and 0 < done.sum() < done.size
+    right = (claimed & (done == 1)).sum()
+    assert metrics["termination_recall"].item() == pytest.approx(right / done.sum())
+    assert metrics["termination_precision"].item() == pytest.approx(right / claimed.sum())
+
+
+def test_the_termination_loss_shapes_the_latents_it_is_read_from(case):
+    """Encoder (through z_0), dynamics and head; neither critics nor policy."""
+    case = with_head(case)
+    model = case[0]
+    (_, _, metrics), weights = run(case, "iq"), model.weights()
+    assert not metrics["termination_loss"].requires_grad
+    z = [model.encode(case[2].obs[0])]
+    for action in case[2].action:
+        z.append(model.next(z[-1], action))
+    loss, _ = losses.termination_loss(
+        layers.termination(weights, torch.stack(z[1:])), case[2].terminated, RHO, 10.0)
+    loss.backward()
+    for part in (model.encoder, model.dynamics, model.termination):
+        assert all(p.grad.abs().sum() > 0 for p in part.parameters())
+    by_hand = [p.grad.clone() for p in model.dynamics.parameters()]
+    model.zero_grad()
+    (run(case, "iq")[0]).backward()
+    whole = [p.grad.clone() for p in model.dynamics.parameters()]
+    other = randomised(1)  # the same without the head
+    run((other, *case[1:]), "iq")[0].backward()
+    for full, rest, part in zip(whole, (p.grad for p in other.dynamics.parameters()), by_hand,
+                                strict=True):
+        torch.testing.assert_close(full - rest, part, rtol=1e-6, atol=1e-12)
+
+
+def test_termination_metrics_without_terminations_are_not_numbers():
+    _, metrics = losses.termination_loss(
+        torch.full((H, 4), -1.0), torch.zeros(H, 4), RHO, 10.0)
+    assert metrics["termination_loss"].item() == pytest.approx(
+        math.log1p(math.exp(-1)) * (1 + RHO + RHO**2) / H)
+    assert metrics["termination_recall"].isnan() and metrics["termination_precision"].isnan()

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +13,23 @@ SMALL = ModelConfig(encoder_dim=20, hidden_dim=24, latent_dim=16, critics=3)
 
 def test_parameter_count_of_the_paper():
     assert sum(p.numel() for p in WorldModel(91, 39).parameters()) == 4_274_259
+
+
+def test_a_termination_head_is_added_and_changes_nothing_else():
+    torch.manual_seed(0)
+    without = WorldModel(5, 2, SMALL)
+    torch.manual_seed(0)
+    model = WorldModel(5, 2, dataclasses.replace(SMALL, termination=True))
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith("termination.")}
+    assert own.keys() == without.state_dict().keys()
+    assert all(torch.equal(v, without.state_dict()[k]) for k, v in own.items())
+    added = sum(p.numel() for p in model.termination.parameters())
+    assert added == (16 + 1 + 2) * 24 + (24 + 1 + 2) * 24 + 24 + 1
+    z = model.encode(torch.randn(4, 7, 5))
+    logit = layers.termination(model.weights(), z)
+    assert logit.shape == (4, 7) and not logit.any()  # nothing is terminal yet
+    assert not WorldModel(5, 2, SMALL, termination=False).weights().termination
+    assert len(WorldModel(5, 2, SMALL, termination=True).weights().termination) == 3
 
 
 def test_initialisation():

@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from iqmpc import Planner, WorldModel
+from iqmpc import Planner, WorldModel, losses
 from iqmpc.config import ModelConfig, PlannerConfig
 from iqmpc.errors import BackendError
-from iqmpc.kernels import layers
+from iqmpc.kernels import layers, mppi_plan
 
 MODEL = ModelConfig(encoder_dim=16, hidden_dim=16, latent_dim=16, critics=3)
 CONFIG = PlannerConfig(samples=32, elites=8, policy_trajectories=4, iterations=3)
@@ -214,3 +214,63 @@ def test_wrong_observations_and_backends_are_named(config):
 def test_settings_no_backend_can_serve_are_named(change, message):
     with pytest.raises(BackendError, match=message):
         make(dataclasses.replace(CONFIG, **change))
+
+
+def fitted_cliff():
+    """A model of a point at x in [-1, 2] that moves by a/2 and has fallen beyond 1.
+
+    Its critics know that the step over the edge costs 1. Of a fallen point, which no transition
+    starts from, they say something else: that it gains by every action to the right.
+    """
+    torch.manual_seed(0)
+    model = WorldModel(1, 1, dataclasses.replace(MODEL, hidden_dim=32, critics=2, termination=True))
+    for p in model.encoder.parameters():
+        torch.nn.init.normal_(p, std=0.7)
+    model.critics[-1].weight.data.normal_(std=0.1)
+    for p in model.policy[-1].parameters():
+        p.data.zero_()  # it stands still
+    adam = torch.optim.Adam([p for part in (model.dynamics, model.critics, model.termination)
+                             for p in part.parameters()], lr=3e-3)
+    for _ in range(400):
+        x, a = torch.rand(256, 1) * 3 - 1, torch.rand(256, 1) * 2 - 1
+        after = (x + a / 2).clamp(-1, 2)
+        z = model.encode(x).detach()
+        value = torch.where(x > 1, 5 * a, -(after > 1).float())[:, 0]
+        ends, _ = losses.termination_loss(
+            layers.termination(model.weights(), model.encode(after).detach())[None],
+            (after > 1).float().T, 1.0, 1.0)
+        loss = ((model.q(z, a) - value).square().mean() + ends
+                + 20 * (model.next(z, a) - model.encode(after).detach()).square().mean())
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return model
+
+
+def test_planning_does_not_fall_for_what_critics_say_of_terminal_states(config):
+    model = fitted_cliff()
+    x = torch.tensor([[0.6], [0.65], [0.7]])
+    for score in ("advantage", "unrolled"):
+        settings = dataclasses.replace(
+            config, score=score, samples=256, elites=16, policy_trajectories=8, iterations=4)
+        after = {}
+        for weights in (model.weights(), model.weights()._replace(termination=())):
+            planner = Planner(weights, settings, discount=0.95, num_envs=3)
+            after[bool(weights.termination)] = x + planner.plan(x) / 2
+        assert (after[True] < 1.01).all()
+        assert (after[False] > 1.08).all()  # they are believed without the head
+
+
+def test_gpu_backends_are_refused_for_a_termination_head_and_auto_passes_over_them(monkeypatch):
+    model = WorldModel(5, 2, MODEL, termination=True)
+    assert Planner(model.weights(), CONFIG, discount=0.9).backend == "cpu"
+    monkeypatch.setitem(mppi_plan.BACKENDS, "triton", None)
+    monkeypatch.setattr(
+        "iqmpc.kernels.backends._availability",
+        lambda: {"reference": None, "cpu": "not built", "triton": None, "cuda": None})
+    for name in ("triton", "cuda"):
+        with pytest.raises(BackendError, match=f"backend '{name}' takes no model with a "
+                                               r"termination head \(model.termination\)"):
+            Planner(model.weights(), dataclasses.replace(CONFIG, backend=name), discount=0.9)
+    with pytest.warns(RuntimeWarning, match="using the slow reference"):
+        assert Planner(model.weights(), CONFIG, discount=0.9).backend == "reference"

@@ -1,6 +1,7 @@
 // A world model in the layout the kernels read.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "cpu/packed_layer.hpp"
@@ -18,7 +19,8 @@ struct Dynamics {
   std::vector<PackedLayer> rest;  // the last one gives SimNorm's logits
 };
 
-struct Critic {
+// A function with one output: a critic of (z, a), or the termination head of z.
+struct Scalar {
   FirstLayer first;
   std::vector<PackedLayer> rest;  // hidden layers
   AlignedBuffer<float> w;         // the last layer, one neuron
@@ -40,7 +42,8 @@ struct PackedModel {
   Dynamics dynamics;
   FirstLayer policy_first;          // without a
   std::vector<PackedLayer> policy;  // the others; the last gives μ in [0, action_pad), then s
-  std::vector<Critic> critics;
+  std::vector<Scalar> critics;
+  std::optional<Scalar> termination;
 };
 
 }  // namespace iqmpc::detail

@@ -415,6 +415,8 @@ void Planner::publish(std::shared_ptr<const WorldModel> model) {
   same("action_dim", first.action_dim, next.action_dim);
   same("latent_dim", first.latent_dim, next.latent_dim);
   same("simnorm_dim", first.simnorm.dim, next.simnorm.dim);
+  same("termination head (1 for one)", first.termination.has_value(),
+       next.termination.has_value());
   same("widest layer (padded)", first.widest, next.widest);
   if (first.kernels != next.kernels) {
     throw std::invalid_argument(

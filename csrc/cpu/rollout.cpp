@@ -54,11 +54,11 @@ class Network {
                     s.groups, layer.outputs, z, s.features());
   }
 
-  void critic(const Critic& critic, Index rows, float* q) const {
-    through(critic.first.z, critic.rest, 0, rows);
-    const PackedLayer& last = critic.rest.empty() ? critic.first.z : critic.rest.back();
+  void scalar(const Scalar& f, Index rows, float* out) const {
+    through(f.first.z, f.rest, 0, rows);
+    const PackedLayer& last = f.rest.empty() ? f.first.z : f.rest.back();
     k_.norm_mish_dot(w_.pre.data(), ld(), rows, last.gamma.data(), last.beta.data(), last.padded,
-                     last.outputs, critic.w.data(), critic.bias, q);
+                     last.outputs, f.w.data(), f.bias, out);
   }
 
   // Actions as operands of a product: converted, or as they are.
@@ -95,6 +95,8 @@ Workspace::Workspace(const PackedModel& model, Index horizon)
       operand(floats(2 * kBlockRows, model.action_pad)),
       drawn(floats(2 * kBlockRows, model.action_pad)),
       q{floats(2, kBlockRows), floats(2, kBlockRows)},
+      logit(floats(1, kBlockRows)),
+      alive(floats(1, kBlockRows)),
       noise(floats((horizon - 1) * kBlockRows, model.action_pad)),
       prior(floats(horizon * kBlockRows, model.action_pad)),
       actions(floats(horizon * kBlockRows, model.action_pad)) {}
@@ -147,14 +149,15 @@ void score(const PackedModel& model, const Index* pair, const Root& root, const 
   if (block.prior) draw(root.head.data(), 0, prior_at(0), block.actions);
   const void* a = network.operand(block.actions, rows);
   for (int i = 0; i < 2; ++i) {
-    const Critic& critic = model.critics[pair[i]];
+    const Scalar& critic = model.critics[pair[i]];
     network.add(critic.first.a, a, pad, rows, root.critic[i].data(), 0, w.pre.data());
-    network.critic(critic, rows, w.q[i].data());
+    network.scalar(critic, rows, w.q[i].data());
   }
   for (Index r = 0; r < rows; ++r) {
     block.returns[r] = smaller(w.q[0].data()[r], w.q[1].data()[r]);
   }
 
+  std::fill_n(w.alive.data(), rows, 1.0f);
   float weight = 1;
   for (Index t = 1; t < block.horizon; ++t) {
     // z_t = d(z_{t-1}, a_{t-1})
@@ -168,6 +171,14 @@ void score(const PackedModel& model, const Index* pair, const Root& root, const 
     network.through(first.z, model.dynamics.rest, 0, rows);
     network.simnorm(model.dynamics.rest.back(), rows, w.z.data());
 
+    if (model.termination) {
+      network.linear(model.termination->first.z, w.z.data(), ld_z, rows, w.pre.data());
+      network.scalar(*model.termination, rows, w.logit.data());
+      for (Index r = 0; r < rows; ++r) {
+        if (w.logit.data()[r] > 0) w.alive.data()[r] = 0;
+      }
+    }
+
     // a_t and ã_t, one below the other
     network.linear(model.policy_first.z, w.z.data(), ld_z, rows, w.pre.data());
     network.through(model.policy_first.z, model.policy, 0, rows);
@@ -179,18 +190,19 @@ void score(const PackedModel& model, const Index* pair, const Root& root, const 
     a = network.operand(w.drawn.data(), 2 * rows);
 
     for (int i = 0; i < 2; ++i) {
-      const Critic& critic = model.critics[pair[i]];
+      const Scalar& critic = model.critics[pair[i]];
       network.linear(critic.first.z, w.z.data(), ld_z, rows, w.part.data());
       const auto* tilde =
           static_cast<const unsigned char*>(a) +
           static_cast<std::size_t>(rows * pad) * (k.bf16_activations ? 2 : sizeof(float));
       network.add(critic.first.a, a, pad, rows, w.part.data(), ld, w.pre.data());
       network.add(critic.first.a, tilde, pad, rows, w.part.data(), ld, w.pre.data() + rows * ld);
-      network.critic(critic, 2 * rows, w.q[i].data());
+      network.scalar(critic, 2 * rows, w.q[i].data());
     }
     weight *= block.discount;
     const float *q0 = w.q[0].data(), *q1 = w.q[1].data();
     for (Index r = 0; r < rows; ++r) {
+      if (w.alive.data()[r] == 0) continue;  // whatever follows, NaN too, is nothing
       const float prior = smaller(q0[rows + r], q1[rows + r]);
       block.returns[r] += weight * (smaller(q0[r], q1[r]) - prior);
     }

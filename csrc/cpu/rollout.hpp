@@ -44,6 +44,8 @@ struct Workspace {
   AlignedBuffer<float> operand;  // [2 rows, action_pad] actions as activations
   AlignedBuffer<float> drawn;    // [2 rows, action_pad] a_t and then ã_t
   AlignedBuffer<float> q[2];     // [2 rows]
+  AlignedBuffer<float> logit;    // [rows] of z being terminal
+  AlignedBuffer<float> alive;    // [rows] c_t: 1 until the first terminal z, then 0
   // The draws and actions of a block, for callers to fill.
   AlignedBuffer<float> noise;    // [horizon - 1, rows, action_pad]
   AlignedBuffer<float> prior;    // [horizon, rows, action_pad]

@@ -60,6 +60,7 @@ void check_view(const WorldModelView& view) {
   for (std::size_t k = 0; k < view.critics.size(); ++k) {
     check_stack("critic " + std::to_string(k), view.critics[k], z + a, 1, 2, false);
   }
+  if (!view.termination.empty()) check_stack("termination", view.termination, z, 1, 2, false);
   if (view.simnorm_dim < 1 || z % view.simnorm_dim) {
     refuse("simnorm_dim", "must divide the latent size " + std::to_string(z) + ", got " +
                               std::to_string(view.simnorm_dim));

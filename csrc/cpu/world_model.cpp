@@ -79,19 +79,23 @@ PackedModel pack(const WorldModelView& view, Precision precision, Isa isa) {
     }
     model.policy.push_back(add(kernels, view.policy[i], request));
   }
-  for (const std::vector<LinearView>& layers : view.critics) {
-    Critic critic;
-    critic.first = first(layers.front());
+  const auto scalar = [&](const std::vector<LinearView>& layers) {
+    Scalar packed;
+    packed.first = first(layers.front());
     for (std::size_t i = 1; i + 1 < layers.size(); ++i) {
-      critic.rest.push_back(add(kernels, layers[i], {}));
+      packed.rest.push_back(add(kernels, layers[i], {}));
     }
     const LinearView& last = layers.back();
-    critic.w = AlignedBuffer<float>(
+    packed.w = AlignedBuffer<float>(
         static_cast<std::size_t>(round_up(last.in, kernels.panel)));
-    std::copy_n(last.weight, last.in, critic.w.data());
-    critic.bias = last.bias[0];
-    model.critics.push_back(std::move(critic));
+    std::copy_n(last.weight, last.in, packed.w.data());
+    packed.bias = last.bias[0];
+    return packed;
+  };
+  for (const std::vector<LinearView>& layers : view.critics) {
+    model.critics.push_back(scalar(layers));
   }
+  if (!view.termination.empty()) model.termination = scalar(view.termination);
   return model;
 }
 
@@ -111,6 +115,7 @@ std::ptrdiff_t WorldModel::latent_dim() const noexcept { return packed_->latent_
 std::ptrdiff_t WorldModel::num_critics() const noexcept {
   return static_cast<std::ptrdiff_t>(packed_->critics.size());
 }
+bool WorldModel::has_termination() const noexcept { return packed_->termination.has_value(); }
 Precision WorldModel::precision() const noexcept { return packed_->precision; }
 Isa WorldModel::isa() const noexcept { return packed_->isa; }
 

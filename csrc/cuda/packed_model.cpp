@@ -162,6 +162,9 @@ class Packer {
 
 PackedModel pack(const WorldModelView& view, Precision precision) {
   detail::check_view(view);
+  if (!view.termination.empty()) {
+    throw std::invalid_argument("termination: the CUDA kernels take no model with such a head");
+  }
   return Packer(view, precision).finish();
 }
 

@@ -57,6 +57,11 @@ def mppi_rollout(
     r = Q(z_t,a_t) - γ V(z_{t+1}) and β given as `entropy`. On the same draws the two differ by
     -β log π(ã_0|z_0), the same number for every sample.
 
+    Where the model has a termination head, an imagined latent that it takes as terminal has no
+    future: with c_t = Π_{1≤s≤t} (1 - d̂(z_s)) and d̂ = 1 where the head's logit is above 0, the
+    advantage at t counts c_t times, and in the unrolled form what happens at t c_t times and
+    V(z_{t+1}) 1 - d̂(z_{t+1}) times. On the same draws the two still differ by that one number.
+
     The cpu backend takes C-contiguous float32 CPU tensors, the triton backend float32 CUDA tensors,
     the cuda backend C-contiguous ones; none has a backward. They pack `weights` on every call, in
     float32, unless they are `PackedWeights`, `TritonWeights` or `CudaWeights`, which only the one
@@ -84,7 +89,7 @@ def _usable(
         return ("cuda",)
     if backend != "auto":
         return BACKENDS
-    if z0.dtype != torch.float32:
+    if z0.dtype != torch.float32 or (z0.is_cuda and weights.termination):
         return ("reference",)
     return {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}.get(
         z0.device.type, ("reference",))

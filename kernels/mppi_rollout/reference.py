@@ -23,12 +23,22 @@ def mppi_rollout_reference(
     pair = layers.draw_pair(weights.critics, critic_pair)
     horizon, samples = actions.shape[1:3]
     z = z0.unsqueeze(1).expand(-1, samples, -1)
+    alive = torch.ones_like(z[..., 0], dtype=torch.bool)  # c_t
+
+    def after(z: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
+        """c_t at the next latent z, and `term` where it is not zero (what is NaN vanishes too)."""
+        if not weights.termination:
+            return alive, term
+        now = alive & ~(layers.termination(weights, z) > 0)
+        return now, term.where(now, 0.0)
+
     if score == "advantage":
         total = layers.q_min(pair, z, actions[:, 0])
         for t in range(1, horizon):
             z = layers.dynamics(weights, z, actions[:, t - 1])
             prior = layers.policy_action(weights, z, policy_noise[:, t - 1])
             advantage = layers.q_min(pair, z, actions[:, t]) - layers.q_min(pair, z, prior)
+            alive, advantage = after(z, advantage)
             total = total + discount**t * advantage
         return total
 
@@ -43,7 +53,8 @@ def mppi_rollout_reference(
         q = layers.q_min(pair, z, actions[:, t])
         z = layers.dynamics(weights, z, actions[:, t])
         next_value, next_log_prob = value(z, policy_noise[:, t + 1])
-        reward = q - discount * next_value
-        total = total + discount**t * (reward - entropy * log_prob)
-        log_prob = next_log_prob
+        next_alive, next_value = after(z, next_value)
+        step = q - discount * next_value - entropy * log_prob
+        total = total + discount**t * step.where(alive, 0.0)
+        alive, log_prob = next_alive, next_log_prob
     return total + discount**horizon * next_value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from iqmpc.kernels import layers
 from iqmpc.kernels.mppi_rollout import mppi_rollout, noise_steps
 from iqmpc.kernels.weights import Weights, snapshot
 
@@ -37,6 +38,26 @@ def in_float64(
     z0, actions, noise, pair = draws
     return mppi_rollout(snapshot(weights, torch.float64), z0.double(), actions.double(),
                         noise.double(), pair, GAMMA, score, entropy=BETA, backend=backend)
+
+
+def end_logits(weights: Weights, draws: tuple[Tensor, ...]) -> Tensor:
+    """The termination head's, of z_1..z_H, in float64: [E, S, H].
+
+    Where one is as near to 0 as a backend's rounding, that backend may decide otherwise.
+    """
+    weights, actions = snapshot(weights, torch.float64), draws[1].double()
+    z, logits = draws[0].double().unsqueeze(1).expand(-1, actions.shape[2], -1), []
+    for t in range(actions.shape[1]):
+        z = layers.dynamics(weights, z, actions[:, t])
+        logits.append(layers.termination(weights, z))
+    return torch.stack(logits, -1)
+
+
+def ending_half(weights: Weights, draws: tuple[Tensor, ...]) -> Weights:
+    """The weights with the head's bias moved so that half of these latents are terminal."""
+    last = weights.termination[-1]
+    bias = last.bias.detach() - end_logits(weights, draws).median().to(last.bias.dtype)
+    return weights._replace(termination=(*weights.termination[:-1], last._replace(bias=bias)))
 
 
 def first(draws: tuple[Tensor, ...], samples: int) -> tuple[Tensor, ...]:

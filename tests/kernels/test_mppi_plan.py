@@ -16,6 +16,7 @@ from iqmpc import _C
 from iqmpc.config import PlannerConfig
 from iqmpc.kernels.cpu import PackedWeights
 from iqmpc.kernels.mppi_plan import BACKENDS, CpuPlan, PlanNoise, ReferencePlan
+from tests.kernels.contract import drawn, ending_half
 
 LEVELS = _C.isa_levels()
 CONFIG = PlannerConfig(samples=40, elites=8, policy_trajectories=6, iterations=3)
@@ -67,6 +68,28 @@ def test_cpu_plans_what_the_reference_plans(make_weights, isa, envs, horizon, ac
         torch.testing.assert_close(done.action.double(), action[:, :-1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(plan.mean.double(), mean, rtol=1e-4, atol=1e-4)
         meaning.mean.copy_(mean)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("score", ["advantage", "unrolled"])
+def test_a_termination_head_changes_both_plans_alike(make_weights, isa, score):
+    weights = make_weights(5, 3, latent=24, hidden=37, termination=True)
+    weights = ending_half(weights, drawn(weights, 2, 3, 100))
+    config = dataclasses.replace(CONFIG, score=score)
+    plan, meaning = cpu(weights, config, num_envs=2, isa=isa), reference(weights, config,
+                                                                         num_envs=2)
+    without = weights._replace(termination=())
+    other = reference(without, config, num_envs=2)
+    obs = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    noise = its_draws(plan, score, explore=False)
+    action, mean = meaning.compute(meaning.weights, obs.double(), meaning.mean, noise)
+    _, changed = other.compute(other.weights, obs.double(), other.mean, noise)
+    assert (mean - changed).abs().max() > 1e-2
+    torch.testing.assert_close(plan(obs).action.double(), action[:, :-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plan.mean.double(), mean, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"published model's termination head \(1 for one\) must "
+                                         "be 1 as the planner's, got 0"):
+        plan.publish(without)
 
 
 @pytest.mark.parametrize("isa", LEVELS)

@@ -14,7 +14,9 @@ from iqmpc.config import ModelConfig
 from iqmpc.errors import BackendError
 from iqmpc.kernels import layers
 from iqmpc.kernels.cpu import PackedWeights
+from iqmpc.kernels.cuda import CudaWeights
 from iqmpc.kernels.mppi_rollout import mppi_rollout, noise_steps
+from iqmpc.kernels.triton_weights import TritonWeights
 from iqmpc.kernels.weights import snapshot
 from tests.kernels.contract import (
     BETA,
@@ -23,15 +25,17 @@ from tests.kernels.contract import (
     assert_within,
     assert_within_with_elites,
     drawn,
+    end_logits,
+    ending_half,
     first,
     in_float64,
 )
 
 
-def problem(envs, horizon, samples, action_dim, latent_dim, score, seed=0):
+def problem(envs, horizon, samples, action_dim, latent_dim, score, seed=0, ends=False):
     torch.manual_seed(seed)
     model = WorldModel(3, action_dim, ModelConfig(
-        encoder_dim=7, hidden_dim=11, latent_dim=latent_dim, critics=4))
+        encoder_dim=7, hidden_dim=11, latent_dim=latent_dim, critics=4, termination=ends))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     model = model.double()
@@ -51,22 +55,25 @@ def one_by_one(weights, z0, actions, noise, pair, score):
 
     for e in range(envs):
         for s in range(samples):
-            z = [z0[e]]
+            z, ends, c = [z0[e]], [0], [1]
             for t in range(horizon):
                 z.append(layers.dynamics(weights, z[-1], actions[e, t, s]))
+                chance = layers.termination(weights, z[-1]).sigmoid() if weights.termination else 0
+                ends.append(int(chance > 0.5))
+                c.append(c[-1] * (1 - ends[-1]))
             if score == "advantage":
                 total = q(z[0], actions[e, 0, s])
                 for t in range(1, horizon):
                     prior = layers.policy_action(weights, z[t], noise[e, t - 1, s])
-                    total += GAMMA**t * (q(z[t], actions[e, t, s]) - q(z[t], prior))
+                    total += GAMMA**t * c[t] * (q(z[t], actions[e, t, s]) - q(z[t], prior))
             else:
                 drawn = [layers.policy_sample(weights, z[t], noise[e, t, 0 if t == 0 else s])
                          for t in range(horizon + 1)]
                 value = [q(z[t], a) - BETA * lp.item() for t, (a, lp) in enumerate(drawn)]
-                total = GAMMA**horizon * value[horizon]
+                total = GAMMA**horizon * c[horizon] * value[horizon]
                 for t in range(horizon):
-                    reward = q(z[t], actions[e, t, s]) - GAMMA * value[t + 1]
-                    total += GAMMA**t * (reward - BETA * drawn[t][1].item())
+                    reward = q(z[t], actions[e, t, s]) - GAMMA * (1 - ends[t + 1]) * value[t + 1]
+                    total += GAMMA**t * c[t] * (reward - BETA * drawn[t][1].item())
             returns[e, s] = total
     return returns
 
@@ -74,16 +81,21 @@ def one_by_one(weights, z0, actions, noise, pair, score):
 @settings(deadline=None, max_examples=25)
 @given(envs=st.integers(1, 3), horizon=st.integers(1, 4), samples=st.integers(1, 5),
        action_dim=st.integers(1, 4), groups=st.integers(1, 3),
-       score=st.sampled_from(["advantage", "unrolled"]), seed=st.integers(0, 1000))
-def test_reference_is_the_definition(envs, horizon, samples, action_dim, groups, score, seed):
-    draws = problem(envs, horizon, samples, action_dim, 8 * groups, score, seed)
+       score=st.sampled_from(["advantage", "unrolled"]), seed=st.integers(0, 1000),
+       ends=st.booleans())
+def test_reference_is_the_definition(envs, horizon, samples, action_dim, groups, score, seed, ends):
+    draws = problem(envs, horizon, samples, action_dim, 8 * groups, score, seed, ends)
     returns = mppi_rollout(*draws, GAMMA, score, entropy=BETA, backend="reference")
     np.testing.assert_allclose(returns.detach(), one_by_one(*draws, score), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("horizon", [1, 3, 5])
-def test_scores_differ_by_one_constant_per_problem(horizon):
-    weights, z0, actions, noise, pair = problem(2, horizon, 40, 2, 16, "unrolled")
+@pytest.mark.parametrize(("horizon", "ends"), [
+    (1, False), (3, False), (5, False), (1, True), (3, True), (5, True)])
+def test_scores_differ_by_one_constant_per_problem(horizon, ends):
+    """Also where some samples end on the way."""
+    weights, z0, actions, noise, pair = problem(2, horizon, 40, 2, 16, "unrolled", ends=ends)
+    if ends:
+        weights = ending_half(weights, (z0, actions))
     unrolled = mppi_rollout(
         weights, z0, actions, noise, pair, GAMMA, "unrolled", entropy=BETA, backend="reference")
     advantage = mppi_rollout(
@@ -130,6 +142,32 @@ def test_a_backend_that_cannot_run_is_an_error():
         mppi_rollout(*draws, GAMMA, backend="cuda")
 
 
+def test_what_follows_an_end_is_nothing_even_where_it_is_not_finite(make_weights):
+    """All imagined latents terminal: the first Q is what remains, whatever critics say later."""
+    weights = make_weights(5, 3, termination=True)
+    weights.termination[-1].bias.fill_(1e3)
+    z0, actions, noise, pair = drawn(weights, 2, 4, 9)
+    actions[:, 2] = torch.nan
+    expected = mppi_rollout(
+        weights, z0, actions[:, :1], noise[:, :0], pair, GAMMA, backend="reference")
+    for backend in ("reference", "cpu"):
+        returns = mppi_rollout(weights, z0, actions, noise, pair, GAMMA, backend=backend)
+        torch.testing.assert_close(returns, expected, rtol=1e-5, atol=1e-5)
+        weights.termination[-1].bias.fill_(-1e3)  # none is: NaN is seen
+        other = mppi_rollout(weights, z0, actions, noise, pair, GAMMA, backend=backend)
+        assert other.isnan().all()
+        weights.termination[-1].bias.fill_(1e3)
+
+
+def test_gpu_backends_say_that_they_take_no_termination_head(make_weights, monkeypatch):
+    weights = make_weights(5, 3, termination=True)
+    with pytest.raises(ValueError, match="the triton backend takes no model with a termination"):
+        TritonWeights(weights)
+    monkeypatch.setattr("iqmpc.kernels.cuda.available_backends", lambda: {"cuda": None})
+    with pytest.raises(ValueError, match="the cuda backend takes no model with a termination"):
+        CudaWeights(weights)
+
+
 LEVELS = _C.isa_levels()
 
 
@@ -160,6 +198,47 @@ def test_cpu_is_the_reference(make_weights, isa, precision, envs, horizon, sampl
     some = on_cpu(weights, first(draws, samples), score, precision=precision, isa=isa)
     same = torch.equal if score == "advantage" else torch.allclose
     assert same(some, returns[:, :samples])
+
+
+@settings(deadline=None, max_examples=100)
+@given(isa=st.sampled_from(LEVELS), precision=st.sampled_from(list(TOLERANCE)),
+       envs=st.sampled_from([1, 3]), horizon=st.integers(1, 5),
+       samples=st.sampled_from([1, 40, 90]), action_dim=st.sampled_from([1, 6, 17]),
+       groups=st.sampled_from([1, 3, 17]), hidden=st.sampled_from([24, 37, 100]),
+       score=st.sampled_from(["advantage", "unrolled"]), seed=st.integers(0, 1000))
+def test_cpu_ends_where_the_reference_does(make_weights, isa, precision, envs, horizon, samples,
+                                           action_dim, groups, hidden, score, seed):
+    weights = make_weights(5, action_dim, latent=8 * groups, hidden=hidden, seed=seed,
+                           termination=True)
+    draws = drawn(weights, envs, horizon, samples + 32, score, seed)
+    weights = ending_half(weights, draws)
+    expected = in_float64(weights, draws, score)
+    returns = on_cpu(weights, draws, score, precision=precision, isa=isa)
+    assert_within(returns.where(decided(weights, draws, precision), expected), expected, precision)
+
+
+def decided(weights, draws, precision):
+    """The samples [E, S] with no imagined latent on the head's edge."""
+    edge = 1e-4 if precision == "float32" else 0.02
+    return (end_logits(weights, draws)[..., :-1].abs() > edge).all(-1)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_cpu_with_a_head_that_ends_some(make_weights, isa, precision):
+    """Samples that end at every step: all that are clear as in the reference, some changed."""
+    weights = make_weights(5, 6, latent=128, hidden=100, termination=True)
+    draws = drawn(weights, 2, 4, 200)
+    weights = ending_half(weights, draws)
+    alive = (end_logits(weights, draws)[..., :-1] <= 0).cumprod(-1).sum(-1)
+    clear = decided(weights, draws, precision)
+    assert alive.unique().tolist() == [0, 1, 2, 3]
+    assert clear.float().mean() > (0.99 if precision == "float32" else 0.3)
+    expected, returns = (f(weights, draws) for f in (
+        in_float64, lambda *a: on_cpu(*a, precision=precision, isa=isa)))
+    assert_within(returns.where(clear, expected), expected, precision)
+    without = on_cpu(weights._replace(termination=()), draws, precision=precision, isa=isa)
+    assert torch.equal((returns != without)[clear], (alive < 3)[clear])
 
 
 @pytest.mark.parametrize("isa", LEVELS)
@@ -290,6 +369,10 @@ def test_packed_weights_freed_by_another_thread(make_weights):
     (lambda w: w._replace(critics=tuple(
         type(x)(*(t if t is None else t[:1] for t in x)) for x in w.critics)),
      "critics: expected at least 2, got 1"),
+    (lambda w: w._replace(termination=w.dynamics), "termination layer 0: expected 16 inputs, got "
+                                                    "19"),
+    (lambda w: w._replace(termination=(w.policy[0], w.policy[2])),
+     "termination: expected 1 outputs, got 6"),
     (lambda w: w._replace(encoder=(w.encoder[0]._replace(gamma=None, beta=None), w.encoder[1])),
      "encoder layer 0: needs weight, bias, gamma and beta"),
     (lambda w: w._replace(encoder=(w.encoder[0]._replace(beta=None), w.encoder[1])),

@@ -31,6 +31,11 @@ struct RolloutView {
 // noise, and is computed so: every other V(z_t) meets itself with the opposite sign, the one at the
 // horizon too, which is therefore not evaluated (and neither is z_H).
 //
+// Where the model has a termination head, an imagined latent whose logit is above 0 has no future:
+// with c_t = 1 while none of z_1..z_t is such and 0 from then on, term t of the sum is taken c_t
+// times. The unrolled form, where V(z_{t+1}) goes with the end of the episode too, still differs by
+// the same constant.
+//
 // Throws std::invalid_argument where the horizon is below 1 or a critic does not exist.
 void rollout(const WorldModel& model, ThreadPool& pool, const RolloutView& view);
 

@@ -26,10 +26,12 @@ struct LinearView {
 
 // The parts of a model: the encoder h (O -> Z), the dynamics d (Z + A -> Z), the policy prior π
 // (Z -> 2A: means, then the log-std before its tanh) and K critics (Z + A -> 1). Every layer has a
-// LayerNorm but the policy's and the critics' last ones.
+// LayerNorm but the policy's and the critics' last ones. Optionally a termination head (Z -> 1, as a
+// critic without actions): the logit of a latent being terminal.
 struct WorldModelView {
   std::vector<LinearView> encoder, dynamics, policy;
   std::vector<std::vector<LinearView>> critics;
+  std::vector<LinearView> termination;  // empty: no latent is terminal
   std::ptrdiff_t simnorm_dim = 8;
   float log_std_min = -10.0f;
   float log_std_max = 2.0f;
@@ -50,6 +52,7 @@ class WorldModel {
   std::ptrdiff_t action_dim() const noexcept;
   std::ptrdiff_t latent_dim() const noexcept;
   std::ptrdiff_t num_critics() const noexcept;
+  bool has_termination() const noexcept;
   Precision precision() const noexcept;
   Isa isa() const noexcept;
 
