@@ -13,6 +13,7 @@
 struct Sizes {
   std::ptrdiff_t obs = 5, action = 3, latent = 24, hidden = 37, encoder = 9, critics = 3;
   std::ptrdiff_t simnorm = 8;
+  bool termination = false;
 };
 
 class RandomModel {
@@ -28,6 +29,10 @@ class RandomModel {
       view.critics.push_back({layer(joint, s.hidden, true), layer(s.hidden, s.hidden, true),
                               layer(s.hidden, 1, false)});
     }
+    if (s.termination) {
+      view.termination = {layer(s.latent, s.hidden, true), layer(s.hidden, s.hidden, true),
+                          layer(s.hidden, 1, false)};
+    }
     view.simnorm_dim = s.simnorm;
   }
 
@@ -42,6 +47,12 @@ class RandomModel {
     for (std::vector<float>& values : storage_) {
       for (float& x : values) x = value;
     }
+  }
+
+  // The termination head's last bias: far above 0, every latent is terminal, far below, none.
+  void end_by(float bias) {
+    storage_.emplace_back(1, bias);
+    view.termination.back().bias = storage_.back().data();
   }
 
   iqmpc::WorldModelView view;

@@ -362,6 +362,11 @@ void refuses_what_the_cpu_refuses() {
     CHECK(message_of<std::invalid_argument>([&] { pack(model.view, Precision::bf16); }) ==
           expected);
   };
+  Sizes sizes;
+  sizes.termination = true;
+  const RandomModel with_head(sizes);
+  CHECK(message_of<std::invalid_argument>([&] { pack(with_head.view, Precision::bf16); }) ==
+        "termination: the CUDA kernels take no model with such a head");
   check([](View& v) { v.encoder.clear(); });
   check([](View& v) { v.encoder.pop_back(); });
   check([](View& v) { v.encoder[0].gamma = nullptr; });

@@ -67,6 +67,34 @@ void levels_agree(const Problem& p, iqmpc::ThreadPool& pool) {
   }
 }
 
+// Where all imagined latents are terminal the first Q is left, which is the whole of a horizon of 1;
+// where none is, the head changes nothing.
+void ends_leave_no_future(iqmpc::ThreadPool& pool) {
+  const Sizes sizes{5, 3, 24, 37, 9, 3, 8};
+  Sizes with_head = sizes;
+  with_head.termination = true;
+  // The samples of one problem are the first actions of either horizon.
+  const Problem longer{1, 4, 67, with_head}, first{1, 1, 67, sizes}, plain{1, 4, 67, sizes};
+  for (const Isa isa : iqmpc::isa_levels()) {
+    for (const Precision precision : {Precision::float32, Precision::bf16}) {
+      for (const iqmpc::Score score : {iqmpc::Score::advantage, iqmpc::Score::unrolled}) {
+        RandomModel model(with_head);
+        const RandomModel same(sizes);  // the head is drawn last
+        model.end_by(-1e4f);
+        CHECK(returns(longer, model, pool, precision, isa, score) ==
+              returns(plain, same, pool, precision, isa, score));
+        model.end_by(1e4f);
+        CHECK(returns(longer, model, pool, precision, isa, score) ==
+              returns(first, same, pool, precision, isa, score));
+      }
+    }
+  }
+  RandomModel wrong(with_head);
+  wrong.view.termination.front().in = 27;
+  CHECK(message_of<std::invalid_argument>([&] { wrong.pack(); }) ==
+        "termination layer 0: expected 24 inputs, got 27");
+}
+
 void refuses_what_does_not_fit(iqmpc::ThreadPool& pool) {
   const RandomModel model({});
   const auto packed = model.pack();
@@ -87,6 +115,8 @@ int main() {
   levels_agree({3, 3, 67, {5, 3, 24, 37, 9, 3, 8}}, pool);
   levels_agree({2, 4, 29, {7, 17, 136, 100, 33, 2, 8}}, pool);
   levels_agree({1, 2, 130, {7, 16, 30, 65, 33, 2, 2}}, pool);
+  levels_agree({2, 3, 40, {5, 3, 24, 37, 9, 3, 8, true}}, pool);
+  ends_leave_no_future(pool);
   refuses_what_does_not_fit(pool);
   return 0;
 }
