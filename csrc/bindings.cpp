@@ -341,8 +341,9 @@ PYBIND11_MODULE(_C, module) {
            py::arg("precision") = "float32", py::arg("isa") = py::none(),
            "Each part is a sequence of layers (weight [O, I], bias [O], gamma [O], beta [O]), the "
            "last one of policy, critics and termination without gamma and beta; critics is a "
-           "sequence of such parts, termination empty where there is none. precision is float32 or "
-           "bf16. Raises ValueError for what does not fit.")
+           "sequence of such parts, termination empty where there is none. Without encoder layers "
+           "observations are latents. precision is float32 or bf16. Raises ValueError for what does "
+           "not fit.")
       .def_property_readonly("obs_dim", &iqmpc::WorldModel::obs_dim)
       .def_property_readonly("action_dim", &iqmpc::WorldModel::action_dim)
       .def_property_readonly("latent_dim", &iqmpc::WorldModel::latent_dim)

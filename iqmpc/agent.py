@@ -12,6 +12,7 @@ import torch
 from iqmpc import checkpoint
 from iqmpc.config import Config
 from iqmpc.errors import CheckpointError, ConfigError
+from iqmpc.frames import is_image
 from iqmpc.kernels import layers
 from iqmpc.model import WorldModel
 from iqmpc.planner import Planner
@@ -58,8 +59,10 @@ class Agent:
         config = checkpoint.load_config(run).replace(changes or {})
         device = resolve_device(config.device)
         path, tensors, meta = checkpoint.newest(run)
-        model = WorldModel(int(meta["obs_dim"]), int(meta["action_dim"]), config.model,
-                           termination=config.termination)
+        # "obs_dim" stands in checkpoints from before there were images
+        model = WorldModel(
+            meta.get("obs_shape") or int(meta["obs_dim"]), int(meta["action_dim"]), config.model,
+            termination=config.termination)
         prefix = "learner.model."
         try:
             model.load_state_dict(
@@ -78,10 +81,11 @@ class Agent:
     def act(self, obs: np.ndarray, *, explore: bool = False) -> np.ndarray:
         """obs [N, O], N = `num_envs` (or [O] for one) -> action float32 [N, A] (or [A]) in [-1, 1].
 
-        The N actions are planned in one call. Raises `ValueError` for another shape.
+        In place of O numbers, images are uint8 [3C, 64, 64]. The N actions are planned in one call.
+        Raises `ValueError` for another shape, and for images of another type.
         """
-        obs = torch.as_tensor(np.asarray(obs, dtype=np.float32), device=self.device)
-        single = obs.ndim == 1
+        obs = self._tensor(obs)
+        single = obs.ndim == len(self.model.obs_shape)
         action = self.planner.plan(obs.unsqueeze(0) if single else obs, explore=explore)
         return (action[0] if single else action).cpu().numpy()
 
@@ -92,21 +96,24 @@ class Agent:
     ) -> np.ndarray:
         """r(s, a) = Q(h(s), a) - γ (1 - d) V(h(s')), the reward that the critics imply.
 
-        obs [N, O], action [N, A], next_obs [N, O] (or without N) -> float32 [N] (or a scalar);
+        obs [N, O], action [N, A], next_obs [N, O] (or without N) -> float32 [N] (or a scalar), with
+        uint8 images [3C, 64, 64] in place of O numbers where the agent was trained on them;
         `terminated` [N] marks steps that ended the task.
         Q is the mean over the ensemble; V averages `samples` draws of the prior, the same for every
         row and call. Raises `ValueError` for shapes that do not fit.
         """
-        given = [np.asarray(x, dtype=np.float32) for x in (obs, action, next_obs)]
-        single = given[0].ndim == 1
-        obs_, action_, next_ = (
-            torch.as_tensor(x[None] if single else x, device=self.device) for x in given)
+        shape = self.model.obs_shape
+        given = [self._tensor(obs), self._tensor(action, np.float32), self._tensor(next_obs)]
+        single = given[0].ndim == len(shape)
+        obs_, action_, next_ = (x[None] if single else x for x in given)
         n = len(obs_)
-        for name, tensor, size in (("obs", obs_, self.model.obs_dim),
-                                   ("action", action_, self.model.action_dim),
-                                   ("next_obs", next_, self.model.obs_dim)):
-            if list(tensor.shape) != [n, size]:
-                raise ValueError(f"{name} must be [{n}, {size}], got {list(tensor.shape)}")
+        for name, tensor, expected in (("obs", obs_, [n, *shape]),
+                                       ("action", action_, [n, self.model.action_dim]),
+                                       ("next_obs", next_, [n, *shape])):
+            if list(tensor.shape) != expected:
+                raise ValueError(f"{name} must be {expected}, got {list(tensor.shape)}")
+            if is_image(shape) and tensor is not action_ and tensor.dtype != torch.uint8:
+                raise ValueError(f"{name} must be uint8, got {tensor.dtype}")
         w = self.model.weights()
         z = layers.encode(w, next_).expand(samples, -1, -1)
         generator = torch.Generator(self.device).manual_seed(0)
@@ -118,3 +125,9 @@ class Agent:
         alive = 1 - torch.as_tensor(terminated, dtype=torch.float32, device=self.device)
         reward = (q - self.config.discount * alive * value).cpu().numpy()
         return reward[0] if single else reward
+
+    def _tensor(self, x: np.ndarray, dtype: type | None = None) -> torch.Tensor:
+        """On the device; of `dtype`, by default float32 for flat observations and as it is else."""
+        if dtype is None and not is_image(self.model.obs_shape):
+            dtype = np.float32
+        return torch.as_tensor(np.asarray(x, dtype=dtype), device=self.device)

@@ -151,18 +151,37 @@ def record(
     planner: Annotated[bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
     min_return: MinReturn = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the episodes.")] = 0,
+    obs: Annotated[str | None, typer.Option(
+        help="pixels: act on the state, keep the frames that task.obs=pixels observes.")] = None,
+    fast_render: Annotated[bool, typer.Option(
+        "--fast-render", help="Frames of task.fast_render=true.")] = False,
     force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
 ) -> None:
     """Roll out a trained run and keep the episodes as demonstrations."""
-    from iqmpc.demos import make
+    from iqmpc.demos import DemonstrationError, make
+    from iqmpc.envs.pixels import FrameRecorder
 
     _check_target(out, force)
-    agent, env = _load(run, {} if planner else {"planner.enabled": False}, seed=seed)
+    if obs not in (None, "pixels"):
+        raise DemonstrationError(f"--obs must be pixels, got {obs!r}")
+    if fast_render and obs is None:
+        raise DemonstrationError("--fast-render needs --obs pixels")
+    changes: dict[str, Any] = {} if planner else {"planner.enabled": False}
+    if fast_render:
+        changes["task.fast_render"] = True
+    agent, env = _load(run, changes, seed=seed, render=obs is not None)
+    task = agent.config.task
+    if obs is not None:
+        if task.suite != "dmcontrol" or task.obs == "pixels":
+            raise DemonstrationError(
+                f"--obs pixels is for runs on the state of a DMControl task, {run} is one on "
+                f"{task.obs} of suite {task.suite!r}")
+        env = FrameRecorder(env)
     with RecordingDisplay(episodes, _console) as display:
         demonstrations = make.record(
-            _run_demonstrator(run, agent, planner), env, task=agent.config.task.name,
-            episodes=episodes, max_tries=episodes, fewer=True, seed=seed, min_return=min_return,
-            progress=display.update)
+            _run_demonstrator(run, agent, planner), env, task=task.name, episodes=episodes,
+            max_tries=episodes, fewer=True, seed=seed, min_return=min_return,
+            provenance=_drawn(task, images=obs is not None), progress=display.update)
     _save(demonstrations, out)
 
 
@@ -219,7 +238,7 @@ def make_demonstrations(
         demonstrations = make.record(
             demonstrator, env, task=task, episodes=episodes, max_tries=max_tries or 10 * episodes,
             seed=seed, noise=noise, min_return=min_return, successes_only=successes_only,
-            progress=display.update)
+            provenance=_drawn(config.task), progress=display.update)
     _save(demonstrations, out)
 
 
@@ -285,24 +304,27 @@ def _demonstrator(kind: str, path: str | Path, env: Any, config: Any, seed: int)
     from iqmpc.demos import make
     from iqmpc.envs import check_spaces
 
-    dims = check_spaces(env, config.task.name)
+    obs_shape, action_dim = check_spaces(env, config.task.name)
     if not kind:
         return make.DEMONSTRATORS[config.task.name](env, seed)
     if kind == "sb3":
         from iqmpc.demos.sb3 import Sb3Policy
 
-        policy = Sb3Policy(path, *dims)
+        if len(obs_shape) > 1:
+            raise ConfigError(
+                f"--policy sb3 acts on flat observations, {config.task.name} has images")
+        policy = Sb3Policy(path, *obs_shape, action_dim)
         return make.Demonstrator(policy, provenance={
             "demonstrator": "Stable-Baselines3 policy, deterministic",
             "policy": f"{Path(path).name}, sha256 {policy.digest}"})
     import iqmpc
 
     agent = iqmpc.Agent.load(path, seed=seed)
-    found = agent.model.obs_dim, agent.model.action_dim
-    if found != dims:
+    found = agent.model.obs_shape, agent.model.action_dim
+    if found != (obs_shape, action_dim):
         raise ConfigError(
-            f"{path}: the agent has {found[0]} observations and {found[1]} actions, the task "
-            f"{dims[0]} and {dims[1]}")
+            f"{path}: the agent has observations {list(found[0])} and {found[1]} actions, the task "
+            f"{list(obs_shape)} and {action_dim}")
     return _run_demonstrator(Path(path), agent, agent.config.planner.enabled)
 
 
@@ -324,17 +346,39 @@ def _prepare_torch(config: Any) -> None:
     torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
 
 
-def _demonstrations(config: Any, obs_dim: int, action_dim: int) -> Any:
+def _rendering(task: Any) -> str:
+    return "fast" if task.fast_render else "full"
+
+
+def _drawn(task: Any, images: bool = False) -> dict[str, str]:
+    """How the images of demonstrations were drawn, for their provenance."""
+    return {"render": _rendering(task)} if images or task.obs == "pixels" else {}
+
+
+def _demonstrations(config: Any, obs_shape: tuple[int, ...], action_dim: int) -> Any:
     from iqmpc.demos import Demonstrations
+    from iqmpc.frames import is_image
 
     task = config.task.name
+    images = is_image(obs_shape)
     if config.demos.path is None:
         if config.learner.objective == "td":
             return None
+        if images:
+            raise ConfigError(
+                "no demonstrations of images ship: give some with demos.path=FILE (iqmpc demos "
+                "record RUN FILE --obs pixels makes them from a run on the state)")
         found = Demonstrations.packaged(task)
     else:
         found = Demonstrations.load(
-            config.demos.path, task=task, obs_dim=obs_dim, action_dim=action_dim)
+            config.demos.path, task=task, obs_dim=None if images else obs_shape[0],
+            action_dim=action_dim)
+    # Images drawn otherwise could be told apart by that alone.
+    drawn = found.provenance.get("render")
+    if images and drawn not in (None, _rendering(config.task)):
+        raise ConfigError(
+            f"{config.demos.path} holds {drawn} renderings, task.fast_render="
+            f"{str(config.task.fast_render).lower()} asks for {_rendering(config.task)} ones")
     return found if config.demos.episodes is None else found.select(config.demos.episodes)
 
 
@@ -354,7 +398,7 @@ def _load(
     import iqmpc
     from iqmpc.checkpoint import load_config
 
-    config = load_config(run)
+    config = load_config(run).replace(changes)
     _prepare_torch(config)
     env = iqmpc.make_env(config.task, render_mode="rgb_array" if render else None)
     return iqmpc.Agent.load(run, changes=changes, seed=seed), env

@@ -12,6 +12,7 @@ import numpy as np
 
 from iqmpc.agent import Agent
 from iqmpc.demos import Episode
+from iqmpc.frames import is_image, observed, stacked, unstacked
 from iqmpc.seeding import stream_seed
 
 
@@ -77,27 +78,27 @@ def rollout(
     seed: int,
     on_step: Callable[[gymnasium.Env], None] | None = None,
 ) -> Episode:
-    """One episode from `env.reset(seed=seed)`, without exploration noise.
+    """One episode from `env.reset(seed=seed)`, without exploration noise; of images, the frames.
 
     `on_step(env)` is called before each step.
     """
     obs, info = env.reset(seed=seed)
     agent.reset()
-    # Copies: an environment may write its next observation into the same array.
-    observations, actions, rewards = [np.array(obs, np.float32)], [], []
+    observations, actions, rewards = [observed(obs)], [], []
     terminated = truncated = False
     while not (terminated or truncated):
         if on_step is not None:
             on_step(env)
         action = agent.act(observations[-1])
         obs, reward, terminated, truncated, info = env.step(action)
-        observations.append(np.array(obs, np.float32))
+        observations.append(observed(obs))
         actions.append(action)
         rewards.append(reward)
     success = info.get("success")
+    rows = np.array(observations)
     return Episode(
-        np.array(observations), np.array(actions), np.array(rewards, np.float32),
-        bool(terminated), None if success is None else bool(success))
+        unstacked(rows) if is_image(rows.shape[1:]) else rows, np.array(actions),
+        np.array(rewards, np.float32), bool(terminated), None if success is None else bool(success))
 
 
 def evaluate(
@@ -128,11 +129,15 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
 
     None where either does not vary.
     """
-    decoded = np.concatenate([
-        agent.decode_reward(
-            e.observations[:-1], e.actions, e.observations[1:],
+    def decoded_rewards(e: Episode) -> np.ndarray:
+        obs = e.observations
+        if is_image(obs.shape[1:]):
+            obs = stacked(obs)
+        return agent.decode_reward(
+            obs[:-1], e.actions, obs[1:],
             terminated=e.terminated & (np.arange(len(e.actions)) == len(e.actions) - 1))
-        for e in episodes]).astype(np.float64)
+
+    decoded = np.concatenate([decoded_rewards(e) for e in episodes]).astype(np.float64)
     true = np.concatenate([e.rewards for e in episodes]).astype(np.float64)
     if not decoded.std() or not true.std():
         return None

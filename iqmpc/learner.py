@@ -8,12 +8,15 @@ from torch import Tensor
 from iqmpc import losses
 from iqmpc.capture import CapturedStep
 from iqmpc.config import Config
+from iqmpc.frames import is_image
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import frozen, map_layers
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
 from iqmpc.model import WorldModel
 from iqmpc.replay import SliceReplay, join
 from iqmpc.seeding import stream_seed
+
+_SHIFT = 3  # pixels, of the random shift of images
 
 
 class Learner:
@@ -29,15 +32,15 @@ class Learner:
     """
 
     def __init__(
-        self, obs_dim: int, action_dim: int, config: Config, device: torch.device | str = "cpu",
-        *, sampler: torch.Generator | None = None,
+        self, obs_shape: int | tuple[int, ...], action_dim: int, config: Config,
+        device: torch.device | str = "cpu", *, sampler: torch.Generator | None = None,
     ):
         self.config, self.settings = config, config.learner
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "model"))
             self.model = WorldModel(
-                obs_dim, action_dim, config.model, termination=config.termination).to(self.device)
+                obs_shape, action_dim, config.model, termination=config.termination).to(self.device)
         self.weights = self.model.weights()
         self.targets = map_layers(lambda t: t.detach().clone(), self.weights.critics)
         self.beta = config.entropy_coefficient(action_dim)
@@ -153,9 +156,13 @@ class Learner:
         if self.penalise:
             mix = torch.rand(horizon, batch.experts, 1, device=self.device,
                              generator=self.generator)
+        shift = None
+        if is_image(self.model.obs_shape):
+            shift = torch.randint(-_SHIFT, _SHIFT + 1, (horizon + 1, rows, 2), device=self.device,
+                                  generator=self.generator)
         starts = horizon if self.settings.objective == "v_diff" else 1
         return ModelNoise(self._normal(horizon, rows, action_dim),
-                          self._normal(starts, rows, action_dim), keep, mix, self._pair())
+                          self._normal(starts, rows, action_dim), keep, mix, self._pair(), shift)
 
     def _policy_noise(self, latents: Tensor) -> PolicyNoise:
         steps, rows = latents.shape[:2]

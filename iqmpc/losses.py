@@ -22,6 +22,7 @@ Critics = tuple[Layer, ...]
 class Batch(NamedTuple):
     """Slices of length H: obs [H+1, B, O], action [H, B, A], reward and terminated [H, B].
 
+    Images are obs uint8 [H+1, B, 3C, 64, 64].
     `experts` counts the leading columns that come from demonstrations (0 for `objective: td`).
     `reward` is read by `td` alone; demonstrations carry zeros there.
     """
@@ -38,7 +39,8 @@ class ModelNoise(NamedTuple):
 
     target [H, B, A] and initial [H, B, A] (`v_diff`; else [1, B, A]) are standard normal;
     keep [K, H·B, hidden] are dropout multipliers or None; mix [H, B_E, 1] ~ U(0, 1) or None;
-    pair [2] int64 are the critics drawn for Q_min.
+    pair [2] int64 are the critics drawn for Q_min; shift [H+1, B, 2] int64 moves each observation,
+    where they are images, by so many rows and columns, or is None.
     """
 
     target: Tensor
@@ -46,6 +48,7 @@ class ModelNoise(NamedTuple):
     keep: Tensor | None
     mix: Tensor | None
     pair: Tensor
+    shift: Tensor | None = None
 
 
 class PolicyNoise(NamedTuple):
@@ -152,12 +155,13 @@ def model_loss(
     the coefficient in force, β or β·A; `penalise` adds the gradient penalty.
     """
     horizon = batch.action.shape[0]
+    obs = batch.obs if noise.shift is None else layers.shifted(batch.obs, noise.shift)
     with torch.no_grad():
-        encoded = layers.encode(weights, batch.obs[1:])
+        encoded = layers.encode(weights, obs[1:])
         target_value = soft_value(
             weights, layers.draw_pair(targets, noise.pair), encoded, noise.target, beta)
         backup = discount * (1 - batch.terminated) * target_value
-    rollout = [layers.encode(weights, batch.obs[0])]
+    rollout = [layers.encode(weights, obs[0])]
     for t in range(horizon):
         rollout.append(layers.dynamics(weights, rollout[-1], batch.action[t]))
     latents = torch.stack(rollout)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iqmpc.config import ModelConfig
+from iqmpc.frames import SIZE, is_image
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Layer, Weights
 
@@ -30,25 +31,39 @@ class Linear(nn.Module):
         return Layer(self.weight, self.bias, self.gamma, self.beta)
 
 
-class WorldModel(nn.Module):
-    """h, d, π and Q_1..Q_K for observations of size `obs_dim` and actions of size `action_dim`.
+class Convolution(nn.Module):
+    """Parameters of one convolution with a square kernel."""
 
+    def __init__(self, inputs: int, outputs: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        # He's: with σ = 0.02 and no LayerNorm behind it, all images would have nearly one latent.
+        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+
+    def layer(self) -> Layer:
+        return Layer(self.weight, self.bias)
+
+
+class WorldModel(nn.Module):
+    """h, d, π and Q_1..Q_K for observations of shape `obs_shape` and actions of size `action_dim`.
+
+    `obs_shape` is (O,), or O for short, or (3C, 64, 64) for stacked frames (`iqmpc.frames`).
     `termination` adds the head d̂ (null: as `config.termination` says, false where that is null).
     With the default (paper) sizes, 91 observations and 39 actions it has 4,274,259 parameters.
+    Raises `ValueError` for another shape.
     """
 
     def __init__(
-        self, obs_dim: int, action_dim: int, config: ModelConfig | None = None, *,
-        termination: bool | None = None,
+        self, obs_shape: int | tuple[int, ...], action_dim: int,
+        config: ModelConfig | None = None, *, termination: bool | None = None,
     ):
         super().__init__()
         config = config or ModelConfig()
-        self.obs_dim, self.action_dim, self.config = obs_dim, action_dim, config
+        self.obs_shape = (obs_shape,) if isinstance(obs_shape, int) else tuple(obs_shape)
+        self.action_dim, self.config = action_dim, config
         latent, hidden = config.latent_dim, config.hidden_dim
-        self.encoder = nn.ModuleList([
-            Linear(obs_dim, config.encoder_dim, normed=True),
-            Linear(config.encoder_dim, latent, normed=True),
-        ])
+        self.encoder = nn.ModuleList(_encoder(self.obs_shape, config))
         self.dynamics = nn.ModuleList([
             Linear(latent + action_dim, hidden, normed=True),
             Linear(hidden, hidden, normed=True),
@@ -83,7 +98,7 @@ class WorldModel(nn.Module):
         return Weights(*stacks, c.simnorm_dim, c.log_std_min, c.log_std_max, termination)
 
     def encode(self, obs: Tensor) -> Tensor:
-        """obs [..., O] -> z [..., Z]."""
+        """obs [..., O], or uint8 [..., 3C, 64, 64] -> z [..., Z]."""
         return layers.encode(self.weights(), obs)
 
     def next(self, z: Tensor, action: Tensor) -> Tensor:
@@ -97,3 +112,20 @@ class WorldModel(nn.Module):
     def q(self, z: Tensor, action: Tensor) -> Tensor:
         """z [..., Z], action [..., A] -> Q of every critic [K, ...]."""
         return layers.critics(self.weights().critics, z, action)
+
+
+def _encoder(obs_shape: tuple[int, ...], config: ModelConfig) -> list[nn.Module]:
+    """MLP for flat observations, convolutions and, where Z is not their size, a Linear for images.
+    """
+    latent = config.latent_dim
+    if len(obs_shape) == 1:
+        return [Linear(*obs_shape, config.encoder_dim, normed=True),
+                Linear(config.encoder_dim, latent, normed=True)]
+    if not is_image(obs_shape) or obs_shape[1:] != (SIZE, SIZE):
+        raise ValueError(f"obs_shape must be (O,) or (3C, {SIZE}, {SIZE}), got {obs_shape}")
+    channels, side, encoder = obs_shape[0], SIZE, []
+    for kernel, stride in layers.CONVOLUTIONS:
+        encoder.append(Convolution(channels, layers.CHANNELS, kernel))
+        channels, side = layers.CHANNELS, (side - kernel) // stride + 1
+    flat = channels * side**2  # 512
+    return encoder if flat == latent else [*encoder, Linear(flat, latent, normed=False)]

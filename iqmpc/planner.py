@@ -9,6 +9,7 @@ from torch import Tensor
 
 from iqmpc.config import PlannerConfig
 from iqmpc.errors import BackendError
+from iqmpc.frames import is_image
 from iqmpc.kernels import mppi_plan
 from iqmpc.kernels.backends import resolve_backend
 from iqmpc.kernels.weights import Weights
@@ -40,7 +41,7 @@ class Planner:
         Raises `BackendError` where no backend can serve the settings.
         """
         self.config = config = config or PlannerConfig()
-        self.obs_dim, self.num_envs = weights.obs_dim, num_envs
+        self.obs_shape, self.num_envs = weights.obs_shape, num_envs
         self.backend = _backend(config, weights)
         self._plan = mppi_plan.BACKENDS[self.backend](
             weights, config, discount=discount, beta=beta, num_envs=num_envs, seed=seed)
@@ -55,13 +56,15 @@ class Planner:
         self._plan.reset(env)
 
     def plan(self, obs: Tensor, *, explore: bool = False) -> Tensor:
-        """obs [E, O] -> action [E, A] in [-1, 1]; `explore` adds std_0·ε to it.
+        """obs [E, O] or uint8 [E, 3C, 64, 64] -> action [E, A] in [-1, 1]; `explore` adds std_0·ε.
 
-        Raises `ValueError` for observations of another shape.
+        Raises `ValueError` for observations of another shape, and images of another type.
         """
-        if list(obs.shape) != [self.num_envs, self.obs_dim]:
-            raise ValueError(
-                f"obs must be [{self.num_envs}, {self.obs_dim}], got {list(obs.shape)}")
+        expected = [self.num_envs, *self.obs_shape]
+        if list(obs.shape) != expected:
+            raise ValueError(f"obs must be {expected}, got {list(obs.shape)}")
+        if is_image(self.obs_shape) and obs.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8, got {obs.dtype}")
         plan = self._plan(obs, explore=explore)
         if plan.nonfinite:
             if not self.nonfinite_plans:

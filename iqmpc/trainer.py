@@ -22,6 +22,7 @@ from iqmpc.envs.vector import VectorEnv, check_alike
 from iqmpc.envs.workers import WorkerVectorEnv
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.evaluation import Evaluation, evaluate, ratio
+from iqmpc.frames import is_image, unstacked
 from iqmpc.learner import Learner
 from iqmpc.replay import SliceReplay
 from iqmpc.runlog import RunLog, write_summary
@@ -36,14 +37,15 @@ Metrics = tuple[tuple[str, ...], torch.Tensor]  # names and, on the learner's de
 class Trainer:
     """Trains an agent on environments from demonstrations (none for `objective: td`).
 
-    `env` is any `gymnasium.Env` with flat Box observations and actions in [-1, 1], or a sequence of
-    `config.train.num_envs` of them with the same spaces. They are stepped together, one tick after
-    another, and their actions planned in one call. In place of environments, functions that make
-    them may be given: then `config.train.env_workers` can put each into a process of its own
-    (`iqmpc.envs.workers`). Evaluation takes `eval_env`, in this process; where that is absent it
-    is `env` itself, if that is one environment, or is made by the first function. `run` is
-    the folder that receives config, metrics and checkpoints; a folder that holds a run already is
-    refused unless `resume` continues it. `on_progress(values)` is called now and then with the
+    `env` is any `gymnasium.Env` with flat Box observations, or images as `iqmpc.frames` says, and
+    actions in [-1, 1], or a sequence of `config.train.num_envs` of them with the same spaces. They
+    are stepped together, one tick after another, and their actions planned in one call. In place of
+    environments, functions that make them may be given: then `config.train.env_workers` can put
+    each into a process of its own (`iqmpc.envs.workers`). Evaluation takes `eval_env`, in this
+    process; where that is absent it is `env` itself, if that is one environment, or is made by the
+    first function. `run` is the folder that receives config, metrics and checkpoints; a folder that
+    holds a run already is refused unless `resume` continues it. `on_progress(values)` is called now
+    and then with the
     current figures (`return` is the last episode's), `on_message(text)` with events in words.
 
     Evaluations and checkpoints come after ticks at which an episode ended. A checkpoint holds no
@@ -86,20 +88,20 @@ class Trainer:
         self._on_progress = on_progress or (lambda values: None)
         self._on_message = on_message or (lambda text: None)
         self.envs, self.eval_env = _environments(config, env, eval_env, self._on_message)
-        obs_dim, action_dim, count = self.envs.obs_dim, self.envs.action_dim, len(self.envs)
+        obs_shape, action_dim, count = self.envs.obs_shape, self.envs.action_dim, len(self.envs)
         self.device = resolve_device(config.device)
         # Of the random actions, and later of the batches.
         self.generator = torch.Generator(self.device).manual_seed(
             stream_seed(config.seed, "trainer"))
         self.learner = Learner(
-            obs_dim, action_dim, config, self.device, sampler=self.generator)
+            obs_shape, action_dim, config, self.device, sampler=self.generator)
         self.agent = Agent(self.learner.model, config, seed=config.seed, num_envs=count)
         # Evaluation plans for one environment; a single agent does both (and is compiled once).
         self._evaluator = self.agent if count == 1 else Agent(
             self.learner.model, config, seed=config.seed)
         horizon = config.learner.horizon
         self.behaviour = SliceReplay(
-            obs_dim, action_dim, horizon=horizon, capacity=config.train.capacity,
+            obs_shape, action_dim, horizon=horizon, capacity=config.train.capacity,
             device=self.device)
         self.experts: SliceReplay | None = None
         self.demonstrator_return: float | None = None
@@ -111,7 +113,7 @@ class Trainer:
                     f"learner.objective={config.learner.objective} learns from demonstrations: "
                     "none were given")
             self.experts = _expert_replay(
-                demonstrations, config.task.name, obs_dim, action_dim, horizon, self.device)
+                demonstrations, config.task.name, obs_shape, action_dim, horizon, self.device)
         cuda = self.device.startswith("cuda")
         self.overlap = config.train.overlap or ("async" if cuda else "off")
         self._worker: ThreadPoolExecutor | None = None  # while training
@@ -183,9 +185,11 @@ class Trainer:
         if len(actions) == left:
             ended += self.envs.cut()
         for episode in ended:
+            obs = np.asarray(episode.observations)
             self.behaviour.add_episode(
+                torch.as_tensor(unstacked(obs) if is_image(obs.shape[1:]) else obs),
                 *(torch.as_tensor(np.asarray(x, np.float32))
-                  for x in (episode.observations, episode.actions, episode.rewards)),
+                  for x in (episode.actions, episode.rewards)),
                 terminated=episode.terminated)
         self._learn(at_once=self.overlap == "off" or bool(ended))
         if self.env_steps % _REPORT_EVERY < len(actions):
@@ -205,7 +209,7 @@ class Trainer:
         return self.env_steps < self.config.random_steps or not self.behaviour.slices
 
     def _act(self, obs: np.ndarray) -> np.ndarray:
-        """obs [N, O] -> action [N, A]."""
+        """obs [N, ...] -> action [N, A]."""
         if self._exploring_at_random:
             uniform = torch.rand(
                 len(obs), self.envs.action_dim, generator=self.generator, device=self.device)
@@ -338,7 +342,7 @@ class Trainer:
             "trainer.generator": self.generator.get_state(),
         }
         checkpoint.save(self.run, self.env_steps, tensors, {
-            "obs_dim": self.learner.model.obs_dim, "action_dim": self.learner.model.action_dim,
+            "obs_shape": self.learner.model.obs_shape, "action_dim": self.learner.model.action_dim,
             **self._progress(), "started": self.envs.started,
             "env_restarts": self.envs.restarts,
             "evaluated_at": self._evaluated_at,
@@ -432,19 +436,19 @@ def _environments(
 
 
 def _expert_replay(
-    demonstrations: Demonstrations, task: str, obs_dim: int, action_dim: int, horizon: int,
-    device: str,
+    demonstrations: Demonstrations, task: str, obs_shape: tuple[int, ...], action_dim: int,
+    horizon: int, device: str,
 ) -> SliceReplay:
     if not names_task(demonstrations.task, task):
         raise ConfigError(
             f"the demonstrations are of task {demonstrations.task!r}, the run's is {task!r}")
-    dims = (demonstrations.obs_dim, demonstrations.action_dim)
-    if dims != (obs_dim, action_dim):
+    given = (demonstrations.obs_shape, demonstrations.action_dim)
+    if given != (obs_shape, action_dim):
         raise ConfigError(
-            f"the demonstrations of {demonstrations.task!r} have {dims[0]} observations and "
-            f"{dims[1]} actions, the environment has {obs_dim} and {action_dim}")
+            f"the demonstrations of {demonstrations.task!r} have observations {list(given[0])} and "
+            f"{given[1]} actions, the environment has {list(obs_shape)} and {action_dim}")
     rows = sum(len(e.actions) + 1 for e in demonstrations.episodes)
-    replay = SliceReplay(obs_dim, action_dim, horizon=horizon, capacity=rows, device=device)
+    replay = SliceReplay(obs_shape, action_dim, horizon=horizon, capacity=rows, device=device)
     for e in demonstrations.episodes:
         replay.add_episode(torch.from_numpy(e.observations), torch.from_numpy(e.actions),
                            terminated=e.terminated)

@@ -34,6 +34,8 @@ class Recorder:
         self._fps = env.metadata.get("render_fps", self._fps)
         try:
             self._frames.append(env.render())
+        except TaskError:
+            raise
         except Exception as error:  # every GL backend raises its own type
             raise TaskError(
                 f"the environment cannot render here: {error or type(error).__name__} (without a "

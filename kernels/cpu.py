@@ -14,8 +14,9 @@ class PackedWeights:
 
     `precision` is "float32" or "bf16": the operands of matrix products. `isa` names one of
     `iqmpc._C.isa_levels()`; by default it is the best one, or the one named by the environment
-    variable IQMPC_ISA. Weights that are not finite are taken. Raises `ValueError` for tensors that
-    are not float32 on the CPU and for sizes that do not fit together.
+    variable IQMPC_ISA. Weights that are not finite are taken. An encoder of images is left out:
+    a planner is then given latents, and `obs_dim` is Z. Raises `ValueError` for tensors that are
+    not float32 on the CPU and for sizes that do not fit together.
     """
 
     def __init__(self, weights: Weights, *, precision: str = "float32", isa: str | None = None):
@@ -23,7 +24,7 @@ class PackedWeights:
         from iqmpc import _C
 
         self.native = _C.WorldModel(
-            encoder=layer_arrays("encoder", weights.encoder),
+            encoder=flat_encoder(weights),
             dynamics=layer_arrays("dynamics", weights.dynamics),
             policy=layer_arrays("policy", weights.policy),
             critics=[layer_arrays(f"critic {k}", weights.critics, k)
@@ -57,6 +58,11 @@ def refuse_grad(**tensors: Tensor) -> None:
                 f"{name} requires grad and the cpu backend has no backward: use "
                 "backend='reference' or torch.no_grad()"
             )
+
+
+def flat_encoder(weights: Weights) -> list[tuple[np.ndarray, ...]]:
+    """The encoder's layers; none of an encoder of images, which the C++ library does not know."""
+    return [] if weights.encodes_images else layer_arrays("encoder", weights.encoder)
 
 
 def layer_arrays(

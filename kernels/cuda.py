@@ -7,7 +7,7 @@ from torch import Tensor
 
 from iqmpc.errors import BackendError
 from iqmpc.kernels.backends import available_backends
-from iqmpc.kernels.cpu import layer_arrays
+from iqmpc.kernels.cpu import flat_encoder, layer_arrays
 from iqmpc.kernels.weights import Layer, Weights, map_layers
 
 
@@ -42,7 +42,7 @@ class CudaWeights:
         self.device = _cuda_device(device, weights.encoder[0].weight.device)
         critics = _host(weights.critics)
         self.native = _C.CudaWorldModel(
-            encoder=layer_arrays("encoder", _host(weights.encoder)),
+            encoder=flat_encoder(weights._replace(encoder=_host(weights.encoder))),
             dynamics=layer_arrays("dynamics", _host(weights.dynamics)),
             policy=layer_arrays("policy", _host(weights.policy)),
             critics=[layer_arrays(f"critic {k}", critics, k) for k in range(weights.num_critics)],

@@ -15,6 +15,8 @@ from torch import Tensor
 from iqmpc.kernels.weights import Layer, Weights
 
 _EPS = 1e-5  # LayerNorm's, as in torch
+CONVOLUTIONS = ((7, 2), (5, 2), (3, 2), (3, 1))  # kernel and stride of the encoder of images
+CHANNELS = 32  # of each
 
 
 def linear(layer: Layer, x: Tensor) -> Tensor:
@@ -54,8 +56,33 @@ def simnorm(x: Tensor, group: int) -> Tensor:
 
 
 def encode(w: Weights, obs: Tensor) -> Tensor:
-    """h: obs [..., O] -> z [..., Z]."""
-    return simnorm(mlp(w.encoder, obs), w.simnorm_dim)
+    """h: obs [..., O], or images [..., 3C, 64, 64] with values from 0 to 255 -> z [..., Z]."""
+    x = convolve(w.encoder, obs) if w.encodes_images else mlp(w.encoder, obs)
+    return simnorm(x, w.simnorm_dim)
+
+
+def convolve(layers: tuple[Layer, ...], images: Tensor) -> Tensor:
+    """Convolutions with ReLU between them, flattened, and the linear layer where there is one."""
+    x = images.reshape(-1, *images.shape[-3:]).to(layers[0].weight.dtype) / 255 - 0.5
+    for index, (layer, (_, stride)) in enumerate(
+            zip(layers, CONVOLUTIONS, strict=False)):
+        x = F.conv2d(F.relu(x) if index else x, layer.weight, layer.bias, stride)
+    x = x.flatten(1)
+    for layer in layers[len(CONVOLUTIONS):]:
+        x = linear(layer, x)
+    return x.reshape(*images.shape[:-3], -1)
+
+
+def shifted(images: Tensor, shift: Tensor) -> Tensor:
+    """Images [..., C, H, W] moved by whole pixels, shift [..., 2] (rows, columns) int64 each.
+
+    Output (y, x) is input (y + rows, x + columns); beyond an edge the edge is repeated.
+    """
+    rows, columns = (
+        (torch.arange(size, device=images.device) + shift[..., axis, None]).clamp(0, size - 1)
+        for axis, size in enumerate(images.shape[-2:]))
+    moved = images.gather(-2, rows[..., None, :, None].expand_as(images))
+    return moved.gather(-1, columns[..., None, None, :].expand_as(images))
 
 
 def dynamics(w: Weights, z: Tensor, action: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class TritonWeights:
         self.precision, self.dtype = precision, PRECISIONS[precision]
         self.product = "tf32x3" if precision == "float32" else "tf32"  # of float32 operands
         self.device = weights.dynamics[0].weight.device
-        self.obs_dim, self.action_dim = weights.obs_dim, weights.action_dim
+        self.obs_shape, self.action_dim = weights.obs_shape, weights.action_dim
         self.latent_dim, self.num_critics = weights.latent_dim, weights.num_critics
         self.log_std_min, self.log_std_max = weights.log_std_min, weights.log_std_max
         self.actions = max(16, _power(self.action_dim))  # padded

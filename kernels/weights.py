@@ -12,11 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iqmpc.frames import SIZE
+
 
 class Layer(NamedTuple):
     """One linear layer, followed by a LayerNorm where `gamma` and `beta` are present.
 
-    weight [O, I], bias [O], gamma [O], beta [O]; critics carry a leading K on each.
+    weight [O, I], bias [O], gamma [O], beta [O]; critics carry a leading K on each. A convolution
+    has weight [O, I, k, k] and no LayerNorm.
     """
 
     weight: Tensor
@@ -28,6 +31,7 @@ class Layer(NamedTuple):
 class Weights(NamedTuple):
     """A world model: its stacks of layers and the constants of its activations.
 
+    The encoder of images is four convolutions, and a linear layer where Z is not their size.
     `termination` is empty for a model of tasks that never end in a terminal state.
     """
 
@@ -41,12 +45,18 @@ class Weights(NamedTuple):
     termination: tuple[Layer, ...] = ()
 
     @property
-    def obs_dim(self) -> int:
-        return self.encoder[0].weight.shape[-1]
+    def obs_shape(self) -> tuple[int, ...]:
+        """(O,), or (3C, 64, 64) of images."""
+        inputs = self.encoder[0].weight.shape[1]
+        return (inputs, SIZE, SIZE) if self.encodes_images else (inputs,)
+
+    @property
+    def encodes_images(self) -> bool:
+        return self.encoder[0].weight.dim() == 4
 
     @property
     def latent_dim(self) -> int:
-        return self.encoder[-1].weight.shape[-2]
+        return self.dynamics[-1].weight.shape[-2]
 
     @property
     def action_dim(self) -> int:

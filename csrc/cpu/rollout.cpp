@@ -102,6 +102,10 @@ Workspace::Workspace(const PackedModel& model, Index horizon)
       actions(floats(horizon * kBlockRows, model.action_pad)) {}
 
 void encode(const PackedModel& model, const float* obs, Workspace& workspace, Root& root) {
+  if (model.encoder.empty()) {
+    for (Index i = 0; i < model.latent_dim; ++i) root.z.data()[model.simnorm.feature(i)] = obs[i];
+    return;
+  }
   const Network network(model, *model.exact, workspace);
   const PackedLayer& first = model.encoder.front();
   network.linear(first, obs, model.obs_dim, 1, workspace.pre.data());

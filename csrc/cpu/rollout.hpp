@@ -52,7 +52,7 @@ struct Workspace {
   AlignedBuffer<float> actions;  // [horizon, rows, action_pad]
 };
 
-// z_0 = h(obs), into root.z.
+// z_0 = h(obs), into root.z; obs itself where the model has no encoder.
 void encode(const PackedModel& model, const float* obs, Workspace& workspace, Root& root);
 
 // The other fields of `root`, from root.z. `excess` [simnorm.groups] is the groups' sums minus one,

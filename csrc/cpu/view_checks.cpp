@@ -47,8 +47,9 @@ void check_stack(const std::string& part, const std::vector<LinearView>& layers,
 }  // namespace
 
 void check_view(const WorldModelView& view) {
-  check_stack("encoder", view.encoder, 0, 0, 1, true);
-  const Index z = view.encoder.back().out;
+  check_stack("encoder", view.encoder, 0, 0, 0, true);
+  if (view.encoder.empty()) check_stack("dynamics", view.dynamics, 0, 0, 2, true);
+  const Index z = (view.encoder.empty() ? view.dynamics : view.encoder).back().out;
   check_stack("policy", view.policy, z, 0, 2, false);
   const Index heads = view.policy.back().out;
   if (heads % 2) refuse("policy", "expected an even number of outputs, got " + std::to_string(heads));

@@ -13,14 +13,14 @@ namespace {
 
 PackedModel pack(const WorldModelView& view, Precision precision, Isa isa) {
   check_view(view);
-  const Index z = view.encoder.back().out, heads = view.policy.back().out, a = heads / 2;
+  const Index z = view.dynamics.back().out, heads = view.policy.back().out, a = heads / 2;
 
   PackedModel model{};
   model.precision = precision;
   model.isa = isa_from_name(isa_name(isa), "isa");
   model.kernels = &kernel_table(isa, precision);
   model.exact = &kernel_table(isa, Precision::float32);
-  model.obs_dim = view.encoder.front().in;
+  model.obs_dim = view.encoder.empty() ? z : view.encoder.front().in;
   model.action_dim = a;
   model.latent_dim = z;
   model.action_pad = round_up(a, kActionPad);

@@ -87,7 +87,7 @@ class Packer {
  public:
   Packer(const WorldModelView& view, Precision precision) : precision_(precision) {
     ModelData& m = model_;
-    m.latent_dim = static_cast<int>(view.encoder.back().out);
+    m.latent_dim = static_cast<int>(view.dynamics.back().out);
     m.action_dim = static_cast<int>(view.policy.back().out / 2);
     m.num_critics = static_cast<int>(view.critics.size());
     m.simnorm_dim = static_cast<int>(view.simnorm_dim);

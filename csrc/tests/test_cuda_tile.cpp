@@ -367,7 +367,10 @@ void refuses_what_the_cpu_refuses() {
   const RandomModel with_head(sizes);
   CHECK(message_of<std::invalid_argument>([&] { pack(with_head.view, Precision::bf16); }) ==
         "termination: the CUDA kernels take no model with such a head");
-  check([](View& v) { v.encoder.clear(); });
+  check([](View& v) {
+    v.encoder.clear();
+    v.dynamics.clear();
+  });
   check([](View& v) { v.encoder.pop_back(); });
   check([](View& v) { v.encoder[0].gamma = nullptr; });
   check([](View& v) { v.dynamics.resize(1); });

@@ -10,6 +10,7 @@ import numpy as np
 
 from iqmpc.config import names_task
 from iqmpc.demos.types import Defect, Draft
+from iqmpc.frames import SIZE
 
 
 def find_defects(
@@ -74,13 +75,22 @@ def _find(
         )
         if width == 0 or (width is not None and expected not in (None, width)):
             yield at(key, f"{width} values a step", str(expected or "at least 1"))
+    # Images where most episodes have them; then the odd ones out are the others.
+    frames = [e["observations"] for e in episodes if _is_frames(e["observations"])]
+    layout = ("[T+1, O]", (widths["observations"],), np.float32)
+    if 2 * len(frames) > len(episodes):
+        channels = Counter(len(array[0]) for array in frames if len(array)).most_common(1)
+        shape = (channels[0][0] if channels else None, SIZE, SIZE)
+        layout = (f"[T+1, C, {SIZE}, {SIZE}]", shape, np.uint8)
+        if obs_dim is not None:
+            yield at("observations", "images", f"{obs_dim} values a step")
 
     for index, episode in enumerate(draft.episodes):
         if isinstance(episode, Defect):
             yield episode
         else:
             yield from _episode_defects(
-                partial(at, episode=index), episode, widths, draft.range_hint
+                partial(at, episode=index), episode, layout, widths["actions"], draft.range_hint
             )
 
     for key in ("rewards", "success"):
@@ -93,28 +103,34 @@ def _is_matrix(value: object) -> bool:
     return isinstance(value, np.ndarray) and value.ndim == 2
 
 
+def _is_frames(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim == 4
+
+
 def _episode_defects(
     at: Callable[..., Defect],
     episode: Mapping[str, object],
-    widths: Mapping[str, int | None],
+    layout: tuple[str, tuple[int | None, ...], type],
+    action_dim: int | None,
     range_hint: str,
 ) -> Iterator[Defect]:
+    """layout: of observations, the symbols of their shape, the shape of one and their dtype."""
     steps = len(episode["actions"]) if _is_matrix(episode["actions"]) else None
     rows = None if steps is None else steps + 1
     if steps == 0:
         yield at("actions", "no steps", "at least one")
-    for key, symbols, shape in (
-        ("observations", "[T+1, O]", (rows, widths["observations"])),
-        ("actions", "[T, A]", (steps, widths["actions"])),
-        ("rewards", "[T]", (steps,)),
+    for key, symbols, shape, dtype in (
+        ("observations", layout[0], (rows, *layout[1]), layout[2]),
+        ("actions", "[T, A]", (steps, action_dim), np.float32),
+        ("rewards", "[T]", (steps,), np.float32),
     ):
         value = episode[key]
         if isinstance(value, Defect):
             yield value
         elif isinstance(value, np.ndarray):
-            yield from _array_defects(partial(at, key), value, symbols, shape)
+            yield from _array_defects(partial(at, key), value, symbols, shape, dtype)
         elif value is not None or key != "rewards":
-            yield at(key, describe(value), f"a float32 array {symbols}")
+            yield at(key, describe(value), f"a {np.dtype(dtype)} array {symbols}")
 
     if isinstance(episode["actions"], np.ndarray) and episode["actions"].dtype.kind in "fiu":
         actions = episode["actions"]
@@ -131,10 +147,14 @@ def _episode_defects(
 
 
 def _array_defects(
-    at: Callable[[str, str], Defect], array: np.ndarray, symbols: str, shape: tuple[int | None, ...]
+    at: Callable[[str, str], Defect],
+    array: np.ndarray,
+    symbols: str,
+    shape: tuple[int | None, ...],
+    dtype: type,
 ) -> Iterator[Defect]:
-    if array.dtype != np.float32:
-        yield at(f"dtype {array.dtype}", "float32")
+    if array.dtype != dtype:
+        yield at(f"dtype {array.dtype}", str(np.dtype(dtype)))
     fits = array.ndim == len(shape) and all(
         want in (None, have) for have, want in zip(array.shape, shape, strict=True)
     )

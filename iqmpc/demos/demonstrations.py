@@ -14,6 +14,7 @@ from iqmpc.demos.checks import find_defects
 from iqmpc.demos.formats import read
 from iqmpc.demos.types import Defect, DemonstrationError, Draft, Episode, Facts
 from iqmpc.files import write_atomically
+from iqmpc.frames import STACK, is_image
 
 _DATA = Path(__file__).parent / "data"
 
@@ -46,7 +47,13 @@ class Demonstrations:
     @property
     def obs_dim(self) -> int:
         """O, the values of one observation."""
-        return self.episodes[0].observations.shape[1]
+        return int(np.prod(self.obs_shape))
+
+    @property
+    def obs_shape(self) -> tuple[int, ...]:
+        """Of one observation: (O,), or (3C, 64, 64) where they are images."""
+        shape = self.episodes[0].observations.shape[1:]
+        return (STACK * shape[0], *shape[1:]) if is_image(shape) else shape
 
     @property
     def action_dim(self) -> int:

@@ -17,8 +17,9 @@ from iqmpc.demos.types import Defect, Draft, Episode
 
 FORMAT = "iqmpc-demonstrations"
 VERSION = 1
-# Most episodes are one chunk, which compresses best; a very long one stays readable in parts.
-_CHUNK_ROWS = 1024
+# Most episodes are one chunk, which compresses best; a very long one stays readable in parts, and
+# so do frames.
+_CHUNK_ROWS, _CHUNK_BYTES = 1024, 2**20
 
 
 def encode(task: str, episodes: Sequence[Episode], provenance: Mapping[str, str]) -> bytes:
@@ -40,10 +41,11 @@ def encode(task: str, episodes: Sequence[Episode], provenance: Mapping[str, str]
             for key in ("observations", "actions", "rewards"):
                 values = getattr(episode, key)
                 if values is not None:
+                    rows = max(1, min(len(values), _CHUNK_ROWS, _CHUNK_BYTES // values[0].nbytes))
                     group.create_dataset(
                         key,
                         data=values,
-                        chunks=(min(len(values), _CHUNK_ROWS), *values.shape[1:]),
+                        chunks=(rows, *values.shape[1:]),
                         compression="gzip",
                         compression_opts=9,
                         shuffle=True,

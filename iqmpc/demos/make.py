@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import iqmpc
 from iqmpc.agent import Agent
 from iqmpc.demos.demonstrations import Demonstrations
 from iqmpc.demos.types import DemonstrationError, Episode
+from iqmpc.envs.pixels import FrameRecorder
 from iqmpc.evaluation import rollout
 from iqmpc.seeding import stream_seed
 
@@ -86,13 +87,15 @@ def record(
     min_return: float | None = None,
     successes_only: bool | None = None,
     fewer: bool = False,
+    provenance: Mapping[str, str] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Demonstrations:
     """Episodes of a demonstrator until `episodes` are kept, from at most `max_tries`.
 
     Kept are those with at least `min_return` and, with `successes_only`, success at the last step.
     `noise` and `successes_only`: None takes the demonstrator's. `fewer`: take what was kept, if it
-    is any. `progress(kept, tried, return)` is called after each. The same arguments give the same
+    is any. `provenance` is added to the demonstrator's. Of an `env` that is a `FrameRecorder` the
+    frames are kept, in the place of what the policy observed. `progress(kept, tried, return)` is called after each. The same arguments give the same
     episodes.
     Raises DemonstrationError that counts what was reached when too few were kept, and where
     successes are asked for and the task tells none.
@@ -106,6 +109,8 @@ def record(
     while len(kept) < episodes and tried < max_tries:
         actor = _Actor(demonstrator.policy, env, noise, stream_seed(seed, "noise", tried))
         episode = rollout(actor, env, seed=stream_seed(seed, "record", tried))
+        if isinstance(env, FrameRecorder):
+            episode = replace(episode, observations=np.stack(env.frames))
         if successes_only and episode.success is None:
             raise DemonstrationError(f"{task} tells no success, so none can be selected by it")
         total = float(episode.rewards.sum())
@@ -127,6 +132,7 @@ def record(
             f"{', '.join(counts)}")
     provenance = {
         **demonstrator.provenance,
+        **(provenance or {}),
         "versions": ", ".join(f"{name} {number}" for name, number in _versions().items()),
         "seed": str(seed),
         "kept": f"{len(kept)} of {tried}"

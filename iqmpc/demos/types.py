@@ -17,7 +17,8 @@ class Episode:
     """One recorded episode of T environment steps.
 
     observations: float32 [T+1, O]; row t is what the demonstrator saw before action t, the last
-        row what followed the last action.
+        row what followed the last action. Of images every frame once, uint8 [T+1, C, 64, 64]: what
+        was seen at row t is `iqmpc.frames.stacked(observations)[t]`.
     actions: float32 [T, A] in [-1, 1].
     rewards: float32 [T], or None where they were not recorded. For reporting only: the method
         never sees them.

@@ -13,6 +13,7 @@ from iqmpc.config import TaskConfig
 from iqmpc.envs import dmcontrol, gym, maniskill, myosuite
 from iqmpc.envs.noise import TransitionNoise
 from iqmpc.errors import TaskError
+from iqmpc.frames import SIZE, STACK, is_image
 
 _SUITES = {"dmcontrol": dmcontrol.make, "myosuite": myosuite.make, "maniskill": maniskill.make,
            "gym": gym.make}
@@ -33,8 +34,10 @@ TASKS: dict[str, TaskConfig] = {
 def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any) -> gymnasium.Env:
     """Make a task's environment: float32 observations [O], actions [A] in [-1, 1].
 
+    With `obs="pixels"` observations are uint8 [9, 64, 64], three frames, the oldest first.
+
     `task` is a name such as `walker-walk` or a `TaskConfig`; `options` replace fields of that
-    config (`episode_length`, `action_repeat`, `transition_noise`) or are passed to the suite
+    config (`episode_length`, `obs`, `transition_noise`, …) or are passed to the suite
     (`render_mode`). With a `seed`, the first `reset()` uses it. Any gymnasium environment:
     `make_env(TaskConfig(name="gym", suite="gym", env_id="HalfCheetah-v4", episode_length=1000))`.
 
@@ -58,15 +61,18 @@ def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any)
     return TransitionNoise(env, task.transition_noise) if task.transition_noise else env
 
 
-def check_spaces(env: gymnasium.Env, name: str) -> tuple[int, int]:
-    """(O, A) of an environment that fits the method; `TaskError` where it does not."""
+def check_spaces(env: gymnasium.Env, name: str) -> tuple[tuple[int, ...], int]:
+    """The shape of observations, (O,) or (3C, 64, 64), and A; `TaskError` where they do not fit."""
     obs, action = env.observation_space, env.action_space
-    if not isinstance(obs, gymnasium.spaces.Box) or len(obs.shape) != 1:
-        raise TaskError(f"{name}: the observation space must be a flat Box, got {obs}")
+    images = isinstance(obs, gymnasium.spaces.Box) and is_image(obs.shape) and \
+        obs.dtype == np.uint8 and obs.shape[0] % STACK == 0 and obs.shape[1:] == (SIZE, SIZE)
+    if not images and (not isinstance(obs, gymnasium.spaces.Box) or len(obs.shape) != 1):
+        raise TaskError(f"{name}: the observation space must be a flat Box, or one of uint8 images "
+                        f"[{STACK}C, {SIZE}, {SIZE}], got {obs}")
     if not isinstance(action, gymnasium.spaces.Box) or len(action.shape) != 1:
         raise TaskError(f"{name}: the action space must be a flat Box, got {action}")
     if not (np.all(action.low == -1) and np.all(action.high == 1)):
         raise TaskError(
             f"{name}: actions must lie in [-1, 1], got [{action.low.min():g}, "
             f"{action.high.max():g}]; wrap it: gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)")
-    return obs.shape[0], action.shape[0]
+    return obs.shape, action.shape[0]

@@ -14,7 +14,9 @@ import numpy as np
 from iqmpc.config import TaskConfig
 from iqmpc.envs.actions import scaled
 from iqmpc.envs.extras import import_extra
+from iqmpc.envs.pixels import FrameStack
 from iqmpc.errors import TaskError
+from iqmpc.frames import SIZE
 
 # name of the task -> (domain, task) of dm_control
 TASKS = {
@@ -30,24 +32,36 @@ TASKS = {
     "dog-run": ("dog", "run"),
 }
 
+_GL = ("without a screen, rendering needs EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri, "
+       "or libosmesa6, and MUJOCO_GL=egl or MUJOCO_GL=osmesa to choose one")
+
 
 def import_suite(render: bool) -> Any:
     """Import `dm_control.suite`, with GL only where something will be rendered.
 
     dm_control chooses its GL library once, when it is first imported, by MUJOCO_GL. Where the user
     has not set that, it is `disabled` for state tasks; for rendering without a screen it is EGL or
-    OSMesa, whichever is installed.
+    OSMesa, whichever is installed; `TaskError` where neither is.
     """
     if "MUJOCO_GL" not in os.environ and "dm_control" not in sys.modules:
         if not render:
             os.environ["MUJOCO_GL"] = "disabled"
         elif not os.environ.get("DISPLAY"):
-            os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "osmesa"
+            found = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
+            if not found:
+                raise TaskError(f"no graphics library was found: {_GL}")
+            os.environ["MUJOCO_GL"] = found[0].lower()
     # With software Mesa, loading Triton after GL ends the process (two LLVMs in one process), and
     # torch loads Triton lazily, from a compile or an optimiser: so Triton comes first.
     if os.environ.get("MUJOCO_GL") != "disabled" and importlib.util.find_spec("triton"):
         importlib.import_module("triton")
-    return import_extra("dm_control.suite", "DMControl", "dmcontrol")
+    try:
+        return import_extra("dm_control.suite", "DMControl", "dmcontrol")
+    except Exception as error:  # every graphics library fails in its own way
+        if not render or importlib.util.find_spec("dm_control") is None:
+            raise
+        raise TaskError(f"dm_control cannot be imported with MUJOCO_GL="
+                        f"{os.environ.get('MUJOCO_GL')}: {error} ({_GL})") from error
 
 
 class DMControlEnv(gymnasium.Env):
@@ -56,7 +70,7 @@ class DMControlEnv(gymnasium.Env):
     observation: float32 [O]; action: float32 [A] in [-1, 1], rescaled to the task's range and
     repeated `action_repeat` times with the rewards summed. `terminated` is always False;
     `truncated` after `episode_length` control steps. `reset(seed=s)` gives the same episode
-    whatever came before it.
+    whatever came before it. `frame()` is the image of `obs: pixels` (`make` stacks three).
     """
 
     def __init__(
@@ -65,8 +79,9 @@ class DMControlEnv(gymnasium.Env):
     ):
         if render_mode not in (None, "rgb_array"):
             raise TaskError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
-        suite = import_suite(render=render_mode is not None)
-        if render_mode is not None and os.environ.get("MUJOCO_GL") == "disabled":
+        render = render_mode is not None or task.obs == "pixels"
+        suite = import_suite(render)
+        if render and os.environ.get("MUJOCO_GL") == "disabled":
             raise TaskError(
                 "this process loaded dm_control without GL, for a task that is not rendered (or "
                 "MUJOCO_GL=disabled is set): set MUJOCO_GL=egl or MUJOCO_GL=osmesa before the "
@@ -77,6 +92,8 @@ class DMControlEnv(gymnasium.Env):
             domain, name,
             # the suite's own limit counts simulator time; ours counts control steps
             task_kwargs={"random": np.random.RandomState(seed), "time_limit": float("inf")})
+        if task.fast_render:  # before the first frame, for which buffers are made
+            self._env.physics.model.vis.quality.offsamples = 0
         spec = self._env.action_spec()
         self._low, self._high = spec.minimum, spec.maximum
         size = sum(int(np.prod(s.shape)) for s in self._env.observation_spec().values())
@@ -110,9 +127,21 @@ class DMControlEnv(gymnasium.Env):
 
     def render(self) -> np.ndarray:
         """An RGB frame, uint8 [render_size, render_size, 3]; needs `render_mode="rgb_array"`."""
-        size = self._render_size
+        return self._image(self._render_size)
+
+    def frame(self) -> np.ndarray:
+        """The RGB frame that is observed, uint8 [3, 64, 64]."""
+        return np.ascontiguousarray(self._image(SIZE).transpose(2, 0, 1))
+
+    def _image(self, size: int) -> np.ndarray:
         camera = 2 if self.config.name.startswith("quadruped") else 0
-        return self._env.physics.render(size, size, camera_id=camera)
+        flags = {"shadow": False} if self.config.fast_render else None
+        try:
+            return self._env.physics.render(
+                size, size, camera_id=camera, render_flag_overrides=flags)
+        except Exception as error:  # every graphics library raises its own type
+            raise TaskError(
+                f"cannot render here: {error or type(error).__name__} ({_GL})") from error
 
     def close(self) -> None:
         self._env.close()
@@ -122,8 +151,9 @@ class DMControlEnv(gymnasium.Env):
         return np.concatenate([np.ravel(v) for v in observation.values()]).astype(np.float32)
 
 
-def make(task: TaskConfig, *, seed: int | None = None, **options: Any) -> DMControlEnv:
-    """A `DMControlEnv`; `options` are passed to it."""
+def make(task: TaskConfig, *, seed: int | None = None, **options: Any) -> gymnasium.Env:
+    """A `DMControlEnv`, under a `FrameStack` with `obs: pixels`; `options` are passed to it."""
     if task.name not in TASKS:
         raise TaskError(f"unknown DMControl task {task.name!r} (known: {', '.join(TASKS)})")
-    return DMControlEnv(task, seed=seed, **options)
+    env = DMControlEnv(task, seed=seed, **options)
+    return FrameStack(env, lambda obs: env.frame()) if task.obs == "pixels" else env

@@ -10,12 +10,14 @@ import numpy as np
 
 from iqmpc.envs import check_spaces
 from iqmpc.errors import TaskError
+from iqmpc.frames import observed
 from iqmpc.seeding import stream_seed
 
 
 @dataclass(eq=False)
 class Recording:
-    """An episode so far: T+1 observations float32 [O], T actions float32 [A] and T rewards."""
+    """An episode so far: T+1 observations, float32 [O] or images, T actions float32 [A], T rewards.
+    """
 
     observations: list[np.ndarray]
     actions: list[np.ndarray] = field(default_factory=list)
@@ -41,7 +43,7 @@ class VectorEnv:
         if len({id(env) for env in envs}) < len(envs):
             raise TaskError(f"{name}: each of the {len(envs)} environments must be another object")
         self.envs, self.seed, self.started = list(envs), seed, 0
-        self.obs_dim, self.action_dim = check_spaces(envs[0], name)
+        self.obs_shape, self.action_dim = check_spaces(envs[0], name)
         for index, env in enumerate(envs[1:], 1):
             check_alike(env, envs[0], f"{name}: environment {index}", "environment 0")
         self._episodes: list[Recording | None] = [None] * len(envs)
@@ -69,7 +71,7 @@ class VectorEnv:
 
     @property
     def observations(self) -> np.ndarray:
-        """The latest of every environment, float32 [N, O]; `RuntimeError` before `start`."""
+        """The latest of all, [N, O] or [N, 3C, 64, 64]; `RuntimeError` before `start`."""
         return np.stack([self._running(index).observations[-1] for index in range(len(self))])
 
     def step(self, actions: np.ndarray) -> list[Recording]:
@@ -102,14 +104,14 @@ class VectorEnv:
 
     def _reset(self, seeds: dict[int, int]) -> dict[int, np.ndarray]:
         """Reset environments, {index: seed} -> {index: observation} of those that could be."""
-        return {i: _copy(self.envs[i].reset(seed=seed)[0]) for i, seed in seeds.items()}
+        return {i: observed(self.envs[i].reset(seed=seed)[0]) for i, seed in seeds.items()}
 
     def _step(self, actions: np.ndarray) -> dict[int, tuple[np.ndarray, float, bool, bool]]:
         """{index: (observation, reward, terminated, truncated)} of those that made the step."""
         result = {}
         for index, action in enumerate(actions):
             obs, *rest, _ = self.envs[index].step(action)
-            result[index] = _copy(obs), *rest
+            result[index] = observed(obs), *rest
         return result
 
     def _idle(self) -> list[int]:
@@ -131,8 +133,3 @@ def check_alike(env: gymnasium.Env, other: gymnasium.Env, name: str, other_name:
             if not np.array_equal(getattr(one, what), getattr(two, what)):
                 raise TaskError(
                     f"{name} and {other_name} differ in {space}.{what}: {one} and {two}")
-
-
-def _copy(obs: np.ndarray) -> np.ndarray:
-    """A copy: an environment may write its next observation into the same array."""
-    return np.array(obs, np.float32)

@@ -4,7 +4,7 @@ A backend is a class that is built once and keeps what passes from one control s
 
     plan = BACKENDS["cpu"](weights, config, discount=0.99, beta=1e-4, num_envs=1, seed=0)
     plan.publish(weights)            # the weights changed
-    action = plan(obs).action        # obs [E, O] -> [E, A]
+    action = plan(obs).action        # obs [E, O], or uint8 images [E, 3C, 64, 64] -> [E, A]
     plan.reset(0)                    # an episode of problem 0 starts
 
 `config` is an `iqmpc.PlannerConfig`, `beta` the entropy coefficient in force (of the unrolled

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from iqmpc.config import PlannerConfig
+from iqmpc.kernels import layers
 from iqmpc.kernels.cpu import PackedWeights, as_array
 from iqmpc.kernels.mppi_plan.types import Plan
-from iqmpc.kernels.weights import Weights
+from iqmpc.kernels.weights import Weights, map_layers
 
 
 class CpuPlan:
-    """See `iqmpc.kernels.mppi_plan`. Weights and observations are float32 on the CPU.
+    """See `iqmpc.kernels.mppi_plan`. Weights and flat observations are float32 on the CPU.
 
+    Images are encoded by torch, in float32 and before the budget starts; the C++ planner gets z_0.
     Both scores rank alike in the same draws and this backend computes the advantage form for both.
     The GIL is released while a plan runs; `publish` may be called meanwhile, from another thread.
     """
@@ -26,8 +28,8 @@ class CpuPlan:
 
         self.num_envs = num_envs
         self._precision, self._isa = config.precision, isa
-        packed = PackedWeights(weights, precision=self._precision, isa=isa)
-        self.obs_dim, self.action_dim = packed.obs_dim, packed.action_dim
+        packed = self._pack(weights)
+        self.action_dim = packed.action_dim
         self.native = _C.Planner(
             packed.native, num_envs=num_envs, horizon=config.horizon, samples=config.samples,
             elites=config.elites, policy_trajectories=config.policy_trajectories,
@@ -39,15 +41,25 @@ class CpuPlan:
             self.native.warm_up()
 
     def __call__(self, obs: Tensor, *, explore: bool = False) -> Plan:
-        """obs [E, O] -> the plan; `explore` adds std_0 ε to its action."""
+        """obs [E, O] or [E, 3C, 64, 64] -> the plan; `explore` adds std_0 ε to its action."""
+        if self._encoder is not None:
+            with torch.no_grad():
+                obs = layers.encode(self._encoder, obs)
         action = torch.empty(self.num_envs, self.action_dim)
         iterations, nonfinite, missed, _ = self.native.plan(
             as_array("obs", obs.float().contiguous()), explore, action.numpy())
         return Plan(action, nonfinite, iterations, missed)
 
     def publish(self, weights: Weights) -> None:
+        self.native.publish(self._pack(weights).native)
+
+    def _pack(self, weights: Weights) -> PackedWeights:
         packed = PackedWeights(weights, precision=self._precision, isa=self._isa)
-        self.native.publish(packed.native)
+        self._encoder: Weights | None = None
+        if weights.encodes_images:
+            encoder = map_layers(lambda t: t.detach().clone(), weights.encoder)
+            self._encoder = weights._replace(encoder=encoder, dynamics=(), policy=(), critics=())
+        return packed
 
     def reset(self, env: int | None = None) -> None:
         if env is None:

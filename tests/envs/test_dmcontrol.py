@@ -20,7 +20,8 @@ DIMENSIONS = {
 @pytest.mark.parametrize("task", sorted(DIMENSIONS))
 def test_dimensions_dtype_and_determinism(task):
     env = make_env(task, episode_length=4)
-    assert check_spaces(env, task) == DIMENSIONS[task]
+    obs_dim, action_dim = DIMENSIONS[task]
+    assert check_spaces(env, task) == ((obs_dim,), action_dim)
     actions = np.random.default_rng(0).uniform(-1, 1, (4, DIMENSIONS[task][1]))
     runs = []
     for seed in (7, 8, 7):

@@ -41,7 +41,7 @@ def with_space(**spaces):
 def test_each_environment_is_in_an_episode_of_its_own():
     members = [Counter(2), Counter(3, terminates=True), Counter(6)]
     envs = VectorEnv(members, "count", seed=7)
-    assert (len(envs), envs.obs_dim, envs.action_dim) == (3, 2, 1)
+    assert (len(envs), envs.obs_shape, envs.action_dim) == (3, (2,), 1)
     started, ended = [], []
     for tick in range(6):
         started.append(envs.start())

@@ -26,7 +26,8 @@ struct LinearView {
 
 // The parts of a model: the encoder h (O -> Z), the dynamics d (Z + A -> Z), the policy prior π
 // (Z -> 2A: means, then the log-std before its tanh) and K critics (Z + A -> 1). Every layer has a
-// LayerNorm but the policy's and the critics' last ones. Optionally a termination head (Z -> 1, as a
+// LayerNorm but the policy's and the critics' last ones. The encoder may be empty: observations are
+// then latents z_0 (O = Z) that were encoded elsewhere. Optionally a termination head (Z -> 1, as a
 // critic without actions): the logit of a latent being terminal.
 struct WorldModelView {
   std::vector<LinearView> encoder, dynamics, policy;

@@ -1,0 +1,71 @@
+"""Images as observations: three stacked frames of any environment that has frames."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from iqmpc.frames import SIZE, STACK
+
+
+class FrameStack(gymnasium.Wrapper):
+    """Observations uint8 [3C, 64, 64]: the last three frames, the oldest first.
+
+    `frame(obs)` makes a frame uint8 [C, 64, 64] of the wrapped environment's observation. After
+    `reset` the first frame stands three times.
+    """
+
+    def __init__(
+        self, env: gymnasium.Env, frame: Callable[[Any], np.ndarray], channels: int = 3
+    ):
+        super().__init__(env)
+        shape = (STACK * channels, SIZE, SIZE)
+        self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
+        self._frame, self._frames = frame, deque[np.ndarray](maxlen=STACK)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        obs, info = self.env.reset(seed=seed, options=options)
+        self._frames.extend([self._frame(obs)] * STACK)
+        return np.concatenate(self._frames), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, *result = self.env.step(action)
+        self._frames.append(self._frame(obs))
+        return (np.concatenate(self._frames), *result)
+
+
+class FrameRecorder(gymnasium.Wrapper):
+    """Leaves observations as they are and keeps the frames that a `FrameStack` would observe.
+
+    `frames` holds those of the latest episode, uint8 [3, 64, 64] each; for DMControl tasks.
+    """
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        result = self.env.reset(seed=seed, options=options)
+        self.frames = [self.unwrapped.frame()]
+        return result
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        result = self.env.step(action)
+        self.frames.append(self.unwrapped.frame())
+        return result
+
+
+def resized(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, C] -> [C, 64, 64]: torch's antialiased bilinear interpolation, rounded."""
+    frame = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    if frame.shape[1:] != (SIZE, SIZE):
+        frame = F.interpolate(
+            frame[None].float(), (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False
+        )[0].round().clamp(0, 255).to(torch.uint8)
+    return frame.numpy().copy()
