@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from iqmpc import Config, Demonstrations, Episode
+from iqmpc.envs.pixels import FrameStack
+from iqmpc.frames import unstacked
 
 # The tensors here are tiny: a second thread would only be waited for.
 torch.set_num_threads(1)
@@ -60,19 +62,43 @@ def point_env() -> PointEnv:
     return PointEnv()
 
 
+def draw_point(position) -> np.ndarray:
+    """The plane from above, uint8 [1, 64, 64]: a bright square on a grey slope."""
+    frame = np.broadcast_to(np.arange(64, dtype=np.uint8), (1, 64, 64)).copy()
+    x, y = (32 + 14 * np.clip(position, -2, 2)).astype(int)
+    frame[:, y - 3:y + 4, x - 3:x + 4] = 255
+    return frame
+
+
 @pytest.fixture
-def point_demonstrations() -> Demonstrations:
-    """Ten episodes of the controller that walks straight to the origin."""
-    env, episodes = PointEnv(), []
-    for seed in range(10):
+def image_point_env() -> FrameStack:
+    """`PointEnv` seen from above: uint8 [3, 64, 64]."""
+    return FrameStack(PointEnv(), draw_point, channels=1)
+
+
+def straight_line(env: gymnasium.Env, seeds: range) -> Demonstrations:
+    """Episodes of the controller that walks straight to the origin."""
+    episodes = []
+    for seed in seeds:
         obs, _ = env.reset(seed=seed)
         observations, actions, rewards, done = [obs], [], [], False
         while not done:
-            action = np.clip(-obs / 0.2, -1, 1).astype(np.float32)
+            action = np.clip(-env.unwrapped.position / 0.2, -1, 1).astype(np.float32)
             obs, reward, _, done, info = env.step(action)
             observations.append(obs)
             actions.append(action)
             rewards.append(reward)
-        episodes.append(Episode(np.array(observations), np.array(actions),
+        rows = np.array(observations)
+        episodes.append(Episode(unstacked(rows) if rows.ndim == 4 else rows, np.array(actions),
                                 np.array(rewards, np.float32), False, bool(info["success"])))
     return Demonstrations("point", tuple(episodes), {"demonstrator": "straight line"})
+
+
+@pytest.fixture
+def point_demonstrations() -> Demonstrations:
+    return straight_line(PointEnv(), range(10))
+
+
+@pytest.fixture
+def image_demonstrations(image_point_env) -> Demonstrations:
+    return straight_line(image_point_env, range(2))

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iqmpc.frames import stacked, unstacked
 from iqmpc.replay import SliceReplay, join
 
 
@@ -129,3 +131,71 @@ def test_what_does_not_fit_is_named():
         replay.add_episode(*episode(0, 20))
     with pytest.raises(ValueError, match="no episode of at least 3 steps"):
         replay.sample(1, torch.Generator())
+
+
+def image_replay(**options):
+    return SliceReplay((3, 64, 64), 1, **{"horizon": 2, "capacity": 40} | options)
+
+
+def image_episode(number, steps):
+    """Frames that name their episode and step in two pixels."""
+    frames = torch.zeros(steps + 1, 1, 64, 64, dtype=torch.uint8)
+    frames[:, 0, 0, 0], frames[:, 0, 0, 1] = number, torch.arange(steps + 1, dtype=torch.uint8)
+    return frames, (number + torch.arange(steps) / 1000).unsqueeze(1)
+
+
+def test_images_are_kept_once_and_drawn_as_they_were_observed(image_point_env):
+    replay, episodes = image_replay(), []
+    for seed in range(3):
+        rows = [image_point_env.reset(seed=seed)[0]]
+        actions = np.random.default_rng(seed).uniform(-1, 1, (12, 2)).astype(np.float32)
+        rows += [image_point_env.step(action)[0] for action in actions]
+        actions = torch.tensor(actions[:, :1])
+        replay.add_episode(torch.tensor(unstacked(np.array(rows))), actions)
+        episodes.append((torch.tensor(np.array(rows)), actions))
+    assert replay._rows["obs"].dtype == torch.uint8
+    assert replay._rows["obs"].shape[1:] == (1, 64, 64)
+    batch = replay.sample(300, torch.Generator().manual_seed(0))
+    assert batch.obs.shape == (3, 300, 3, 64, 64) and batch.obs.dtype == torch.uint8
+    slices = [(rows[t:t + 3], actions[t:t + 2])
+              for rows, actions in episodes for t in range(len(actions) - 1)]
+    found = set()
+    for b in range(300):
+        at = [i for i, (rows, actions) in enumerate(slices)
+              if torch.equal(rows, batch.obs[:, b]) and torch.equal(actions, batch.action[:, b])]
+        assert len(at) == 1
+        found.add(at[0])
+    assert len(found) == len(slices)  # first slices, whose frames repeat, among them
+
+
+@settings(deadline=None, max_examples=15)
+@given(lengths=st.lists(st.integers(2, 15), min_size=1, max_size=12))
+def test_a_stack_never_reaches_into_another_episode(lengths):
+    replay, generator = image_replay(capacity=31), torch.Generator().manual_seed(0)
+    for number, steps in enumerate(lengths):
+        replay.add_episode(*image_episode(number, steps))
+        obs = replay.sample(40, generator).obs
+        names, t = obs[:, :, :, 0, 0], obs[:, :, :, 0, 1].int()
+        assert torch.all(names == names[:1, :, :1])
+        back = torch.tensor([2, 1, 0])
+        assert torch.equal(t, (t[..., 2:] - back).clamp(min=0))
+        assert torch.equal(t[1:, :, 2], t[:-1, :, 2] + 1)
+
+
+def test_images_continue_from_a_state_dict():
+    one, two = image_replay(), image_replay()
+    for number in range(5):
+        one.add_episode(*image_episode(number, 9))
+    two.load_state_dict(one.state_dict())
+    for replay in (one, two):
+        replay.add_episode(*image_episode(9, 5))
+    a, b = (r.sample(50, torch.Generator().manual_seed(1)) for r in (one, two))
+    assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+
+
+def test_frames_that_do_not_fit_are_named():
+    frames, action = image_episode(0, 5)
+    with pytest.raises(ValueError, match=r"obs must be \[6, 1, 64, 64\], got \[6, 3, 64, 64\]"):
+        image_replay().add_episode(torch.tensor(stacked(frames.numpy())), action)
+    with pytest.raises(ValueError, match="frames must be uint8, got torch.float32"):
+        image_replay().add_episode(frames.float(), action)

@@ -48,9 +48,17 @@ def module(tmp_path, monkeypatch):
             action_space = Box(-np.inf, np.inf, (2,))
 
         class Pixels(Reach):
-            observation_space = Box(0, 255, (8, 8, 3), np.uint8)
+            observation_space = Box(0, 255, (90, 60, 1), np.uint8)
 
-        reach, unbounded, pixels = Reach, Unbounded, Pixels
+            def observe(self):
+                image = np.full((90, 60, 1), 100, np.uint8)
+                image[:45] += np.uint8(10 * self.steps)
+                return image
+
+        class Depths(Reach):
+            observation_space = Box(0, 255, (8, 8, 2), np.uint8)
+
+        reach, unbounded, pixels, depths = Reach, Unbounded, Pixels, Depths
         number = lambda: 3
     """))
     monkeypatch.syspath_prepend(tmp_path)
@@ -60,7 +68,7 @@ def module(tmp_path, monkeypatch):
 
 def test_a_registered_environment():
     env = make_env(task("Pendulum-v1"), seed=3)
-    assert check_spaces(env, "pendulum") == (3, 1)
+    assert check_spaces(env, "pendulum") == ((3,), 1)
     runs = []
     for seed in (5, 6, 5):
         rows, steps, ended = [env.reset(seed=seed)[0]], 0, False
@@ -94,14 +102,14 @@ def test_mujoco(env_id):
     if env_id not in gymnasium.registry:
         pytest.skip(f"gymnasium {gymnasium.__version__} has no {env_id}")
     env = make_env(task(env_id))
-    assert check_spaces(env, env_id) == (17, 6)
+    assert check_spaces(env, env_id) == ((17,), 6)
     env.reset(seed=0)
     assert np.isfinite(env.step(np.ones(6))[0]).all()
 
 
 def test_an_entry_point_with_a_dictionary_of_observations(module):
     env = make_env(task(f"{module}:reach", action_repeat=2))
-    assert check_spaces(env, "reach") == (3, 2)
+    assert check_spaces(env, "reach") == ((3,), 2)
     obs, _ = env.reset(seed=0)
     np.testing.assert_array_equal(obs, np.float32([0, 0.25, 0.25]))  # in the order of the keys
     obs, reward, terminated, truncated, info = env.step(np.array([0.5, -1.0]))
@@ -114,6 +122,20 @@ def test_an_entry_point_with_a_dictionary_of_observations(module):
     assert make_env(task(f"{module}:reach"), render_mode="rgb_array").render_mode == "rgb_array"
 
 
+def test_images_are_resized_and_stacked(module):
+    env = make_env(task(f"{module}:pixels", action_repeat=2))
+    assert check_spaces(env, "pixels") == ((3, 64, 64), 2)
+    first, _ = env.reset(seed=0)
+    assert env.observation_space.contains(first) and np.all(first == 100)
+    second = env.step(np.zeros(2))[0]
+    third = env.step(np.zeros(2))[0]
+    np.testing.assert_array_equal(second[:2], first[:2])
+    np.testing.assert_array_equal(third[:2], second[1:])
+    assert np.all(third[2, :30] == 140) and np.all(third[2, 34:] == 100)
+    with pytest.raises(TaskError, match="obs=pixels needs an environment that observes images"):
+        make_env(task(f"{module}:reach", obs="pixels"))
+
+
 @pytest.mark.parametrize(("env_id", "message"), [
     ("Pendulm-v1", "gymnasium makes no 'Pendulm-v1'.*did you mean 'Pendulum-v1'"),
     ("nowhere:reach", "nowhere:reach cannot be imported: No module named 'nowhere'"),
@@ -121,7 +143,7 @@ def test_an_entry_point_with_a_dictionary_of_observations(module):
     ("somebodys_envs:walk", "somebodys_envs:walk: the module has no 'walk'"),
     ("somebodys_envs:number", "must return a gymnasium.Env, got int"),
     ("somebodys_envs:unbounded", "the action space must be bounded, got Box"),
-    ("somebodys_envs:pixels", r"observation space must be a flat Box .*, got Box\(0, 255, \(8, 8"),
+    ("somebodys_envs:depths", r"observation space must be a flat Box .*, got Box\(0, 255, \(8, 8"),
     ("CartPole-v1", r"gym-cartpole-v1: the action space must be a flat Box .*, got Discrete\(2\)"),
     (None, "suite 'gym' needs task.env_id"),
 ])
