@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import gymnasium
 import numpy as np
 import pytest
@@ -71,9 +73,14 @@ def draw_point(position) -> np.ndarray:
 
 
 @pytest.fixture
-def image_point_env() -> FrameStack:
-    """`PointEnv` seen from above: uint8 [3, 64, 64]."""
-    return FrameStack(PointEnv(), draw_point, channels=1)
+def make_image_point() -> Callable[[], FrameStack]:
+    """Makes a `PointEnv` seen from above: uint8 [3, 64, 64]."""
+    return lambda: FrameStack(PointEnv(), draw_point, channels=1)
+
+
+@pytest.fixture
+def image_point_env(make_image_point) -> FrameStack:
+    return make_image_point()
 
 
 def straight_line(env: gymnasium.Env, seeds: range) -> Demonstrations:

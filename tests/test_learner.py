@@ -146,3 +146,47 @@ def test_compiled_is_eager(small_config):
         for key in one:
             torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5, msg=key)
     torch.testing.assert_close(parameters(compiled), parameters(eager), rtol=1e-3, atol=2e-4)
+
+
+def image_batch(experts=4):
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 2 * experts, 9, 64, 64), dtype=torch.uint8, generator=g)
+    return batch(experts)._replace(obs=images)
+
+
+def test_images_are_shifted_anew_in_every_update(small_config):
+    learner, data = Learner((9, 64, 64), 2, small_config), image_batch()
+    shift = learner._model_noise(data).shift
+    assert shift.shape == (4, 8, 2) and shift.dtype == torch.int64
+    other = learner._model_noise(data).shift
+    assert not torch.equal(shift, other)
+    assert set(torch.cat([shift, other]).flatten().tolist()) == set(range(-3, 4))
+    assert not torch.equal(shift[0], shift[1])  # s_t and s_{t+1} are moved independently
+    assert Learner(2, 2, small_config)._model_noise(batch(4)).shift is None
+
+
+@pytest.mark.parametrize("mode", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
+def test_updates_on_images_repeat_and_change_the_encoder(small_config, mode):
+    one, two = (Learner((9, 64, 64), 2, with_(small_config, mode=mode)) for _ in range(2))
+    before = parameters(one)
+    for learner in (one, two):
+        for _ in range(3):
+            metrics = learner.update(image_batch())
+        assert all(v.isfinite() for v in metrics.values())
+    assert torch.equal(parameters(one), parameters(two))
+    assert (parameters(one) - before).abs().max() > 1e-5
+    resumed = Learner((9, 64, 64), 2, with_(small_config, mode=mode))
+    resumed.load_state_dict(one.state_dict())
+    for learner in (one, resumed):
+        learner.update(image_batch())
+    assert torch.equal(parameters(one), parameters(resumed))
+
+
+@pytest.mark.slow
+def test_eager_and_compiled_agree_on_images(small_config):
+    eager, compiled = (
+        Learner((9, 64, 64), 2, with_(small_config, mode=mode)) for mode in ("eager", "compile"))
+    for _ in range(2):
+        a, b = (learner.update(image_batch()) for learner in (eager, compiled))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)

@@ -318,3 +318,25 @@ def test_termination_metrics_without_terminations_are_not_numbers():
     assert metrics["termination_loss"].item() == pytest.approx(
         math.log1p(math.exp(-1)) * (1 + RHO + RHO**2) / H)
     assert metrics["termination_recall"].isnan() and metrics["termination_precision"].isnan()
+
+
+def test_images_are_shifted_as_the_noise_says(case):
+    """The loss on shifted images is that on images which were shifted before."""
+    _, _, batch, noise = case
+    model = WorldModel((3, 64, 64), A, ModelConfig(hidden_dim=5, latent_dim=Z, critics=K)).double()
+    torch.nn.init.normal_(model.critics[-1].weight)
+    batch = batch._replace(obs=torch.randint(0, 256, (H + 1, 2 * N, 3, 64, 64), dtype=torch.uint8))
+    shift = torch.randint(-3, 4, (H + 1, 2 * N, 2))
+
+    def loss(batch, noise):
+        weights = model.weights()
+        return losses.model_loss(
+            weights, weights.critics, batch, noise, LearnerConfig(), GAMMA, BETA, False)
+
+    there, latents, _ = loss(batch, noise._replace(shift=shift))
+    moved = batch._replace(obs=layers.shifted(batch.obs, shift))
+    before, same, _ = loss(moved, noise)
+    assert torch.equal(there, before) and torch.equal(latents, same)
+    assert not torch.equal(there, loss(batch, noise)[0])
+    there.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.encoder.parameters())

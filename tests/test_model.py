@@ -108,3 +108,24 @@ def test_log_density_stays_finite_in_saturation():
     _, log_prob = layers.policy_sample(weights, torch.rand(1, 16).double(),
                                        torch.full((1, 1), 1e4).double())
     assert log_prob.isfinite().all()
+
+
+def test_images_have_an_encoder_of_convolutions():
+    model = WorldModel((9, 64, 64), 2, SMALL)
+    weights = model.weights()
+    assert weights.obs_shape == model.obs_shape == (9, 64, 64) and weights.latent_dim == 16
+    assert [tuple(x.weight.shape) for x in weights.encoder] == [
+        (32, 9, 7, 7), (32, 32, 5, 5), (32, 32, 3, 3), (32, 32, 3, 3), (16, 512)]
+    assert all(x.bias.count_nonzero() == 0 and x.gamma is None for x in weights.encoder)
+    # the convolutions' 512 outputs are the latent where that has as many features
+    assert len(WorldModel((9, 64, 64), 2).encoder) == 4
+    z = model.encode(torch.randint(0, 256, (3, 9, 64, 64), dtype=torch.uint8))
+    torch.testing.assert_close(z.unflatten(-1, (2, 8)).sum(-1), torch.ones(3, 2))
+    assert z.std(0).mean() > 1e-3  # images differ in their latents from the start
+    assert WorldModel(5, 2, SMALL).obs_shape == WorldModel((5,), 2, SMALL).obs_shape == (5,)
+
+
+@pytest.mark.parametrize("shape", [(9, 84, 84), (64, 64), ()])
+def test_observations_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"obs_shape must be \(O,\) or \(3C, 64, 64\), got \("):
+        WorldModel(shape, 2, SMALL)

@@ -274,3 +274,18 @@ def test_gpu_backends_are_refused_for_a_termination_head_and_auto_passes_over_th
             Planner(model.weights(), dataclasses.replace(CONFIG, backend=name), discount=0.9)
     with pytest.warns(RuntimeWarning, match="using the slow reference"):
         assert Planner(model.weights(), CONFIG, discount=0.9).backend == "reference"
+
+
+def test_images_are_planned_for(config):
+    model = WorldModel((3, 64, 64), 2, MODEL)
+    planner = Planner(model.weights(), config, discount=0.95, num_envs=2)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert planner.plan(images).abs().max() <= 1
+    with pytest.raises(ValueError, match=r"obs must be \[2, 3, 64, 64\], got \[1, 3, 64, 64\]"):
+        planner.plan(images[:1])
+    with pytest.raises(ValueError, match="images must be uint8, got torch.float32"):
+        planner.plan(images / 255)
+    alone = Planner(model.weights(), dataclasses.replace(config, enabled=False), discount=0.95,
+                    num_envs=2)
+    expected = torch.tanh(model.pi(model.encode(images))[0])
+    torch.testing.assert_close(alone.plan(images), expected, rtol=1e-4, atol=1e-4)

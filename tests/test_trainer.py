@@ -21,6 +21,7 @@ from iqmpc.envs.vector import VectorEnv
 from iqmpc.envs.workers import WorkerVectorEnv
 from iqmpc.errors import CheckpointError, ConfigError, TaskError, WorkerError
 from iqmpc.evaluation import reward_correlation
+from iqmpc.frames import stacked
 from iqmpc.seeding import stream_seed
 
 
@@ -236,8 +237,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match="are of task 'point', the run's is 'line'"):
         Trainer(small_config.replace({"task.name": "line"}), point_env, point_demonstrations,
                 run=run)
-    with pytest.raises(ConfigError, match="have 2 observations and 2 actions, the environment "
-                                          "has 3 and 1"):
+    with pytest.raises(ConfigError, match=r"have observations \[2\] and 2 actions, the "
+                                          r"environment has \[3\] and 1"):
         Trainer(small_config, other, point_demonstrations, run=run)
     long = small_config.replace({"learner.horizon": 30, "task.episode_length": 40})
     with pytest.raises(ConfigError, match="no demonstration is as long as learner.horizon=30"):
@@ -832,3 +833,53 @@ def test_workers_need_functions(tmp_path, small_config, three, point_env, point_
             ("env_workers", 3, "must be bool, got 3")):
         with pytest.raises(ConfigError, match=f"train.{key} {message}"):
             three.replace({f"train.{key}": value})
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_images_train_resume_and_act(
+        tmp_path, small_config, make_image_point, image_demonstrations, num_envs):
+    """40 + 40 steps are 80, from frames; the loaded agent acts and decodes rewards."""
+    config = small_config.replace({"train.steps": 80, "train.num_envs": num_envs})
+
+    def go(config, run, **options):
+        envs = [make_image_point() for _ in range(num_envs + 1)]
+        return train(config, envs[1:] if num_envs > 1 else envs[0], image_demonstrations,
+                     tmp_path / run, eval_env=envs[0], **options)
+
+    summary = go(config, "straight")
+    go(config.replace({"train.steps": 40}), "parts")
+    go(config, "parts", resume=True)
+    one, two = (tensors_of(tmp_path / n)[0] for n in ("straight", "parts"))
+    assert one["behaviour.obs"].dtype == torch.uint8
+    assert one["behaviour.obs"].shape == (84, 1, 64, 64)  # four episodes, every frame once
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+    agent = Agent.load(tmp_path / "straight")
+    result = evaluate(agent, make_image_point(), episodes=2, seed=0)
+    assert result.return_mean == pytest.approx(summary["return_mean"])
+    assert result.episodes[0].observations.shape == (21, 1, 64, 64)
+    assert -1 <= reward_correlation(agent, result.episodes) <= 1
+    obs = stacked(result.episodes[0].observations)
+    agent.reset()
+    assert agent.act(obs[0]).shape == (2,)
+    with pytest.raises(ValueError, match="images must be uint8, got torch.float32"):
+        agent.act(obs[0] / np.float32(255))
+    with pytest.raises(ValueError, match="next_obs must be uint8"):
+        agent.decode_reward(obs[0], np.zeros(2), obs[1].astype(np.float32))
+
+
+def test_images_that_do_not_fit_are_refused(
+        tmp_path, small_config, point_env, image_point_env, point_demonstrations,
+        image_demonstrations):
+    with pytest.raises(ConfigError, match=r"have observations \[2\] and 2 actions, the environment "
+                                          r"has \[3, 64, 64\] and 2"):
+        Trainer(small_config, image_point_env, point_demonstrations, run=tmp_path)
+    with pytest.raises(ConfigError, match=r"have observations \[3, 64, 64\] and 2 actions"):
+        Trainer(small_config, point_env, image_demonstrations, run=tmp_path)
+
+    class Flickering(gymnasium.ObservationWrapper):
+        def observation(self, obs):
+            return np.random.default_rng().integers(0, 256, obs.shape, np.uint8)
+
+    with pytest.raises(TaskError, match="must be its last three frames each"):
+        train(small_config, Flickering(image_point_env), image_demonstrations, tmp_path / "run")

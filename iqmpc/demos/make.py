@@ -94,9 +94,9 @@ def record(
 
     Kept are those with at least `min_return` and, with `successes_only`, success at the last step.
     `noise` and `successes_only`: None takes the demonstrator's. `fewer`: take what was kept, if it
-    is any. `provenance` is added to the demonstrator's. Of an `env` that is a `FrameRecorder` the
-    frames are kept, in the place of what the policy observed. `progress(kept, tried, return)` is called after each. The same arguments give the same
-    episodes.
+    is any. `provenance` is added to the demonstrator's. `progress(kept, tried, return)` is called
+    after each. The same arguments give the same episodes. Of an `env` that is a `FrameRecorder` the
+    frames are kept, in the place of what the policy observed.
     Raises DemonstrationError that counts what was reached when too few were kept, and where
     successes are asked for and the task tells none.
     """

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iqmpc import _C
-from iqmpc.config import PlannerConfig
-from iqmpc.kernels.cpu import PackedWeights
+from iqmpc import _C, WorldModel
+from iqmpc.config import ModelConfig, PlannerConfig
+from iqmpc.kernels import layers
+from iqmpc.kernels.cpu import PackedWeights, layer_arrays
 from iqmpc.kernels.mppi_plan import BACKENDS, CpuPlan, PlanNoise, ReferencePlan
 from tests.kernels.contract import drawn, ending_half
 
@@ -303,3 +304,68 @@ def test_policy_trajectories_keep_their_score(make_weights, backend):
         plan(obs)
         plans.append(plan.mean.clone())
     torch.testing.assert_close(plans[0], plans[1])
+
+
+def image_model(seed=0):
+    torch.manual_seed(seed)
+    model = WorldModel((9, 64, 64), 3, ModelConfig(hidden_dim=37, latent_dim=24, critics=3))
+    for part in (model.dynamics, model.policy, model.critics, model.encoder[-1:]):
+        for p in part.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    return model.weights()
+
+
+def images(envs):
+    return torch.randint(0, 256, (envs, 9, 64, 64), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+def test_images_are_planned_for_as_the_reference_does(isa):
+    weights = image_model()
+    meaning, plan = reference(weights, num_envs=2), cpu(weights, num_envs=2, isa=isa)
+    actions = []
+    for step in range(3):
+        if step == 2:  # the encoder is published with the rest
+            weights = image_model(seed=1)
+            plan.publish(weights)
+            meaning.publish(weights)
+        obs = images(2)
+        action, mean = meaning.compute(
+            meaning.weights, obs, meaning.mean, its_draws(plan, "advantage", explore=True))
+        done = plan(obs, explore=True)
+        torch.testing.assert_close(done.action.double(), action[:, :-1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plan.mean.double(), mean, rtol=1e-4, atol=1e-4)
+        meaning.mean.copy_(mean)
+        actions.append(done.action)
+    assert not torch.equal(actions[0], actions[1])
+
+
+def test_a_plan_is_of_the_published_encoder():
+    weights, obs = image_model(), images(1)
+    plan = cpu(weights)
+    weights.encoder[0].weight.data.zero_()  # not published: the snapshot is a copy
+    first = plan(obs).action
+    plan.reset()
+    plan.step = 0
+    plan.publish(weights)
+    assert not torch.equal(plan(obs).action, first)
+
+
+def test_without_an_encoder_latents_are_planned_for(make_weights):
+    weights = make_weights(5, 3, latent=24)
+    arrays = {part: layer_arrays(part, getattr(weights, part)) for part in ("dynamics", "policy")}
+    critics = [layer_arrays("critic", weights.critics, k) for k in range(3)]
+    settings = {"critics": critics, "simnorm_dim": 8, "log_std_min": -10.0, "log_std_max": 2.0}
+    model = _C.WorldModel(encoder=[], **arrays, **settings)
+    assert model.obs_dim == model.latent_dim == 24
+    with pytest.raises(ValueError, match="dynamics: expected at least 2 layers, got 0"):
+        _C.WorldModel(encoder=[], dynamics=[], policy=arrays["policy"], **settings)
+    plan = cpu(weights, CONFIG)
+    obs = torch.randn(1, 5)
+    latent = CpuPlan(weights, CONFIG, discount=0.97, beta=1e-3, seed=7)
+    latent.native = _C.Planner(
+        model, num_envs=1, horizon=3, samples=40, elites=8, policy_trajectories=6, iterations=3,
+        temperature=0.5, std_min=0.05, std_max=2.0, discount=0.97, enabled=True, threads=1,
+        budget_us=0.0, seed=7)
+    torch.testing.assert_close(
+        latent(layers.encode(weights, obs)).action, plan(obs).action, rtol=1e-4, atol=1e-4)
