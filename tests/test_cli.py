@@ -213,3 +213,44 @@ def test_relative_demonstrations_are_found_from_anywhere(run, tmp_path):
 def test_resume_refuses_what_would_change_the_method(run, monkeypatch, capsys):
     assert run_main(monkeypatch, "train", f"resume={run[0]}", "learner.batch=3") == 2
     assert "learner.batch cannot change when a run is resumed" in capsys.readouterr().err
+
+
+def test_pixels_from_the_state_agent_to_an_agent_on_pixels(run, tmp_path):
+    path, out = run[0], tmp_path / "pixels.h5"
+    done = iqmpc("demos", "record", path, out, "--episodes", 3, "--obs", "pixels", "--fast-render")
+    if done.returncode == 2 and "rendering needs EGL or OSMesa" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    recorded = Demonstrations.load(out, task="walker-walk")
+    assert recorded.episodes[0].observations.shape == (11, 3, 64, 64)
+    assert recorded.provenance["render"] == "fast"
+    info = iqmpc("demos", "info", out, "--json")
+    assert json.loads(info.stdout)["obs_dim"] == 9 * 64 * 64
+
+    settings = ["preset=pixels", *TINY, f"demos.path={out}"]
+    other = iqmpc("train", *settings, f"run_dir={tmp_path / 'other'}")
+    assert other.returncode == 2
+    assert "holds fast renderings, task.fast_render=false asks for full ones" in other.stderr
+    second = tmp_path / "second"
+    done = iqmpc("train", *settings, "task.fast_render=true", f"run_dir={second}")
+    assert done.returncode == 0, done.stderr
+    assert "fast_render: true" in (second / "config.yaml").read_text()
+    done = iqmpc("eval", second, "--episodes", 1, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["env_steps"] == 40
+    done = iqmpc("demos", "record", second, tmp_path / "again.h5", "--episodes", 1)
+    assert done.returncode == 0, done.stderr
+    again = Demonstrations.load(tmp_path / "again.h5")
+    assert again.obs_shape == (9, 64, 64) and again.provenance["render"] == "fast"
+    twice = iqmpc("demos", "record", second, tmp_path / "no.h5", "--obs", "pixels")
+    assert twice.returncode == 2 and "is for runs on the state of a DMControl task" in twice.stderr
+
+
+def test_pixels_without_their_demonstrations(run, tmp_path):
+    done = iqmpc("train", "preset=pixels", *TINY, f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    if "rendering needs EGL or OSMesa" not in done.stderr:
+        assert "no demonstrations of images ship" in done.stderr
+    bad = iqmpc("demos", "record", run[0], tmp_path / "no.h5", "--fast-render")
+    assert bad.returncode == 2 and "--fast-render needs --obs pixels" in bad.stderr
+    bad = iqmpc("demos", "record", run[0], tmp_path / "no.h5", "--obs", "depth")
+    assert bad.returncode == 2 and "--obs must be pixels, got 'depth'" in bad.stderr

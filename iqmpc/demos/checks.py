@@ -79,9 +79,10 @@ def _find(
     frames = [e["observations"] for e in episodes if _is_frames(e["observations"])]
     layout = ("[T+1, O]", (widths["observations"],), np.float32)
     if 2 * len(frames) > len(episodes):
-        channels = Counter(len(array[0]) for array in frames if len(array)).most_common(1)
-        shape = (channels[0][0] if channels else None, SIZE, SIZE)
-        layout = (f"[T+1, C, {SIZE}, {SIZE}]", shape, np.uint8)
+        channels = Counter(array.shape[1] for array in frames).most_common(1)[0][0]
+        layout = (f"[T+1, C, {SIZE}, {SIZE}]", (channels, SIZE, SIZE), np.uint8)
+        if channels == 0:
+            yield at("observations", "images without channels", "at least 1")
         if obs_dim is not None:
             yield at("observations", "images", f"{obs_dim} values a step")
 

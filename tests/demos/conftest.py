@@ -48,7 +48,7 @@ def _assert_same(one: Demonstrations, other: Demonstrations) -> None:
             x, y = getattr(a, key), getattr(b, key)
             assert (x is None) == (y is None), key
             if x is not None:
-                assert x.dtype == y.dtype == np.float32
+                assert x.dtype == y.dtype == (np.uint8 if x.ndim == 4 else np.float32)
                 np.testing.assert_array_equal(x, y, err_msg=key)
         assert type(b.terminated) is bool and a.terminated == b.terminated
         assert a.success is b.success

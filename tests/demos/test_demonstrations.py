@@ -275,3 +275,12 @@ def test_packaged_actions_lead_from_one_observation_to_the_next():
         after = np.concatenate(list(env.task.get_observation(physics).values()))
         np.testing.assert_allclose(after, episode.observations[t + 1], atol=1e-4)
         np.testing.assert_allclose(reward, episode.rewards[t], atol=1e-4)
+
+
+def test_images_are_saved_and_read_as_they_are(tmp_path, make_episode, assert_same):
+    frames = np.random.default_rng(0).integers(0, 256, (121, 3, 64, 64), np.uint8)
+    demos = Demonstrations("t", (make_episode(120, observations=frames), make_episode(
+        2, observations=frames[:3])))
+    assert demos.obs_shape == (9, 64, 64) and demos.obs_dim == 9 * 64 * 64
+    demos.save(tmp_path / "set.h5")
+    assert_same(demos, Demonstrations.load(tmp_path / "set.h5"))
