@@ -57,6 +57,9 @@ def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any)
         raise TaskError(
             f"{task.name!r} belongs to suite {task.suite!r}, whose environments are not made here "
             f"(known: {', '.join(_SUITES)}); evaluate your own with iqmpc.evaluate(agent, env)")
+    if task.obs == "pixels" and task.suite not in ("dmcontrol", "gym"):
+        raise TaskError(f"obs=pixels is for the suites dmcontrol and gym, {task.name!r} belongs to "
+                        f"{task.suite!r}")
     env = _SUITES[task.suite](task, seed=seed, **options)
     return TransitionNoise(env, task.transition_noise) if task.transition_noise else env
 

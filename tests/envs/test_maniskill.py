@@ -30,7 +30,8 @@ def episode(env, seed, actions):
 @pytest.mark.parametrize("task", DIMENSIONS)
 def test_dimensions_dtype_horizon_and_determinism(task):
     env = make_env(task, episode_length=12)
-    assert check_spaces(env, task) == DIMENSIONS[task]
+    obs_dim, action_dim = DIMENSIONS[task]
+    assert check_spaces(env, task) == ((obs_dim,), action_dim)
     actions = np.random.default_rng(0).uniform(-1, 1, (12, 4)).astype(np.float32)
     actions[:, 2] = -1  # down, to touch cube and table: contacts must not outlive a reset
     first, rewards, terminated, truncated, info = episode(env, 7, actions)

@@ -27,7 +27,8 @@ def episode(env, seed, actions):
 @pytest.mark.parametrize("task", DIMENSIONS)
 def test_dimensions_dtype_horizon_and_determinism(task):
     env = make_env(task)
-    assert check_spaces(env, task) == DIMENSIONS[task]
+    obs_dim, action_dim = DIMENSIONS[task]
+    assert check_spaces(env, task) == ((obs_dim,), action_dim)
     actions = np.random.default_rng(0).uniform(-1, 1, (100, 39)).astype(np.float32)
     first, rewards, terminated, truncated, info = episode(env, 7, actions)
     assert first.dtype == np.float32 and env.observation_space.contains(first[-1])

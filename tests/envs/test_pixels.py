@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from iqmpc.config import TaskConfig
-from iqmpc.envs import check_spaces
+from iqmpc.envs import check_spaces, make_env
 from iqmpc.envs.pixels import resized
 from iqmpc.errors import TaskError
 from iqmpc.frames import stacked, unstacked
@@ -133,6 +133,11 @@ def test_a_broken_graphics_library_is_named():
     done = child("import iqmpc; iqmpc.make_env('walker-walk', obs='pixels')", MUJOCO_GL="nonsense")
     assert done.returncode == 1
     assert "TaskError: dm_control cannot be imported with MUJOCO_GL=nonsense: " in done.stderr
+
+
+def test_suites_that_are_not_rendered_say_so():
+    with pytest.raises(TaskError, match="obs=pixels is for .*'lift-cube' belongs to 'maniskill'"):
+        make_env("lift-cube", obs="pixels")
 
 
 def test_rendering_is_off_by_default():
