@@ -148,6 +148,38 @@ void publishing_while_plans_run() {
   publisher.join();
 }
 
+// A model without an encoder is given what one with it would have encoded.
+void plans_for_latents() {
+  RandomModel model({});
+  const Floats zeros(24);
+  model.view.encoder[1].gamma = zeros.data();  // h(obs) = softmax(beta), whatever obs
+  Floats z(2 * 24);
+  for (std::size_t g = 0; g < z.size(); g += 8) {
+    float sum = 0;
+    for (std::size_t i = g; i < g + 8; ++i) {
+      sum += z[i] = std::exp(model.view.encoder[1].beta[i % 24]);
+    }
+    for (std::size_t i = g; i < g + 8; ++i) z[i] /= sum;
+  }
+  Planner with(model.pack(), settings(), 3);
+  model.view.encoder.clear();
+  CHECK(model.pack()->obs_dim() == 24);
+  Planner without(model.pack(), settings(), 3);
+  without.warm_up();
+  Floats expected(2 * 3), action(2 * 3);
+  const Floats obs = normal_floats(2 * 5, 1);
+  for (int i = 0; i < 3; ++i) {
+    with.plan(obs.data(), false, expected.data());
+    CHECK(without.plan(z.data(), false, action.data()).nonfinite == 0);
+    for (std::size_t k = 0; k < action.size(); ++k) {
+      CHECK(std::abs(action[k] - expected[k]) < 1e-4f);
+    }
+  }
+  model.view.dynamics.clear();
+  CHECK(message_of<std::invalid_argument>([&] { model.pack(); }) ==
+        "dynamics: expected at least 2 layers, got 0");
+}
+
 void refuses_what_does_not_fit() {
   const RandomModel model({});
   PlannerSettings s = settings();
@@ -172,6 +204,7 @@ int main() {
   no_allocation_after_construction();
   weights_that_are_not_finite();
   publishing_while_plans_run();
+  plans_for_latents();
   refuses_what_does_not_fit();
   return 0;
 }
