@@ -56,7 +56,7 @@ def check_toolchain() -> None:
 
 
 class CMakeBuild(build_ext):
-    """Builds iqmpc._C with CMake in build/, which the next build reuses."""
+    """Builds iqmpc's libraries with CMake in build/, which the next build reuses."""
 
     def build_extension(self, ext: Extension) -> None:
         check_toolchain()
@@ -76,9 +76,8 @@ class CMakeBuild(build_ext):
             # on every run, so that what an earlier one asked for does not stay in CMake's cache.
             f"-DIQMPC_CUDA={os.environ.get('IQMPC_CUDA', 'AUTO').upper()}",
         ]
-        null_vulkan = ["_null_vulkan"] if sys.platform == "linux" else []
-        targets = ["_C", *null_vulkan]
-        for command in (configure, [cmake, "--build", str(build), "--target", *targets]):
+        name = ext.name.rpartition(".")[2]
+        for command in (configure, [cmake, "--build", str(build), "--target", name]):
             try:
                 subprocess.run(command, check=True)
             except subprocess.CalledProcessError as error:
@@ -89,14 +88,16 @@ class CMakeBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         # The name CMake gives is asked of the same interpreter and so is the one setuptools wants.
         shutil.copy2(build / target.name, target)
-        for name in null_vulkan:
-            shutil.copy2(build / f"{name}.so", target.parent)
 
+
+extensions = [Extension("iqmpc._C", sources=[])]
+if sys.platform == "linux":  # not a module: a library that iqmpc.envs.maniskill loads
+    extensions.append(Extension("iqmpc._null_vulkan", sources=[]))
 
 setup(
     packages=packages(),
     package_dir={f"iqmpc.{directory}": directory for directory in MAPPED},
     package_data={"iqmpc.demos": ["data/*.h5"], "iqmpc.configs": ["**/*.yaml"]},
-    ext_modules=[Extension("iqmpc._C", sources=[])],
+    ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Protocol
 
@@ -13,8 +14,10 @@ import numpy as np
 
 import iqmpc
 from iqmpc.agent import Agent
+from iqmpc.demos import npg, scripted
 from iqmpc.demos.demonstrations import Demonstrations
 from iqmpc.demos.types import DemonstrationError, Episode
+from iqmpc.envs import maniskill, myosuite
 from iqmpc.envs.pixels import FrameRecorder
 from iqmpc.evaluation import rollout
 from iqmpc.seeding import stream_seed
@@ -57,9 +60,26 @@ class Demonstrator:
     provenance: Mapping[str, str] = field(default_factory=dict)
 
 
+def _packaged(task: str, env: gymnasium.Env, seed: int) -> Demonstrator:
+    policy, provenance = npg.packaged(
+        myosuite.TASKS[task], generator=np.random.default_rng(stream_seed(seed, "demonstrator")))
+    return Demonstrator(policy, successes_only=True, provenance=provenance)
+
+
+def _scripted(task: str, env: gymnasium.Env, seed: int) -> Demonstrator:
+    policy = scripted.CubeController(
+        task, generator=np.random.default_rng(stream_seed(seed, "demonstrator")))
+    return Demonstrator(policy, successes_only=True, provenance={
+        "demonstrator": "controller by hand (iqmpc.demos.scripted)",
+        "noise": f"{policy.noise} on actions, until the goal is reached"})
+
+
 # Tasks that have a demonstrator of their own: name -> what makes it, given the task's environment
 # and the seed. Every other task's is an agent trained on its reward.
-DEMONSTRATORS: dict[str, Callable[[gymnasium.Env, int], Demonstrator]] = {}
+DEMONSTRATORS: dict[str, Callable[[gymnasium.Env, int], Demonstrator]] = {
+    **{task: partial(_packaged, task) for task, id in myosuite.TASKS.items() if id in npg.CHOICES},
+    **{task: partial(_scripted, task) for task in maniskill.TASKS},
+}
 
 
 class AgentPolicy:

@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 
@@ -36,6 +37,9 @@ class GaussianPolicy:
         self.shift, self.scale = shift, scale
         self.out_shift, self.out_scale, self.std = out_shift, out_scale, np.exp(log_std)
         self.generator = generator or np.random.default_rng()
+
+    def reset(self, env: gymnasium.Env | None = None) -> None:
+        """Nothing is kept from step to step."""
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """obs [O] -> action float32 [A]."""

@@ -1,7 +1,8 @@
-"""Controllers by hand for ManiSkill2's cubes: they look at the observation alone."""
+"""Controllers by hand for ManiSkill2's cubes."""
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 
 # Where things lie in the state observations: joints 9 + 9, the robot's base 7, the gripper 7.
@@ -13,7 +14,7 @@ class CubeController:
     """Go above the cube, down to it, grasp it, carry it to the goal and rest there.
 
     On the way Gaussian noise of standard deviation `noise` is added to the actions. Call `reset`
-    when an episode starts.
+    when an episode starts. Everything is read from the observation.
     """
 
     _CLOSING = 3  # steps that the fingers take
@@ -25,7 +26,7 @@ class CubeController:
         self.generator = generator or np.random.default_rng()
         self.reset()
 
-    def reset(self) -> None:
+    def reset(self, env: gymnasium.Env | None = None) -> None:
         self._closed = 0
         self._start: np.ndarray | None = None
 

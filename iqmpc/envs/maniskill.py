@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -89,10 +89,10 @@ def _has_vulkan() -> bool:
 
 
 def _load_null_vulkan() -> None:
-    path = Path(__file__).resolve().parents[1] / "_null_vulkan.so"
     try:
-        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
+        library = importlib.util.find_spec("iqmpc._null_vulkan").origin
+        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    except (AttributeError, OSError) as error:
         raise TaskError(
             "ManiSkill2 needs Vulkan's library (Debian: apt-get install libvulkan1), and iqmpc's "
             f"replacement for it was not built: {error}") from error

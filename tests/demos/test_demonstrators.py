@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from iqmpc import make_env
-from iqmpc.demos import DemonstrationError, npg, scripted
+from iqmpc.demos import DemonstrationError, make, npg, scripted
 from iqmpc.demos.npg import GaussianPolicy
 
 
@@ -41,6 +41,17 @@ def test_the_controllers_solve_their_tasks(task):
     for seed in range(2):
         policy.reset()
         assert solves(env, policy, seed)
+
+
+@needs("myosuite", "myosuite")
+def test_a_task_with_a_demonstrator_of_its_own_is_made_by_it():
+    env, seeds = make_env("myo-obj-hold"), (0, 0, 1)
+    made = [make.record(make.DEMONSTRATORS["myo-obj-hold"](env, seed), env, task="myo-obj-hold",
+                        episodes=1, max_tries=20, seed=seed) for seed in seeds]
+    assert made[0].success_rate == 1 and made[0].provenance["kept"].endswith("with success")
+    np.testing.assert_array_equal(made[0].episodes[0].actions, made[1].episodes[0].actions)
+    assert not np.array_equal(made[0].episodes[0].actions, made[2].episodes[0].actions)
+    assert set(make.DEMONSTRATORS) == {"myo-key-turn", "myo-obj-hold", "lift-cube", "pick-cube"}
 
 
 def test_a_gaussian_policy_against_its_formula():
