@@ -20,6 +20,8 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    yield
+    torch.set_flush_denormal(False)  # which the command line turns on for its process
 
 
 @pytest.fixture

@@ -311,7 +311,7 @@ def test_make_trains_a_demonstrator_where_there_is_none(iqmpc, tmp_path):
     code, _, err = iqmpc("make", "walker-walk", "--run-dir", "run", "--out", "e.h5")
     assert code == 2 and "run holds a run of gym-pendulum-v1" in err and "another --run-dir" in err
     code, _, err = iqmpc("make", "walker-walk", "--policy", "run:run", "--out", "e.h5")
-    assert code == 2 and "the agent has 3 observations and 1 actions, the task 24 and 6" in err
+    assert code == 2 and "has observations [3] and 1 actions, the task [24] and 6" in err
 
 
 def test_a_task_with_its_own_demonstrator(iqmpc, monkeypatch):
