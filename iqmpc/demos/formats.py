@@ -75,7 +75,7 @@ def read(
             option = field.name.replace("_", "-")
             raise DemonstrationError(f"{path}: --{option} means nothing in the format {name}")
     draft = chosen.read(path, facts)
-    return _in_range(draft, facts) if isinstance(draft, Draft) else draft
+    return in_range(draft, facts) if isinstance(draft, Draft) else draft
 
 
 def detect(path: Path) -> str:
@@ -146,8 +146,11 @@ def _hdf5_layout(file: h5py.File) -> str:
     return "hdf5"
 
 
-def _in_range(draft: Draft, facts: Facts) -> Draft:
-    """Actions rescaled to [-1, 1], from the range that the user or else the file gives."""
+def in_range(draft: Draft, facts: Facts) -> Draft:
+    """The set with its actions rescaled to [-1, 1], from the range that `facts` or the file gives.
+
+    Raises DemonstrationError for a range that is none.
+    """
     draft.range_hint = "; --action-low and --action-high rescale from another range"
     found = draft.action_range
     if (facts.action_low is None) != (facts.action_high is None):
