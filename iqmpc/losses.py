@@ -110,7 +110,7 @@ def termination_loss(
     threshold that planning uses (NaN where the batch has nothing to find, or nothing was claimed).
     """
     entropy = F.binary_cross_entropy_with_logits(
-        logit, terminated, pos_weight=logit.new_tensor(weight), reduction="none").mean(1)
+        logit, terminated, pos_weight=logit.new_full((), weight), reduction="none").mean(1)
     loss = (horizon_weights(rho, len(entropy), entropy) * entropy).mean()
     claimed = (logit.detach() > 0).to(terminated.dtype)
     found = (claimed * terminated).sum()

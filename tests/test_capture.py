@@ -17,6 +17,11 @@ from iqmpc.replay import SliceReplay
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 
+# A number or a shape that comes from the device, and a tensor made of the host's numbers.
+WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
+           torch.ops.aten.masked_select.default, torch.ops.aten.lift_fresh.default}
+
+
 class Recorder(TorchDispatchMode):
     """Every operation of a function, with its operands: what a CUDA graph keeps of it.
 
@@ -30,7 +35,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if op is torch.ops.aten._local_scalar_dense.default or op is torch.ops.aten.nonzero.default:
+        if op in WAITING:
             raise RuntimeError(f"{op} makes the host wait for the device")
         result = op(*args, **kwargs)
         inputs = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
@@ -82,13 +87,13 @@ class RecordedStep(CapturedStep):
         self._replay = None
 
 
-def learner_of(config, mode, monkeypatch, device="cpu"):
+def learner_of(config, mode, monkeypatch, device="cpu", obs_shape=2):
     """`graph` on a CPU is the eager losses, recorded."""
     if mode != "graph" or device != "cpu":
-        return Learner(2, 2, config.replace({"learner.mode": mode}), device)
+        return Learner(obs_shape, 2, config.replace({"learner.mode": mode}), device)
     monkeypatch.setattr(iqmpc.learner, "CapturedStep", RecordedStep)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
-    learner = Learner(2, 2, config.replace({"learner.mode": "graph"}))
+    learner = Learner(obs_shape, 2, config.replace({"learner.mode": "graph"}))
     learner._captured.learner = learner
     return learner
 
@@ -112,7 +117,8 @@ def add(replay, number, steps):
 
 
 def values(metrics):
-    return {k: v.item() for k, v in metrics.items()}
+    """Bit for bit, and a NaN is itself."""
+    return {k: v.item().hex() for k, v in metrics.items()}
 
 
 def same_state(one, two):
@@ -132,7 +138,8 @@ def addresses(learner):
 
 @pytest.mark.parametrize("changes", [
     {"learner.gradient_penalty": True}, {"learner.objective": "v_diff", "model.dropout": 0.1},
-    {"learner.objective": "td"}], ids=["iq", "v_diff", "td"])
+    {"learner.objective": "td"}, {"model.termination": True}],
+    ids=["iq", "v_diff", "td", "termination"])
 def test_a_recorded_update_is_the_eager_one(small_config, monkeypatch, changes):
     """Same draws: the same metrics and state, bit for bit, in every update, the first included."""
     config = small_config.replace(changes)
@@ -151,6 +158,22 @@ def test_a_recorded_update_is_the_eager_one(small_config, monkeypatch, changes):
         seen.append(one["critic_loss"])
     assert graph._captured.captures == 1 and graph.updates == WARM_UPS + 9
     assert len(set(seen)) == len(seen)
+
+
+def test_a_recorded_update_from_images_is_the_eager_one(small_config, monkeypatch):
+    """Frames are stacked and shifted on the device too."""
+    config = small_config.replace({"learner.batch": 3})
+    eager = learner_of(config, "eager", monkeypatch, obs_shape=(9, 64, 64))
+    graph = learner_of(config, "graph", monkeypatch, obs_shape=(9, 64, 64))
+    behaviour = SliceReplay((9, 64, 64), 2, horizon=3, capacity=100)
+    behaviour._range_on_device = True
+    for _ in range(WARM_UPS + 4):
+        behaviour.add_episode(torch.randint(256, (9, 3, 64, 64), dtype=torch.uint8),
+                              torch.rand(8, 2), torch.rand(8))
+        assert values(eager.learn(behaviour, behaviour)) == \
+            values(graph.learn(behaviour, behaviour))
+        assert same_state(eager, graph)
+    assert graph._captured.captures == 1
 
 
 def test_a_recorded_update_follows_its_replay(small_config, monkeypatch):
