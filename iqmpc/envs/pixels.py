@@ -8,8 +8,6 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from iqmpc.frames import SIZE, STACK
 
@@ -63,6 +61,10 @@ class FrameRecorder(gymnasium.Wrapper):
 
 def resized(image: np.ndarray) -> np.ndarray:
     """uint8 [H, W, C] -> [C, 64, 64]: torch's antialiased bilinear interpolation, rounded."""
+    # Not before it is needed: worker processes of other environments load no torch.
+    import torch
+    import torch.nn.functional as F
+
     frame = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if frame.shape[1:] != (SIZE, SIZE):
         frame = F.interpolate(
