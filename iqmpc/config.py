@@ -195,8 +195,8 @@ class TrainConfig:
     `overlap: async` makes a step's updates beside the next step, `sync` makes the same ones one
     after the other, `off` before the next step; null is `async` on a GPU, else `off` (`Trainer`).
     `env_workers` puts each environment into a process of its own (null: where there are several);
-    one that fails, or gives no answer for `env_timeout_s` seconds, is replaced, `env_restarts`
-    times at most over all of them.
+    one that fails, or gives no answer for `env_timeout_s` seconds (two minutes more to start), is
+    replaced, `env_restarts` times at most over all of them.
     """
 
     steps: int = 100_000

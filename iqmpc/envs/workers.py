@@ -28,6 +28,7 @@ from iqmpc.errors import TaskError, WorkerError
 # Neither torch, MuJoCo nor GL survives a fork.
 _CONTEXT = multiprocessing.get_context("spawn")
 _GRACE_S = 5.0  # for a process to end by itself
+_START_S = 120.0  # to import a simulator and make the environment, beside the time for a step
 
 
 class WorkerVectorEnv(VectorEnv):
@@ -182,11 +183,11 @@ class _Worker:
         finally:
             theirs.close()  # so that the death of the worker ends the pipe
         self.process = process
-        self._deadline = time.monotonic() + self._timeout_s
+        self._expect(_START_S + self._timeout_s)
 
     def send(self, command: int | None) -> None:
         """A seed resets, None steps."""
-        self._deadline = time.monotonic() + self._timeout_s
+        self._expect(self._timeout_s)
         with contextlib.suppress(OSError):  # it is dead, as `receive` will find
             self._pipe.send(command)
 
@@ -194,7 +195,8 @@ class _Worker:
         """The answer; raises `_Failure` that names the worker and says what became of it."""
         try:
             if not self._pipe.poll(max(0.0, self._deadline - time.monotonic())):
-                raise self._failure(f"gave no answer for train.env_timeout_s={self._timeout_s:g}")
+                raise self._failure(
+                    f"gave no answer for {self._limit_s:g} s (train.env_timeout_s)")
             answer = self._pipe.recv()
         except (EOFError, OSError):
             self.process.join(_GRACE_S)
@@ -216,6 +218,10 @@ class _Worker:
     def hang_up(self) -> None:
         if self.process is not None:
             self._pipe.close()
+
+    def _expect(self, limit_s: float) -> None:
+        """An answer, from now on within this time."""
+        self._limit_s, self._deadline = limit_s, time.monotonic() + limit_s
 
     def _failure(self, what: str) -> _Failure:
         return _Failure(

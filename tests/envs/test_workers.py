@@ -149,11 +149,11 @@ def test_bytes_are_shared_as_bytes():
     (functools.partial(os._exit, 3), "ended with exit code 3"),
     (functools.partial(sys.exit, 3), r"raised\nTraceback [\s\S]*SystemExit: 3"),
     (fail, r"raised\nTraceback [\s\S]*in fail\n[\s\S]*ValueError: the simulator \[diverged\]"),
-    (functools.partial(time.sleep, 60), r"gave no answer for train.env_timeout_s=6"),
+    (functools.partial(time.sleep, 60), r"gave no answer for 5 s \(train.env_timeout_s\)"),
 ])
 def test_a_worker_that_fails_is_named_and_replaced(action, said):
     messages = []
-    timeout_s = 6 if "no answer" in said else 120
+    timeout_s = 5 if "no answer" in said else 120
     envs = vector(faulty(action), Walk, timeout_s=timeout_s, on_message=messages.append)
     old = envs.envs[0].process.pid
     recorded, started = episodes(envs, 30)
