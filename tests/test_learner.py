@@ -189,3 +189,24 @@ def test_eager_and_compiled_agree_on_images(small_config):
         a, b = (learner.update(image_batch()) for learner in (eager, compiled))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5)
+
+
+def test_a_termination_head_learns_and_is_continued(small_config):
+    config = with_(small_config, lr=3e-3).replace({"model.termination": True})
+    data = batch(experts=32)
+    # the state moves by the action, and has fallen beyond 1
+    obs = torch.stack([data.obs[0] + data.action[:t].sum(0) for t in range(4)])
+    data = data._replace(obs=obs, terminated=(obs[1:, :, 0] > 1).float())
+    learner = Learner(2, 2, config)
+    first = learner.update(data)
+    for _ in range(150):
+        last = learner.update(data)
+    assert 0.1 < data.terminated.mean() < 0.5
+    assert last["termination_loss"] < 0.4 * first["termination_loss"]
+    assert last["termination_recall"] > 0.9 and last["termination_precision"] > 0.7
+    other = Learner(2, 2, config)
+    other.load_state_dict(learner.state_dict())
+    learner.update(data), other.update(data)
+    assert torch.equal(parameters(learner), parameters(other))
+    with pytest.raises(RuntimeError, match="termination"):
+        Learner(2, 2, small_config).load_state_dict(learner.state_dict())

@@ -24,6 +24,7 @@ import numpy as np
 from iqmpc.envs import check_spaces
 from iqmpc.envs.vector import VectorEnv, check_alike
 from iqmpc.errors import TaskError, WorkerError
+from iqmpc.frames import observed
 
 # Neither torch, MuJoCo nor GL survives a fork.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -91,12 +92,12 @@ class WorkerVectorEnv(VectorEnv):
 
     def _reset(self, seeds: dict[int, int]) -> dict[int, np.ndarray]:
         answers = self._ask(seeds)
-        return {index: self._observations.array[index].copy() for index in answers}
+        return {index: observed(self._observations.array[index]) for index in answers}
 
     def _step(self, actions: np.ndarray) -> dict[int, tuple[np.ndarray, float, bool, bool]]:
         self._actions.array[:len(actions)] = actions
         answers = self._ask(dict.fromkeys(range(len(actions))))
-        return {index: (self._observations.array[index].copy(), *answer)
+        return {index: (observed(self._observations.array[index]), *answer)
                 for index, answer in answers.items()}
 
     def _ask(self, commands: dict[int, int | None]) -> dict[int, tuple]:

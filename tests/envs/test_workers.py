@@ -121,24 +121,30 @@ def test_simulators_are_the_serial_ones_bit_for_bit():
     assert_same(episodes(WorkerVectorEnv([make, make], "cheetah", like=make()), 25), serial)
 
 
-class Pixels(Walk):
-    observation_space = gymnasium.spaces.Box(0, 255, (12,), np.uint8)
+class Images(Walk):
+    observation_space = gymnasium.spaces.Box(0, 255, (9, 64, 64), np.uint8)
 
-    def step(self, action):
-        _, *rest = super().step(action)
-        return np.full(12, 200 + self.steps % 50, np.uint8), *rest
+    def image(self):
+        return np.full((9, 64, 64), 100 + int(20 * self.obs[0]), np.uint8)
 
     def reset(self, **options):
         super().reset(**options)
-        return np.full(12, 200, np.uint8), {}
+        return self.image(), {}
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return self.image(), *rest
 
 
-def test_bytes_are_shared_as_bytes():
-    envs = WorkerVectorEnv([Pixels], "pixels", like=Pixels())
-    envs.start()
-    envs.step(np.zeros((1, 2), np.float32))
-    assert envs._observations.array.dtype == np.uint8
-    assert envs.observations.tolist() == [[201] * 12]
+def test_images_are_shared_as_bytes():
+    envs = WorkerVectorEnv([Images, Images], "images", like=Images())
+    assert envs._observations.array.nbytes == 2 * 9 * 64 * 64
+    serial = VectorEnv([Images(), Images()], "images")
+    for made in (envs, serial):
+        made.start()
+        made.step(np.float32([[0.5, 0], [-0.5, 0]]))
+    assert envs.observations.dtype == np.uint8
+    np.testing.assert_array_equal(envs.observations, serial.observations)
     envs.close()
 
 
