@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.testing
 from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 # Of every launch. Said outright because Triton 3.10 changes what it does unasked.
 LAUNCH = dict(enable_fp_fusion=True)
+_TUNING_MS = 5  # of each repetition in which a choice is timed
 
 
 def power_of_two(size: int) -> int:
@@ -49,8 +51,17 @@ def tuned(
             num_warps=choice["num_warps"], num_stages=choice["num_stages"])
         for choice in choices]
     return triton.autotune(
-        configs, key=key, cache_results=True,
+        configs, key=key, cache_results=True, do_bench=device_time,
         prune_configs_by={"early_config_prune": _usable})
+
+
+def device_time(
+    call: Callable[[], object], quantiles: tuple[float, ...] = (0.5,)
+) -> float | list[float]:
+    """Milliseconds of `call` on the GPU, by default the median: in a CUDA graph, so without the
+    host's work, and with what the cache holds from the call before, as in a plan."""
+    torch.cuda.synchronize()  # another stream takes over
+    return triton.testing.do_bench_cudagraph(call, rep=_TUNING_MS, quantiles=quantiles)
 
 
 class Target(NamedTuple):
@@ -81,8 +92,11 @@ def _usable(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> 
         return configs
     device = torch.cuda.get_device_properties(matrices.device)
     target = Target(device.shared_memory_per_block_optin, device.major >= 9)
-    return [c for c in configs if fits(
+    usable = [c for c in configs if fits(
         c, target, matrices.element_size(), constants["BLOCK_K"], constants["WIDTH"])]
+    lowest = min(c.kwargs["BLOCK_M"] for c in usable)
+    tallest = max(lowest, power_of_two(constants["rows"]))  # taller ones are mostly padding
+    return [c for c in usable if c.kwargs["BLOCK_M"] <= tallest]
 
 
 def check_tensors(beside: Tensor | None = None, **tensors: Tensor) -> None:

@@ -35,14 +35,19 @@ class TritonWeights:
     Packing takes the mean over a layer's outputs out of its weights and bias where a LayerNorm
     would subtract it. SimNorm's groups are padded to a power of two.
 
-    Raises `ValueError` for a model that is not encoder, three layers each of dynamics, policy and
-    critics, whose SimNorm groups have more than 64 members or that has a termination head.
+    An encoder other than linear layers with LayerNorm is not packed: `encoder` is then empty, and
+    the rollout, which starts from z_0, does without it.
+
+    Raises `ValueError` for a model that is not three layers each of dynamics, policy and critics,
+    whose SimNorm groups have more than 64 members or that has a termination head.
     """
 
     def __init__(self, weights: Weights, *, precision: str = "float32"):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {precision!r}")
-        _check(weights)
+        reason = unfit(weights)
+        if reason is not None:
+            raise ValueError(reason)
         self.precision, self.dtype = precision, PRECISIONS[precision]
         self.product = "tf32x3" if precision == "float32" else "tf32"  # of float32 operands
         self.device = weights.dynamics[0].weight.device
@@ -65,10 +70,15 @@ class TritonWeights:
         self._pairs = self._pairs % self.action_dim * 2 + self._pairs // self.action_dim
 
         self._matrix_size = self._vector_size = 0
-        self.dynamics = self._place(weights.dynamics, self.latent_size, self.latent_size)
+        self.encoder: tuple[PackedLayer, ...] = ()
+        if encoder_unfit(weights) is None:
+            self.encoder = self._place(weights.encoder, self.obs_shape[0], self.latent_size)
+        self.dynamics = self._place(
+            weights.dynamics, self.latent_size, self.latent_size, actions=True)
         self.policy = self._place(weights.policy, self.latent_size, 2 * self.action_dim)
-        self.critics = self._place(weights.critics[:-1], self.latent_size, None)
-        self.width = max(x.outputs for x in (*self.dynamics, *self.policy, *self.critics))
+        self.critics = self._place(weights.critics[:-1], self.latent_size, None, actions=True)
+        self.width = max(x.outputs for x in (
+            *self.encoder, *self.dynamics, *self.policy, *self.critics))
         # The kernels' step through a product: 128 bytes, and whole groups of SimNorm.
         self.block = max(self.group, 64 if precision == "bf16" else 32)
         self.slots = _power(self.width // PAD)
@@ -78,21 +88,23 @@ class TritonWeights:
             lambda t: t.detach().to(torch.float32, copy=True), weights.policy)
         self.tables: dict[object, object] = {}  # the rollout's, made once for these sizes
         if self.group != self.simnorm_dim:  # a padding member weighs exp(-inf)
-            beta = self._vectors(self.dynamics[2])[2]
-            beta[:self.latent_size] = -torch.inf
-            beta[self._latent] = 0.0
+            for packed in (*self.encoder[-1:], self.dynamics[2]):
+                beta = self._vectors(packed)[2]
+                beta[:self.latent_size] = -torch.inf
+                beta[self._latent] = 0.0
         self.refresh(weights)
 
     @torch.no_grad()
     def refresh(self, weights: Weights) -> None:
         """Copy `weights`, of the same sizes, into the same memory: captured graphs stay valid."""
-        for part, layers, last in (
-            (self.dynamics, weights.dynamics, self._latent),
-            (self.policy, weights.policy, self._pairs),
-            (self.critics, weights.critics[:2], None),
+        for part, layers, first, last in (
+            (self.encoder, weights.encoder[:len(self.encoder)], None, self._latent),
+            (self.dynamics, weights.dynamics, self._latent, self._latent),
+            (self.policy, weights.policy, self._latent, self._pairs),
+            (self.critics, weights.critics[:2], self._latent, None),
         ):
             for i, (packed, layer) in enumerate(zip(part, layers, strict=True)):
-                self._pack(packed, layer, self._latent if i == 0 else None,
+                self._pack(packed, layer, first if i == 0 else None,
                            last if i == len(part) - 1 else None)
         head, vectors = weights.critics[-1], self._vectors(self.critics[1], self.num_critics)
         vectors[:, 3, :head.weight.shape[-1]] = head.weight[:, 0].float()
@@ -113,16 +125,17 @@ class TritonWeights:
             return z.contiguous()
         return z.new_zeros(z.shape[0], self.latent_size).index_copy_(1, self._latent, z)
 
-    def _place(self, layers: tuple[Layer, ...], inputs: int, outputs: int | None
-               ) -> tuple[PackedLayer, ...]:
-        """Memory for a stack of layers; outputs: of its last one, None for its own."""
+    def _place(self, layers: tuple[Layer, ...], inputs: int, outputs: int | None, *,
+               actions: bool = False) -> tuple[PackedLayer, ...]:
+        """Memory for a stack of layers; outputs: of its last one, None for its own; actions:
+        whether the first one takes them beside its inputs."""
         placed = []
         for i, layer in enumerate(layers):
             members = layer.weight.shape[0] if layer.weight.dim() == 3 else 1
             features = layer.weight.shape[-2]
             rows = padded(features if outputs is None or i + 1 < len(layers) else outputs)
             columns = padded(inputs)
-            action = layer.weight.shape[-1] > self.latent_dim and i == 0
+            action = actions and i == 0
             weight, vectors = self._matrix_size, self._vector_size
             self._matrix_size += members * rows * columns
             action_weight = self._matrix_size if action else 0
@@ -173,20 +186,27 @@ def _view(buffer: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
     return buffer[start:start + torch.Size(shape).numel()].view(shape)
 
 
-def _check(weights: Weights) -> None:
+def encoder_unfit(weights: Weights) -> str | None:
+    """Why a plan cannot run this encoder, or None."""
+    if all(x.gamma is not None and x.weight.dim() == 2 for x in weights.encoder):
+        return None
+    return "encoder: the triton backend takes linear layers, each with LayerNorm"
+
+
+def unfit(weights: Weights) -> str | None:
+    """What a rollout cannot take in these weights, or None."""
     if weights.termination:
-        raise ValueError("the triton backend takes no model with a termination head")
+        return "the triton backend takes no model with a termination head"
     normed = (True, True, True), (True, True, False), (True, True, False)
     for part, expected in zip(("dynamics", "policy", "critics"), normed, strict=True):
         if tuple(x.gamma is not None for x in getattr(weights, part)) != expected:
-            raise ValueError(
-                f"{part}: the triton backend takes three layers, LayerNorm on "
-                f"{'all' if all(expected) else 'the first two'}")
+            return (f"{part}: the triton backend takes three layers, LayerNorm on "
+                    f"{'all' if all(expected) else 'the first two'}")
     if weights.critics[-1].weight.shape[-2] != 1 or weights.num_critics < 2:
-        raise ValueError("critics: expected at least 2, with one output each")
+        return "critics: expected at least 2, with one output each"
     if weights.latent_dim % weights.simnorm_dim:
-        raise ValueError(f"simnorm_dim: must divide the latent size {weights.latent_dim}, got "
-                         f"{weights.simnorm_dim}")
+        return (f"simnorm_dim: must divide the latent size {weights.latent_dim}, got "
+                f"{weights.simnorm_dim}")
     if weights.simnorm_dim > PAD:
-        raise ValueError(
-            f"simnorm_dim: the triton backend takes at most {PAD}, got {weights.simnorm_dim}")
+        return f"simnorm_dim: the triton backend takes at most {PAD}, got {weights.simnorm_dim}"
+    return None

@@ -29,6 +29,7 @@ from iqmpc.kernels.triton_launch import (
     INTERPRETED,
     LAUNCH,
     check_tensors,
+    device_time,
     multiprocessors,
     power_of_two,
     tuned,
@@ -40,14 +41,19 @@ SCHEDULES = ("throughput", "latency")
 # Rows that a multiprocessor has in flight in the throughput schedule, so that their scratch memory
 # stays near the second-level cache. No tile is taller, in either schedule.
 _TALLEST = 128
+_LARGEST = 4 << 30  # bytes of scratch memory beyond which the latency schedule is not considered
 
+# Arguments whose values no kernel is compiled for: they vary from call to call.
+_SIZES = ["job_count", "rows", "samples", "horizon", "pitch", "noise_stride", "critics", "raw_size",
+          "tuned_for"]
 _EPS = tl.constexpr(1e-5)  # LayerNorm's, as in torch
 _PAD = tl.constexpr(PAD)
 _VECTORS = tl.constexpr(VECTORS)
 _INTERPRETED = tl.constexpr(INTERPRETED)
-_MISH, _SIMNORM, _HEAD, _POLICY, _ROOT = (
-    tl.constexpr(v) for v in (
-        tables.MISH, tables.SIMNORM, tables.HEAD, tables.POLICY, tables.ROOT))
+_MISH, _SIMNORM, _HEAD, _POLICY, _ACT, _ROOT, _RAW = (
+    tl.constexpr(v) for v in (tables.MISH, tables.SIMNORM, tables.HEAD, tables.POLICY, tables.ACT,
+                              tables.ROOT, tables.RAW))
+_ROOTS = tl.constexpr(tables.ROOTS)
 _READY = tl.constexpr(-1)  # x needs no normalisation
 _SHARED, _SAVED = tl.constexpr(tables.SHARED), tl.constexpr(tables.SAVED)
 _NONE, _GIVEN = tl.constexpr(tables.NONE), tl.constexpr(tables.GIVEN)
@@ -124,15 +130,16 @@ def _layer(
     job,  # [_FIELDS]
     member,
     cols,  # [N] of the layer's outputs
-    row,  # [M] pointers to lines of scratch memory; for ROOT, to the lines of z_0
+    row,  # [M] pointers to lines of scratch memory; for RAW, to the lines of what is encoded
     rstd,  # [M] 1 / deviation of x's pre-activations, where IN says that x is to be normalised
     m,  # [M] sample, counted over all problems
     live,  # [M]
     matrices, vectors,  # `TritonWeights`'
-    root,  # [E, 3 * WIDTH] z_0's part of the first layers
-    actions,  # [E, H, S, A]
+    root,  # [E, _ROOTS * WIDTH] z_0's part of the first layers
+    actions,  # [E, H, pitch, A], from the first of the S samples
     prior,  # [M, A] of this tile: ã_t
-    samples, horizon, latent_size,
+    samples, horizon, pitch,
+    raw_size,  # of a line that RAW reads
     IN: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr,
     ACTIONS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -145,7 +152,7 @@ def _layer(
     source = _place(job + _SOURCE)
     acc = tl.zeros((row.shape[0], cols.shape[0]), tl.float32)
     if init == _SHARED:
-        acc += tl.load(root + (m // samples)[:, None] * (3 * WIDTH) + (source + cols)[None, :],
+        acc += tl.load(root + (m // samples)[:, None] * (_ROOTS * WIDTH) + (source + cols)[None, :],
                        mask=live[:, None] & real[None, :], other=0.0)
     elif init == _SAVED:
         acc += tl.load(row[:, None] + (source + cols)[None, :],
@@ -162,9 +169,9 @@ def _layer(
     scale = vectors + _place(job + _IN_VECTORS) + source_member * inputs * _VECTORS + inputs
     for k0 in range(0, inputs, BLOCK_K):
         k = k0 + ks
-        if IN == _ROOT:
+        if IN == _RAW:
             tile = tl.load(row[:, None] + k[None, :],
-                           mask=live[:, None] & (k < latent_size)[None, :], other=0.0)
+                           mask=live[:, None] & (k < raw_size)[None, :], other=0.0)
         else:
             tile = tl.load(x[:, None] + k[None, :])
         if IN == _MISH or IN == _SIMNORM:
@@ -184,7 +191,7 @@ def _layer(
     if action != _NONE:
         a = tl.arange(0, ACTIONS)
         step = tl.load(job + _STEP)
-        given = (m // samples * horizon + step) * samples + m % samples
+        given = (m // samples * horizon + step) * pitch + m % samples
         size = tl.where(action == _GIVEN, A, 0)  # one of the two loads is of nothing
         taken = tl.load(actions + given[:, None] * A + a[None, :],
                         mask=live[:, None] & (a < size)[None, :], other=0.0)
@@ -198,24 +205,37 @@ def _layer(
 
 
 @triton.jit
+def squashed(mean, spread, eps, log_std_min, log_std_max):
+    """tanh(μ + σ ε), of log σ before its tanh."""
+    log_std = log_std_min + 0.5 * (log_std_max - log_std_min) * (_tanh(spread) + 1.0)
+    return _tanh(mean + tl.exp(log_std) * eps)
+
+
+@triton.jit
 def _draw(
     acc,  # [M, N] μ_j and log σ_j before its tanh, in turns
     first,  # column of acc's first
-    step,  # t >= 1
-    m, live, prior,  # as in `_layer`
-    noise,  # [E, T, S, A], at the draws for z_1
-    noise_stride,  # of a problem
-    samples, log_std_min, log_std_max, A: tl.constexpr,
+    noise, out,  # [M] pointers to lines of ε and of the actions
+    live, log_std_min, log_std_max, A: tl.constexpr,
 ):
-    """Store ã_t = tanh(μ + σ ε)."""
     N: tl.constexpr = acc.shape[1] // 2
     mean, spread = tl.split(tl.reshape(acc, (acc.shape[0], N, 2)))
     j = first // 2 + tl.arange(0, N)
     mask = live[:, None] & (j < A)[None, :]
-    at = m // samples * noise_stride + ((step - 1) * samples + m % samples) * A
-    eps = tl.load(noise + at[:, None] + j[None, :], mask=mask, other=0.0)
-    log_std = log_std_min + 0.5 * (log_std_max - log_std_min) * (_tanh(spread) + 1.0)
-    tl.store(prior[:, None] + j[None, :], _tanh(mean + tl.exp(log_std) * eps), mask=mask)
+    eps = tl.load(noise[:, None] + j[None, :], mask=mask, other=0.0)
+    tl.store(out[:, None] + j[None, :], squashed(mean, spread, eps, log_std_min, log_std_max),
+             mask=mask)
+
+
+@triton.jit
+def _score_noise(
+    noise,  # [E, T, S, A], at the draws for z_1
+    noise_stride,  # of a problem
+    job, m, samples, A: tl.constexpr,
+):
+    """[M] pointers to the draws of ã_t, t >= 1."""
+    step = tl.load(job + _STEP)
+    return noise + m // samples * noise_stride + ((step - 1) * samples + m % samples) * A
 
 
 @triton.jit
@@ -261,18 +281,18 @@ def _valid(pair, critics):
     interpreted=dict(BLOCK_M=16, BLOCK_N=64),
     key=["tuned_for", "WIDTH", "PRECISION"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _chain_kernel(
     matrices, vectors,  # `TritonWeights`'
     jobs,  # [job_count, _FIELDS] int32
     pair,  # [2] int64
-    root,  # [E, 3 * WIDTH] float32
-    actions,  # [E, H, S, A]
+    root,  # [E, _ROOTS * WIDTH] float32
+    actions,  # [E, H, pitch, A], from the first of the S samples
     noise,  # [E, T, S, A], at the draws for z_1
     scratch,  # [programs * BLOCK_M, 4 * WIDTH], the operands' dtype
     priors,  # [programs * BLOCK_M, A] float32
-    returns,  # [E, S]
-    job_count, rows, samples, horizon, noise_stride, critics,
+    returns,  # [E, pitch], from the first of the S samples
+    job_count, rows, samples, horizon, pitch, noise_stride, critics,
     discount, log_std_min, log_std_max,
     tuned_for,  # what the choice of tiles depends on
     GROUP: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr, ACTIONS: tl.constexpr,
@@ -304,11 +324,11 @@ def _chain_kernel(
                 cols = tl.arange(0, BLOCK_N)
                 acc = _layer(
                     job, member, cols, row, square, m, live, matrices, vectors, root, actions,
-                    prior, samples, horizon, 0, _READY, GROUP, WIDTH, A, ACTIONS, PRECISION,
+                    prior, samples, horizon, pitch, 0, _READY, GROUP, WIDTH, A, ACTIONS, PRECISION,
                     BLOCK_K)
                 if kind == _POLICY:
-                    _draw(acc, 0, tl.load(job + _STEP), m, live, prior, noise, noise_stride,
-                          samples, log_std_min, log_std_max, A)
+                    _draw(acc, 0, _score_noise(noise, noise_stride, job, m, samples, A), prior,
+                          live, log_std_min, log_std_max, A)
                 else:
                     rstd = tl.rsqrt(tl.sum(acc * acc, 1) / features + _EPS)
                     q += _finish(acc, rstd, job, member, cols, row, vectors, kind, GROUP)
@@ -318,11 +338,11 @@ def _chain_kernel(
                     cols = n0 + tl.arange(0, BLOCK_N)
                     acc = _layer(
                         job, member, cols, row, square, m, live, matrices, vectors, root, actions,
-                        prior, samples, horizon, 0, _READY, GROUP, WIDTH, A, ACTIONS, PRECISION,
-                        BLOCK_K)
+                        prior, samples, horizon, pitch, 0, _READY, GROUP, WIDTH, A, ACTIONS,
+                        PRECISION, BLOCK_K)
                     if kind == _POLICY:
-                        _draw(acc, n0, tl.load(job + _STEP), m, live, prior, noise, noise_stride,
-                              samples, log_std_min, log_std_max, A)
+                        _draw(acc, n0, _score_noise(noise, noise_stride, job, m, samples, A),
+                              prior, live, log_std_min, log_std_max, A)
                     else:
                         square += tl.sum(acc * acc, 1)
                         tl.store(out[:, None] + cols[None, :], _operand(acc, dtype),
@@ -348,7 +368,8 @@ def _chain_kernel(
                     factor = tl.where(drawn, factor, factor * discount)
             # What this job stored is read by other threads in the next.
             tl.debug_barrier()
-        tl.store(returns + m, tl.where(valid, total, float("nan")), mask=live)
+        tl.store(returns + m // samples * pitch + m % samples,
+                 tl.where(valid, total, float("nan")), mask=live)
 
 
 @tuned(
@@ -358,15 +379,16 @@ def _chain_kernel(
     interpreted=dict(BLOCK_M=16, BLOCK_N=64),
     key=["tuned_for", "WIDTH", "IN", "PRECISION"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _stage_kernel(
     matrices, vectors, jobs, pair,  # as in `_chain_kernel`
-    latents,  # [E, latent_size] float32, of the ROOT stage: z_0
+    raw,  # [E, raw_size] float32 of a RAW stage: z_0 or observations
     root, actions, noise,  # as in `_chain_kernel`
+    acting,  # [E, H, S, A] draws of the actions that ACT takes
     scratch,  # [rows, columns], the operands' dtype
     squares,  # [rows, columns / _PAD] float32: sums over _PAD pre-activations
     priors,  # [rows, A] float32
-    rows, columns, samples, horizon, noise_stride, critics, latent_size,
+    rows, columns, samples, horizon, pitch, noise_stride, critics, raw_size,
     log_std_min, log_std_max,
     tuned_for,  # what the choice of tiles depends on
     IN: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
@@ -386,10 +408,10 @@ def _stage_kernel(
     prior = priors + line * A
     member = _member(job, pair, critics)
     rstd = tl.zeros((BLOCK_M,), tl.float32)
-    if IN == _ROOT:
-        row = latents + line * latent_size
+    if IN == _RAW:
+        line_in = raw + line * raw_size
     else:
-        row = scratch + line * columns
+        line_in = scratch + line * columns
         # Not masked by `live`: there is a line for every row of a tile.
         slot = tl.arange(0, SLOTS)
         at = line[:, None] * (columns // _PAD) + _place(job + _X) // _PAD + slot[None, :]
@@ -397,15 +419,21 @@ def _stage_kernel(
             squares + at, mask=(slot < _place(job + _INPUTS) // _PAD)[None, :], other=0.0)
         rstd += tl.rsqrt(tl.sum(parts, 1) / tl.load(job + _IN_FEATURES).to(tl.float32) + _EPS)
     acc = _layer(
-        job, member, cols, row, rstd, m, live, matrices, vectors, root, actions, prior, samples,
-        horizon, latent_size, IN, GROUP, WIDTH, A, ACTIONS, PRECISION, BLOCK_K)
-    if IN == _ROOT:
-        tl.store(root + line[:, None] * (3 * WIDTH) + (_place(job + _OUT) + cols)[None, :], acc,
-                 mask=live[:, None] & (cols < outputs)[None, :])
-    elif tl.load(job + _KIND) == _POLICY:
-        _draw(acc, first, tl.load(job + _STEP), m, live, prior, noise, noise_stride, samples,
+        job, member, cols, line_in, rstd, m, live, matrices, vectors, root, actions, prior,
+        samples, horizon, pitch, raw_size, IN, GROUP, WIDTH, A, ACTIONS, PRECISION, BLOCK_K)
+    kind = tl.load(job + _KIND)
+    if kind == _ROOT:
+        tl.store(root + line[:, None] * (_ROOTS * WIDTH) + (_place(job + _OUT) + cols)[None, :],
+                 acc, mask=live[:, None] & (cols < outputs)[None, :])
+    elif kind == _POLICY:
+        _draw(acc, first, _score_noise(noise, noise_stride, job, m, samples, A), prior, live,
               log_std_min, log_std_max, A)
+    elif kind == _ACT:
+        step = m // samples * horizon + tl.load(job + _STEP)
+        _draw(acc, first, acting + (step * samples + m % samples) * A,
+              actions + (step * pitch + m % samples) * A, live, log_std_min, log_std_max, A)
     else:
+        row = scratch + line * columns
         out = _place(job + _OUT)
         tl.store(row[:, None] + (out + cols)[None, :], _operand(acc, scratch.dtype.element_ty),
                  mask=(cols < outputs)[None, :])
@@ -422,11 +450,11 @@ def _stage_kernel(
     interpreted=dict(BLOCK_M=8, BLOCK_N=64),
     key=["tuned_for", "WIDTH"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _score_kernel(
     vectors, pair, scratch, squares,  # as in `_stage_kernel`
-    returns,  # [E, S]
-    rows, columns, horizon, critics, heads, vector, outputs, features, discount,
+    returns,  # as in `_chain_kernel`
+    rows, columns, samples, pitch, horizon, critics, heads, vector, outputs, features, discount,
     tuned_for,  # what the choice of tiles depends on
     WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -465,7 +493,7 @@ def _score_kernel(
         factor = tl.where(number % 2 == 1, factor * discount, factor)
         total += factor * tl.where(given, best, -best)
     total = tl.where(_valid(pair, critics), total, float("nan"))
-    tl.store(returns + m, total, mask=live)
+    tl.store(returns + m // samples * pitch + m % samples, total, mask=live)
 
 
 def mppi_rollout_triton(
@@ -482,14 +510,14 @@ def mppi_rollout_triton(
 ) -> Tensor:  # [E, S]
     """See `iqmpc.kernels.mppi_rollout.mppi_rollout`. float32 tensors, all on one device.
 
-    `schedule` is "throughput", "latency", or None for `choose_schedule`'s. `Weights` are packed on
+    `schedule` is "throughput", "latency", or None for `resolve_schedule`'s. `Weights` are packed on
     every call, in float32. The unrolled score is computed as the advantage form plus
     -β log π(ã_0|z_0), by which the two differ. A critic out of range makes every return NaN.
 
     Nothing waits for the device and nothing allocated depends on data, so that a call can be
     captured in a CUDA graph, after one call with the same shapes that was not: the first one
-    compiles, tunes the tile sizes and stores the job tables. `TritonWeights.refresh` keeps the
-    memory that a graph reads.
+    compiles, tunes the tile sizes, times the schedules and stores the job tables.
+    `TritonWeights.refresh` keeps the memory that a graph reads.
     """
     if schedule is not None and schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
@@ -500,13 +528,14 @@ def mppi_rollout_triton(
     envs, horizon, samples, _ = actions.shape
     returns = actions.new_empty(envs, samples)
     first = score == "unrolled"  # of the draws, the one for z_1
-    arguments = _Arguments(
-        weights, weights.latents(z0), actions.contiguous(),
-        policy_noise.contiguous()[:, first:], critic_pair, float(discount), returns)
-    schedule = schedule or choose_schedule(envs, samples, z0.device)
+    rollout = Rollout(
+        weights, actions.contiguous(), policy_noise.contiguous()[:, first:], critic_pair,
+        float(discount), returns, new_root(weights, envs), samples)
     # Triton launches on the current device.
     with torch.no_grad(), torch.cuda.device_of(z0):
-        (_throughput if schedule == "throughput" else _latency)(arguments)
+        root = _table(weights, tables.root_stage, horizon)
+        _launch_stages(rollout, root, envs, raw=weights.latents(z0))
+        score_samples(rollout, schedule or resolve_schedule(rollout))
         if score == "unrolled":
             _, log_prob = layers.policy_sample(
                 weights.as_policy(), z0, policy_noise[:, 0, 0])
@@ -514,25 +543,22 @@ def mppi_rollout_triton(
     return returns
 
 
-def choose_schedule(envs: int, samples: int, device: torch.device) -> str:
-    """`throughput` where tiles of 64 rows give every multiprocessor one, else `latency`.
+class Rollout(NamedTuple):
+    """What a rollout is launched with. `noise` begins with the draws for z_1.
 
-    With fewer tiles, whole trajectories would leave multiprocessors idle.
+    `actions` and `returns` may be the first or last of the samples in a larger memory, with `pitch`
+    samples in a row.
     """
-    tiles = -(-envs * samples // 64)
-    return "throughput" if tiles >= multiprocessors(device) else "latency"
-
-
-class _Arguments(NamedTuple):
-    """What a rollout is launched with; `noise` begins with the draws for z_1."""
 
     weights: TritonWeights
-    latents: Tensor  # [E, latent_size]
     actions: Tensor  # [E, H, S, A]
     noise: Tensor  # [E, T, S, A]
     pair: Tensor  # [2]
     discount: float
     returns: Tensor  # [E, S]
+    root: Tensor  # [E, ROOTS * width]
+    pitch: int
+    acting: Tensor | None = None  # [E, H, S, A] draws for the actions of `tables.trajectories`
 
     def sizes(self) -> tuple[int, int, int]:
         """E, H, S"""
@@ -542,77 +568,133 @@ class _Arguments(NamedTuple):
         """Arguments that all layers' kernels take."""
         w = self.weights
         return dict(
-            noise_stride=self.noise.stride(0), critics=w.num_critics, log_std_min=w.log_std_min,
-            log_std_max=w.log_std_max, GROUP=w.group, WIDTH=w.width, A=w.action_dim,
-            ACTIONS=w.actions, PRECISION=w.product, BLOCK_K=w.block)
+            noise_stride=self.noise.stride(0), pitch=self.pitch, critics=w.num_critics,
+            log_std_min=w.log_std_min, log_std_max=w.log_std_max, GROUP=w.group, WIDTH=w.width,
+            A=w.action_dim, ACTIONS=w.actions, PRECISION=w.product, BLOCK_K=w.block)
 
 
-def _throughput(a: _Arguments) -> None:
-    w, (envs, horizon, samples) = a.weights, a.sizes()
-    chain, table = _table(w, ("chain", horizon), lambda: tables.chain(w, horizon))
+def new_root(w: TritonWeights, envs: int) -> Tensor:
+    """Memory for what the samples of a problem share, [E, ROOTS * width]."""
+    return torch.empty(envs, tables.ROOTS * w.width, device=w.device)
+
+
+def start(r: Rollout, obs: Tensor, *, rollouts: bool = True) -> None:
+    """obs [E, O] -> the root of `r`: z_0's part of the first layers, if `rollouts`, and π(z_0)."""
+    envs, horizon, _ = r.sizes()
+    _launch_stages(
+        r, _table(r.weights, tables.start, horizon if rollouts else 0), envs, raw=obs)
+
+
+def score_trajectories(r: Rollout) -> None:
+    """Roll π through d from the a_0 in `r.actions`, and score the trajectories."""
+    _latency(r, tables.trajectories)
+
+
+def score_samples(r: Rollout, schedule: str) -> None:
+    """Score the actions of `r`, whose root is there."""
+    _throughput(r) if schedule == "throughput" else _latency(r, tables.stages)
+
+
+_measured: dict[tuple[object, ...], str] = {}
+
+
+def resolve_schedule(r: Rollout, timer: Callable[[Callable[[], None]], float] | None = None) -> str:
+    """The faster schedule for rollouts of this size on this device, timed once in a process.
+
+    timer: gives the time of a call, in any unit; by default the device's time in a CUDA graph,
+    which includes no work of the host. Not timed, `choose_schedule` answers: in the interpreter,
+    inside a capture, and where the latency schedule's scratch memory would be too large.
+    """
+    w, (envs, horizon, samples) = r.weights, r.sizes()
+    rows = envs * samples
+    guess = choose_schedule(envs, samples, w.device)
+    columns = _table(w, tables.stages, horizon)[0].columns
+    if rows * columns * w.dtype.itemsize > _LARGEST:
+        return "throughput"
+    key = (str(w.device), w.precision, w.width, w.latent_size, w.action_dim, horizon,
+           power_of_two(rows))
+    if key not in _measured:
+        if timer is None:
+            if INTERPRETED or torch.cuda.is_current_stream_capturing():
+                return guess
+            timer = device_time
+        times = {s: timer(lambda s=s: score_samples(r, s)) for s in SCHEDULES}
+        _measured[key] = min(times, key=times.get)
+    return _measured[key]
+
+
+def choose_schedule(envs: int, samples: int, device: torch.device) -> str:
+    """A guess: `throughput` where tiles of 64 rows give every multiprocessor one, else `latency`.
+
+    With fewer tiles, whole trajectories would leave multiprocessors idle.
+    """
+    tiles = -(-envs * samples // 64)
+    return "throughput" if tiles >= multiprocessors(device) else "latency"
+
+
+def _throughput(r: Rollout) -> None:
+    w, (envs, horizon, samples) = r.weights, r.sizes()
+    chain, table = _table(w, tables.chain, horizon)
     rows, lines = envs * samples, _TALLEST * multiprocessors(w.device)
     lines = min(lines, rows + _TALLEST)  # with the last tile's padding
     scratch = w.matrices.new_empty(lines, chain.columns)
-    priors = a.actions.new_empty(lines, w.action_dim)
-    root = _root(a)
+    priors = w.vectors.new_empty(lines, w.action_dim)
     _chain_kernel[lambda meta: (
         min(triton.cdiv(rows, meta["BLOCK_M"]), lines // meta["BLOCK_M"]),)](
-        w.matrices, w.vectors, table, a.pair, root, a.actions, a.noise, scratch, priors, a.returns,
-        job_count=len(chain.jobs), rows=rows, samples=samples, horizon=horizon,
-        discount=a.discount, tuned_for=power_of_two(rows), **a.constants(), **LAUNCH)
+        w.matrices, w.vectors, table, r.pair, r.root, r.actions, r.noise, scratch, priors,
+        r.returns, job_count=len(chain.jobs), rows=rows, samples=samples, horizon=horizon,
+        discount=r.discount, tuned_for=power_of_two(rows), **r.constants(), **LAUNCH)
 
 
-def _latency(a: _Arguments) -> None:
-    w, (envs, horizon, samples) = a.weights, a.sizes()
-    program, *stages = _table(
-        w, ("stages", horizon), lambda: tables.stages(w, horizon), lambda p: p.stages)
+def _latency(r: Rollout, program: Callable[[TritonWeights, int], tables.Stages]) -> None:
+    w, (envs, horizon, samples) = r.weights, r.sizes()
     rows = envs * samples
-    lines = -(-rows // _TALLEST) * _TALLEST
-    scratch = w.matrices.new_empty(lines, program.columns)
-    squares = a.actions.new_empty(lines, program.columns // PAD)
-    priors = a.actions.new_empty(lines, w.action_dim)
-    root = _root(a)
-    for stage, table in zip(program.stages, stages, strict=True):
-        _stage(a, stage, table, root, rows, scratch, squares, priors)
+    program, *stages = _table(w, program, horizon)
+    scratch, squares = _launch_stages(r, (program, *stages), rows)
     before = w.critics[1]
     _score_kernel[lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]),)](
-        w.vectors, a.pair, scratch, squares, a.returns, rows=rows, columns=program.columns,
-        horizon=horizon, critics=w.num_critics, heads=program.heads, vector=before.vectors,
-        outputs=before.outputs, features=before.features, discount=a.discount,
-        tuned_for=power_of_two(rows), WIDTH=w.width, SLOTS=w.slots, **LAUNCH)
+        w.vectors, r.pair, scratch, squares, r.returns, rows=rows, columns=program.columns,
+        samples=samples, pitch=r.pitch, horizon=horizon, critics=w.num_critics,
+        heads=program.heads, vector=before.vectors, outputs=before.outputs,
+        features=before.features, discount=r.discount, tuned_for=power_of_two(rows),
+        WIDTH=w.width, SLOTS=w.slots, **LAUNCH)
 
 
-def _root(a: _Arguments) -> Tensor:  # [E, 3 * WIDTH]
-    """z_0's part of the first layers."""
-    w, (envs, horizon, _) = a.weights, a.sizes()
-    stage, table = _table(w, ("root", horizon > 1), lambda: tables.root_stage(w, horizon))
-    root = a.actions.new_empty(envs, 3 * w.width)
-    _stage(a, stage, table, root, envs, w.matrices, a.actions, a.actions)  # no scratch is used
-    return root
+def _launch_stages(
+    r: Rollout, table: tuple[Any, ...], rows: int, *, raw: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run a program of stages on `rows` lines: scratch memory and sums of squares.
 
-
-def _stage(
-    a: _Arguments, stage: tables.Stage, table: Tensor, root: Tensor, rows: int, scratch: Tensor,
-    squares: Tensor, priors: Tensor,
-) -> None:
-    w, (_, horizon, samples) = a.weights, a.sizes()
-    widest = max(job.outputs for job in stage.jobs)
-    _stage_kernel[lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]),
-                                triton.cdiv(widest, meta["BLOCK_N"]), len(stage.jobs))](
-        w.matrices, w.vectors, table, a.pair, a.latents, root, a.actions, a.noise, scratch,
-        squares, priors, rows=rows, columns=scratch.shape[-1], samples=samples, horizon=horizon,
-        latent_size=w.latent_size, tuned_for=power_of_two(rows * len(stage.jobs)),
-        IN=stage.inputs, SLOTS=w.slots, **a.constants(), **LAUNCH)
+    raw: [rows, ...] float32, what a first stage that is RAW reads.
+    """
+    w, (_, horizon, samples) = r.weights, r.sizes()
+    program, *stages = table
+    lines = -(-rows // _TALLEST) * _TALLEST
+    scratch = w.matrices.new_empty(lines, program.columns)
+    squares = w.vectors.new_empty(lines, max(1, program.columns // PAD))
+    priors = w.vectors.new_empty(lines, w.action_dim)
+    raw = r.root if raw is None else raw.contiguous()
+    acting = r.noise if r.acting is None else r.acting
+    for stage, jobs in zip(program.stages, stages, strict=True):
+        widest = max(job.outputs for job in stage.jobs)
+        count = len(stage.jobs)
+        _stage_kernel[lambda meta, widest=widest, count=count: (
+            triton.cdiv(rows, meta["BLOCK_M"]), triton.cdiv(widest, meta["BLOCK_N"]), count)](
+            w.matrices, w.vectors, jobs, r.pair, raw, r.root, r.actions, r.noise, acting, scratch,
+            squares, priors, rows=rows, columns=program.columns, samples=samples, horizon=horizon,
+            raw_size=raw.shape[1], tuned_for=power_of_two(rows * count), IN=stage.inputs,
+            SLOTS=w.slots, **r.constants(), **LAUNCH)
+    return scratch, squares
 
 
 def _table(
-    w: TritonWeights, key: tuple[object, ...], make: Callable[[], Any],
-    split: Callable[[Any], list[tables.Stage]] = lambda program: [program],
+    w: TritonWeights, program: Callable[[TritonWeights, int], Any], horizon: int
 ) -> tuple[Any, ...]:
-    """A program of jobs and its tables on the device, one [jobs, _FIELDS] int32 a part."""
+    """A program of jobs and its tables on the device, one [jobs, _FIELDS] int32 a stage."""
+    key = (program.__name__, horizon)
     if key not in w.tables:
-        program = make()
-        w.tables[key] = (program, *(
-            torch.tensor(part.jobs, dtype=torch.int32, device=w.device)
-            for part in split(program)))
+        made = program(w, horizon)
+        parts = made.stages if isinstance(made, tables.Stages) else [made]
+        w.tables[key] = (made, *(
+            torch.tensor(part.jobs, dtype=torch.int32, device=w.device) for part in parts))
     return w.tables[key]

@@ -14,8 +14,11 @@ from typing import NamedTuple
 
 from iqmpc.kernels.triton_weights import PackedLayer, TritonWeights
 
-# Job.kind: what becomes of the product. ROOT: stored as it is, for all samples of a problem.
-MISH, SIMNORM, HEAD, POLICY, ROOT = range(5)
+# Job.kind: what becomes of the product. POLICY: the policy sample ã_t that a score needs. ACT: the
+# policy's action a_t. ROOT: stored as it is, for all samples of a problem.
+# Of MISH and SIMNORM, and RAW, which needs nothing, is also how a stage reads x.
+MISH, SIMNORM, HEAD, POLICY, ACT, ROOT, RAW = range(7)
+ROOTS = 4  # regions of what all samples of a problem share: see `root_stage` and `start`
 # Job.init: what the product is added to: the bias, z_0's part of it, or a saved z_t part.
 BIAS, SHARED, SAVED = range(3)
 # Job.action: none, the trajectory's a_t or the policy's ã_t.
@@ -46,7 +49,7 @@ class Job(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Jobs that may run side by side; `inputs` is how each reads x: ROOT, MISH or SIMNORM."""
+    """Jobs that may run side by side; `inputs` is how each reads x: RAW, MISH or SIMNORM."""
 
     inputs: int
     jobs: list[Job]
@@ -71,12 +74,34 @@ class Stages(NamedTuple):
     stages: list[Stage]
 
 
-def root_stage(w: TritonWeights, horizon: int) -> Stage:
-    """z_0's part of the first layers: [critic, critic, dynamics] regions of `width` columns."""
-    jobs = [_job(w.critics, 0, ROOT, slot=c, out=c * w.width) for c in range(2)]
-    if horizon > 1:
-        jobs.append(_job(w.dynamics, 0, ROOT, out=2 * w.width))
-    return Stage(ROOT, jobs)
+def root_stage(w: TritonWeights, horizon: int) -> Stages:
+    """From z_0: its part of the first layers, in the first three regions of what a problem's
+    samples share, [critic, critic, dynamics]. Rows are problems, of which no scratch is used."""
+    return Stages(0, 0, [Stage(RAW, _roots(w, horizon, x=0))])
+
+
+def start(w: TritonWeights, horizon: int) -> Stages:
+    """From observations: the encoder, `root_stage` on its z_0 and π(z_0) in the fourth region.
+
+    Rows are problems. With horizon 0, π(z_0) alone.
+    """
+    region = itertools.count(step=w.width)
+    result = []
+    x = producer = None
+    for i, layer in enumerate(w.encoder):
+        out = next(region)
+        job = _job(w.encoder, i, MISH, x=x or 0, producer=producer, out=out)
+        result.append(Stage(MISH if i else RAW, [job]))
+        x, producer = out, layer
+    z0 = dict(x=x, producer=producer)
+    first, second = next(region), next(region)
+    roots = _roots(w, horizon, **z0) if horizon else []
+    result += [
+        Stage(SIMNORM, [*roots, _job(w.policy, 0, MISH, out=first, **z0)]),
+        Stage(MISH, [_job(w.policy, 1, MISH, x=first, producer=w.policy[0], out=second)]),
+        Stage(MISH, [_job(w.policy, 2, ROOT, x=second, producer=w.policy[1], out=3 * w.width)]),
+    ]
+    return Stages(next(region), 0, result)
 
 
 def chain(w: TritonWeights, horizon: int) -> Chain:
@@ -120,8 +145,7 @@ def stages(w: TritonWeights, horizon: int) -> Stages:
     heads = next(region)
 
     def seconds(hidden: list[int], number: int) -> list[Job]:
-        return [_job(w.critics, 1, HEAD, slot=c, x=hidden[c], producer=w.critics[0],
-                     out=heads + (2 * number + c) * w.width) for c in range(2)]
+        return _seconds(w, hidden, heads + 2 * number * w.width)
 
     result: list[Stage] = []
     late: tuple[list[Job], list[Job]] = [], []
@@ -160,6 +184,60 @@ def stages(w: TritonWeights, horizon: int) -> Stages:
     return Stages(heads + 2 * (2 * horizon - 1) * w.width, heads, result)
 
 
+def trajectories(w: TritonWeights, horizon: int) -> Stages:
+    """The policy's trajectories, after `start`: rolled out and scored in one go, a_0 given."""
+    region = itertools.count(step=w.width)
+
+    def two() -> list[int]:
+        return [next(region), next(region)]
+
+    z, policy, dynamics, given, prior = next(region), two(), two(), two(), two()
+    heads = next(region)
+    result: list[Stage] = []
+    for t in range(horizon):
+        latent = dict(x=z, producer=w.dynamics[2])
+        if t:
+            from_policy = dict(x=policy[1], producer=w.policy[1], step=t)
+            result += [
+                Stage(SIMNORM, [_job(w.policy, 0, MISH, out=policy[0], **latent)]),
+                Stage(MISH, [_job(w.policy, 1, MISH, x=policy[0], producer=w.policy[0],
+                                  out=policy[1])]),
+                Stage(MISH, [_job(w.policy, 2, kind, **from_policy) for kind in (ACT, POLICY)]),
+            ]
+        first, second = [], []
+        for action, hidden in ((GIVEN, given), (PRIOR, prior))[:2 if t else 1]:
+            number = 2 * t - (action == GIVEN) if t else 0
+            second += _seconds(w, hidden, heads + 2 * number * w.width)
+            for c in range(2):
+                how = latent if t else dict(init=SHARED, source=c * w.width)
+                first.append(_job(
+                    w.critics, 0, MISH, slot=c, action=action, step=t, out=hidden[c], **how))
+        if t + 1 < horizon:
+            how = latent if t else dict(init=SHARED, source=2 * w.width)
+            first.append(
+                _job(w.dynamics, 0, MISH, action=GIVEN, step=t, out=dynamics[0], **how))
+            second.append(
+                _job(w.dynamics, 1, MISH, x=dynamics[0], producer=w.dynamics[0], out=dynamics[1]))
+        result += [Stage(SIMNORM if t else MISH, first), Stage(MISH, second)]
+        if t + 1 < horizon:
+            result.append(Stage(MISH, [
+                _job(w.dynamics, 2, SIMNORM, x=dynamics[1], producer=w.dynamics[1], out=z)]))
+    return Stages(heads + 2 * (2 * horizon - 1) * w.width, heads, result)
+
+
+def _roots(w: TritonWeights, horizon: int, **z0: object) -> list[Job]:
+    jobs = [_job(w.critics, 0, ROOT, slot=c, out=c * w.width, **z0) for c in range(2)]
+    if horizon > 1:
+        jobs.append(_job(w.dynamics, 0, ROOT, out=2 * w.width, **z0))
+    return jobs
+
+
+def _seconds(w: TritonWeights, hidden: list[int], out: int) -> list[Job]:
+    """The second layers of both critics, into the two regions from column `out`."""
+    return [_job(w.critics, 1, HEAD, slot=c, x=hidden[c], producer=w.critics[0],
+                 out=out + c * w.width) for c in range(2)]
+
+
 def _job(
     layers: tuple[PackedLayer, ...], index: int, kind: int, *, slot: int = -1, x: int | None = None,
     action: int = NONE, step: int = 0, init: int = BIAS, source: int = 0, save: int = -1,
@@ -167,7 +245,7 @@ def _job(
 ) -> Job:
     layer = layers[index]
     return Job(
-        kind, slot, layer.weight, 0 if x is None and kind != ROOT else layer.inputs,
+        kind, slot, layer.weight, 0 if x is None else layer.inputs,
         layer.outputs, layer.vectors, layer.features, layer.action_weight, action, step, init,
         source, save, x or 0, out, int(prior), producer.vectors if producer else 0,
         producer.features if producer else 1)

@@ -38,8 +38,8 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 OPERANDS = ("matrices", "scratch")
 TYPES = {"jobs": "*i32", "pair": "*i64", "index": "*i64"} | dict.fromkeys(
     ("discount", "log_std_min", "log_std_max", "temperature", "std_min", "std_max"), "fp32")
-TENSORS = ("vectors", "root", "actions", "noise", "priors", "returns", "latents", "squares", "mean",
-           "std", "weight")
+TENSORS = ("vectors", "root", "actions", "noise", "priors", "returns", "raw", "acting", "squares",
+           "mean", "std", "weight")
 
 
 class Case(NamedTuple):
@@ -72,7 +72,7 @@ def cases(size: str, precision: str, arch: int, every: bool) -> Iterator[Case]:
     name = dict(arch=str(arch), size=size, precision=precision)
     layer = dict(GROUP=w.group, WIDTH=w.width, A=w.action_dim, ACTIONS=w.actions,
                  PRECISION=w.product, BLOCK_K=w.block)
-    inputs = (tables.MISH, tables.SIMNORM, tables.ROOT)
+    inputs = (tables.MISH, tables.SIMNORM, tables.RAW)
     for kernel, constants in (
         (rollout._chain_kernel, layer),
         *((rollout._stage_kernel, layer | dict(IN=i, SLOTS=w.slots)) for i in inputs),
@@ -85,8 +85,8 @@ def cases(size: str, precision: str, arch: int, every: bool) -> Iterator[Case]:
             yield Case(kernel.fn, constants | c.kwargs,
                        dict(num_warps=c.num_warps, num_stages=c.num_stages), w.dtype,
                        name | dict(choice=str(c)))
-    block_a = min(power_of_two(w.action_dim), refit._HELD // 64)
-    yield Case(refit._refit_kernel, dict(ELITES=64, BLOCK_A=block_a, BLOCK=refit._BLOCK),
+    block_a = min(power_of_two(w.action_dim), refit.HELD // 64)
+    yield Case(refit._refit_kernel, dict(SAMPLES=512, ELITES=64, BLOCK_A=block_a),
                dict(num_warps=8), w.dtype, name)
 
 
