@@ -84,10 +84,10 @@ class Agent:
         In place of O numbers, images are uint8 [3C, 64, 64]. The N actions are planned in one call.
         Raises `ValueError` for another shape, and for images of another type.
         """
-        obs = self._tensor(obs)
+        obs = self._tensor(obs, device="cpu")  # the planner moves it
         single = obs.ndim == len(self.model.obs_shape)
         action = self.planner.plan(obs.unsqueeze(0) if single else obs, explore=explore)
-        return (action[0] if single else action).cpu().numpy()
+        return (action[0] if single else action).numpy()
 
     @torch.no_grad()
     def decode_reward(
@@ -126,8 +126,9 @@ class Agent:
         reward = (q - self.config.discount * alive * value).cpu().numpy()
         return reward[0] if single else reward
 
-    def _tensor(self, x: np.ndarray, dtype: type | None = None) -> torch.Tensor:
-        """On the device; of `dtype`, by default float32 for flat observations and as it is else."""
+    def _tensor(self, x: np.ndarray, dtype: type | None = None, *, device: str | None = None
+                ) -> torch.Tensor:
+        """On `device` or the agent's; of `dtype`, by default float32 for flat observations and as it is else."""
         if dtype is None and not is_image(self.model.obs_shape):
             dtype = np.float32
-        return torch.as_tensor(np.asarray(x, dtype=dtype), device=self.device)
+        return torch.as_tensor(np.asarray(x, dtype=dtype), device=device or self.device)

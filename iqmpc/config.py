@@ -99,9 +99,11 @@ class PlannerConfig:
     """MPPI over latents. `iterations: null` means 6, or 8 when the task has 20 actions or more.
 
     `enabled: false` acts with the policy prior alone, in training and evaluation. `precision` is
-    that of matrix products; `bf16` needs the cpu backend, `float64` the reference. `mode` is the
-    reference's. `threads` and `budget_us` are the cpu backend's: threads of a plan (null: as many
-    as torch uses) and microseconds it may take (null: as long as it takes).
+    that of matrix products; `bf16` needs the cpu or the triton backend, `tf32` (float32 cut to
+    three decimal digits) the triton backend, `float64` the reference. `mode` is the reference's.
+    `threads` and `budget_us` are the cpu backend's: threads of a plan (null: as many as torch uses)
+    and microseconds it may take (null: as long as it takes). `capture` is the triton backend's: a
+    plan is one CUDA graph (null: yes).
     """
 
     enabled: bool = True
@@ -115,8 +117,9 @@ class PlannerConfig:
     std_max: float = 2.0
     score: Literal["advantage", "unrolled"] = "advantage"
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    precision: Literal["float32", "bf16", "float64"] = "float32"
+    precision: Literal["float32", "bf16", "tf32", "float64"] = "float32"
     mode: Literal["eager", "compile"] = "eager"
+    capture: bool | None = None
     threads: int | None = None
     budget_us: float | None = None
 

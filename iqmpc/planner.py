@@ -10,8 +10,8 @@ from torch import Tensor
 from iqmpc.config import PlannerConfig
 from iqmpc.errors import BackendError
 from iqmpc.frames import is_image
-from iqmpc.kernels import mppi_plan
-from iqmpc.kernels.backends import resolve_backend
+from iqmpc.kernels import mppi_plan, triton_weights
+from iqmpc.kernels.backends import interpreted, resolve_backend
 from iqmpc.kernels.weights import Weights
 
 
@@ -103,18 +103,35 @@ class Planner:
 
 def _backend(config: PlannerConfig, weights: Weights) -> str:
     """The backend to use, or `BackendError` with what keeps those named from serving."""
-    reasons, device = {}, weights.encoder[0].weight.device
-    if weights.termination:
-        for name in ("triton", "cuda"):
-            reasons[name] = "takes no model with a termination head (model.termination)"
-    if config.precision == "bf16":
-        reasons["reference"] = "computes in float32 or float64, got planner.precision=bf16"
-    elif config.budget_us is not None:
-        reasons["reference"] = "keeps to no planner.budget_us"
-    if config.precision == "float64":
-        reasons["cpu"] = "computes in float32 or bf16, got planner.precision=float64"
-    elif device.type != "cpu":
-        reasons["cpu"] = f"needs weights on the CPU, got {device}"
+    device = weights.encoder[0].weight.device
+    reasons = {}
+
+    def refuse(name: str, *pairs: tuple[bool, str]) -> None:
+        """The first reason whose condition holds."""
+        reason = next((text for holds, text in pairs if holds), None)
+        if reason is not None:
+            reasons[name] = reason
+
+    precision = f"got planner.precision={config.precision}"
+    budget = (config.budget_us is not None, "keeps to no planner.budget_us")
+    ends = (bool(weights.termination),
+            "takes no model with a termination head (model.termination)")
+    capture = (config.capture is True, "captures no CUDA graph, got planner.capture=true")
+    unfit = triton_weights.unfit(weights) or triton_weights.encoder_unfit(weights)
+    refuse("reference",
+           (config.precision not in ("float32", "float64"),
+            f"computes in float32 or float64, {precision}"), budget, capture)
+    refuse("cpu",
+           (config.precision not in ("float32", "bf16"),
+            f"computes in float32 or bf16, {precision}"),
+           (device.type != "cpu", f"needs weights on the CPU, got {device}"), capture)
+    refuse("cuda", ends)
+    refuse("triton", ends,
+           (config.precision not in triton_weights.PRECISIONS,
+            f"computes in float32, tf32 or bf16, {precision}"), budget,
+           (device.type != "cuda" and not (config.backend == "triton" and interpreted()),
+            f"needs weights on a CUDA device, got {device}"),
+           (unfit is not None, f"cannot take the model: {unfit}"))
     if config.backend in reasons:
         raise BackendError(f"backend {config.backend!r} {reasons[config.backend]}")
     usable = [name for name in mppi_plan.BACKENDS if name not in reasons]

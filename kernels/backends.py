@@ -48,14 +48,14 @@ def resolve_backend(name: str, implemented: Collection[str]) -> str:
         return chosen
     if name not in reasons:
         raise BackendError(f"unknown backend {name!r}, expected auto, {', '.join(reasons)}")
-    if name == "triton" and name in implemented and _interpreted():
+    if name == "triton" and name in implemented and interpreted():
         return name
     if reasons[name] is not None:
         raise BackendError(f"backend {name!r} cannot run: {reasons[name]}")
     return name
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter: what Triton itself would answer."""
     asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
     return asked and importlib.util.find_spec("triton") is not None

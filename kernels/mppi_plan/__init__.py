@@ -17,10 +17,20 @@ between iterations, so each keeps the one draw of ã_t that it was scored with.
 
 from __future__ import annotations
 
+from typing import Any
+
 from iqmpc.kernels.mppi_plan.cpu import CpuPlan
 from iqmpc.kernels.mppi_plan.reference import PlanNoise, ReferencePlan
 from iqmpc.kernels.mppi_plan.types import Plan
 
 __all__ = ["BACKENDS", "CpuPlan", "Plan", "PlanNoise", "ReferencePlan"]
 
-BACKENDS = {"reference": ReferencePlan, "cpu": CpuPlan}
+
+def _triton(*arguments: Any, **settings: Any) -> Any:
+    # Importing Triton's library after Mesa's has ended processes: not before it is needed.
+    from iqmpc.kernels.mppi_plan.triton import TritonPlan
+
+    return TritonPlan(*arguments, **settings)
+
+
+BACKENDS = {"reference": ReferencePlan, "cpu": CpuPlan, "triton": _triton}

@@ -15,13 +15,17 @@ This module imports Triton: import it where it is used, not before (`iqmpc.kerne
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.cache import get_cache_manager
 
 from iqmpc.kernels import layers
 from iqmpc.kernels.mppi_rollout import triton_jobs as tables
@@ -41,6 +45,7 @@ SCHEDULES = ("throughput", "latency")
 # Rows that a multiprocessor has in flight in the throughput schedule, so that their scratch memory
 # stays near the second-level cache. No tile is taller, in either schedule.
 _TALLEST = 128
+_KEPT = "iqmpc.schedule.txt"  # in Triton's cache
 _LARGEST = 4 << 30  # bytes of scratch memory beyond which the latency schedule is not considered
 
 # Arguments whose values no kernel is compiled for: they vary from call to call.
@@ -599,11 +604,13 @@ _measured: dict[tuple[object, ...], str] = {}
 
 
 def resolve_schedule(r: Rollout, timer: Callable[[Callable[[], None]], float] | None = None) -> str:
-    """The faster schedule for rollouts of this size on this device, timed once in a process.
+    """The faster schedule for rollouts of this size on this device, timed once.
 
-    timer: gives the time of a call, in any unit; by default the device's time in a CUDA graph,
-    which includes no work of the host. Not timed, `choose_schedule` answers: in the interpreter,
-    inside a capture, and where the latency schedule's scratch memory would be too large.
+    The answer is kept in the process and, as those of the tile sizes, in Triton's cache directory,
+    so that later processes compute the same. timer: gives the time of a call, in any unit; by
+    default the device's time in a CUDA graph, which includes no work of the host. `choose_schedule`
+    answers untimed in the interpreter, inside a capture, and where the latency schedule's scratch
+    memory would be too large.
     """
     w, (envs, horizon, samples) = r.weights, r.sizes()
     rows = envs * samples
@@ -611,15 +618,20 @@ def resolve_schedule(r: Rollout, timer: Callable[[Callable[[], None]], float] | 
     columns = _table(w, tables.stages, horizon)[0].columns
     if rows * columns * w.dtype.itemsize > _LARGEST:
         return "throughput"
-    key = (str(w.device), w.precision, w.width, w.latent_size, w.action_dim, horizon,
+    if timer is None and (INTERPRETED or torch.cuda.is_current_stream_capturing()) or not rows:
+        return guess
+    name = torch.cuda.get_device_name(w.device) if w.device.type == "cuda" else "cpu"
+    key = (name, w.precision, w.width, w.latent_size, w.action_dim, w.group, horizon,
            power_of_two(rows))
     if key not in _measured:
-        if timer is None:
-            if INTERPRETED or torch.cuda.is_current_stream_capturing():
-                return guess
-            timer = device_time
-        times = {s: timer(lambda s=s: score_samples(r, s)) for s in SCHEDULES}
-        _measured[key] = min(times, key=times.get)
+        code = triton.__version__, Path(__file__).read_text(encoding="utf-8")
+        kept = get_cache_manager(hashlib.sha256(repr((key, code)).encode()).hexdigest())
+        path = kept.get_file(_KEPT)
+        if path is None:
+            timer = timer or device_time
+            times = {s: timer(functools.partial(score_samples, r, s)) for s in SCHEDULES}
+            path = kept.put(min(times, key=times.get), _KEPT, binary=False)
+        _measured[key] = Path(path).read_text()
     return _measured[key]
 
 
