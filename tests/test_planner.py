@@ -187,6 +187,12 @@ def test_cpu_is_the_default_without_a_gpu():
     assert make(dataclasses.replace(CONFIG, precision="bf16"))[0].backend == "cpu"
 
 
+@pytest.mark.parametrize("capture", [False, None])
+def test_backends_without_graphs_need_no_setting(config, capture):
+    planner, _ = make(dataclasses.replace(config, capture=capture))
+    assert planner.plan(torch.randn(1, 5)).isfinite().all()
+
+
 def test_misses_are_counted():
     planner, _ = make(dataclasses.replace(CONFIG, budget_us=1e-3), num_envs=2)
     action = planner.plan(torch.randn(2, 5))
@@ -210,6 +216,17 @@ def test_wrong_observations_and_backends_are_named(config):
      "backend 'cpu' computes in float32 or bf16, got planner.precision=float64"),
     (dict(precision="float64", budget_us=5.0), "no backend can serve these settings: reference "
                                                "keeps to no planner.budget_us; cpu computes in"),
+    (dict(backend="reference", precision="tf32"), "backend 'reference' computes in float32 or "
+                                                  "float64, got planner.precision=tf32"),
+    (dict(backend="cpu", precision="tf32"), "backend 'cpu' computes in float32 or bf16, got "),
+    (dict(backend="triton", precision="float64"),
+     "backend 'triton' computes in float32, tf32 or bf16, got planner.precision=float64"),
+    (dict(backend="triton", budget_us=5.0), "backend 'triton' keeps to no planner.budget_us"),
+    (dict(backend="triton"), "backend 'triton' needs weights on a CUDA device, got cpu"),
+    (dict(backend="reference", capture=True),
+     "backend 'reference' captures no CUDA graph, got planner.capture=true"),
+    (dict(backend="cpu", capture=True), "backend 'cpu' captures no CUDA graph, got "),
+    (dict(capture=True), "no backend can serve these settings: reference captures no CUDA graph, "),
 ])
 def test_settings_no_backend_can_serve_are_named(change, message):
     with pytest.raises(BackendError, match=message):

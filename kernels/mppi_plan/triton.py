@@ -80,8 +80,8 @@ def _draw_kernel(
         tl.store(uniform + i, _uniform(x), mask=i < uniforms)
         if tl.program_id(0) == blocks:  # the places of the two largest of K random numbers
             k = tl.arange(0, CRITICS)
-            x, y, z, w = _random(control, 2, k)
-            u = tl.where(k < critics, _uniform(x), -1.0)
+            bits, _1, _2, _3 = _random(control, 2, k)
+            u = tl.where(k < critics, _uniform(bits), -1.0)
             first = tl.argmax(u, 0)
             second = tl.argmax(tl.where(k == first, -2.0, u), 0)
             tl.store(pair, first.to(tl.int64))
@@ -106,7 +106,7 @@ def _act_kernel(
     control, root,
     explore,  # [E, A]
     out,  # [E, A + 1]
-    total, log_std_min, log_std_max,
+    log_std_min, log_std_max,
     A: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Without planning: the policy's action, marked where one is not finite. Grid: problems."""
@@ -230,6 +230,10 @@ class TritonPlan:
         if capture and INTERPRETED:
             raise BackendError("Triton's interpreter captures no CUDA graph, got "
                                "planner.capture=true")
+        device, expected = weights.encoder[0].weight.device, "cpu" if INTERPRETED else "cuda"
+        if device.type != expected:
+            raise ValueError(
+                f"the triton backend takes weights on a {expected} device, got {device}")
         reason = encoder_unfit(weights)
         if reason is not None:
             raise ValueError(reason)
@@ -368,7 +372,7 @@ class TritonPlan:
         if not c.enabled:
             w = self.weights
             _act_kernel[(self.num_envs,)](
-                self._control, self._root, n["explore"], self._out, 0, w.log_std_min,
+                self._control, self._root, n["explore"], self._out, w.log_std_min,
                 w.log_std_max, A=w.action_dim, WIDTH=w.width, BLOCK=power_of_two(w.action_dim),
                 **LAUNCH)
             return

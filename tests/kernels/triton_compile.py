@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from iqmpc.kernels.mppi_plan import triton as plan
 from iqmpc.kernels.mppi_refit import triton as refit
 from iqmpc.kernels.mppi_rollout import triton as rollout
 from iqmpc.kernels.mppi_rollout import triton_jobs as tables
@@ -36,10 +37,10 @@ SIZES = {"paper": (39, 512, 512), "small": (6, 128, 384)}  # A, Z, hidden
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Types of the arguments that are neither float32 tensors nor int32.
 OPERANDS = ("matrices", "scratch")
-TYPES = {"jobs": "*i32", "pair": "*i64", "index": "*i64"} | dict.fromkeys(
+TYPES = {"jobs": "*i32", "pair": "*i64", "index": "*i64", "control": "*i64"} | dict.fromkeys(
     ("discount", "log_std_min", "log_std_max", "temperature", "std_min", "std_max"), "fp32")
 TENSORS = ("vectors", "root", "actions", "noise", "priors", "returns", "raw", "acting", "squares",
-           "mean", "std", "weight")
+           "mean", "std", "weight", "normal", "uniform", "explore", "out", "policy_noise")
 
 
 class Case(NamedTuple):
@@ -88,6 +89,17 @@ def cases(size: str, precision: str, arch: int, every: bool) -> Iterator[Case]:
     block_a = min(power_of_two(w.action_dim), refit.HELD // 64)
     yield Case(refit._refit_kernel, dict(SAMPLES=512, ELITES=64, BLOCK_A=block_a),
                dict(num_warps=8), w.dtype, name)
+    if (size, precision) != ("paper", "float32"):
+        return  # what follows is float32 in any precision
+    sizes = dict(A=w.action_dim, WIDTH=w.width)
+    yield Case(plan._draw_kernel, dict(CRITICS=8, BLOCK=plan._BLOCK), {}, w.dtype, name)
+    yield Case(plan._begin_kernel, sizes | dict(BLOCK=plan._BLOCK), {}, w.dtype, name)
+    yield Case(plan._act_kernel, sizes | dict(BLOCK=power_of_two(w.action_dim)), {}, w.dtype, name)
+    for last in (False, True):
+        for block in (8, 32):
+            yield Case(plan._improve_kernel, sizes | dict(
+                LAST=last, SAMPLES=512, ELITES=64, BLOCK_A=block, LINES=2048 // block),
+                dict(num_warps=8), w.dtype, name | dict(choice=f"{last=} {block=}"))
 
 
 def compile_case(case: Case, arch: int) -> dict[str, Any]:
