@@ -94,7 +94,7 @@ def _usable(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> 
     target = Target(device.shared_memory_per_block_optin, device.major >= 9)
     usable = [c for c in configs if fits(
         c, target, matrices.element_size(), constants["BLOCK_K"], constants["WIDTH"])]
-    lowest = min(c.kwargs["BLOCK_M"] for c in usable)
+    lowest = min((c.kwargs["BLOCK_M"] for c in usable), default=0)
     tallest = max(lowest, power_of_two(constants["rows"]))  # taller ones are mostly padding
     return [c for c in usable if c.kwargs["BLOCK_M"] <= tallest]
 

@@ -356,8 +356,9 @@ class TritonPlan:
                 gc.collect()
                 gc.disable()
                 try:
-                    # Other threads may use the device meanwhile.
-                    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    with torch.cuda.graph(
+                            graph, stream=torch.cuda.Stream(self.device),
+                            capture_error_mode="thread_local"):  # other threads may use the device
                         self._plan()
                 finally:
                     if collecting:
