@@ -114,7 +114,9 @@ class EagerUnrolled:
         self.weights, self.config = weights, config
         self.discount, self.entropy, self.num_envs = discount, entropy, num_envs
         self.iterations = config.iterations_for(weights.action_dim)
-        self.mean = torch.zeros(num_envs, config.horizon, weights.action_dim)
+        self.device = weights.encoder[0].weight.device
+        self.mean = torch.zeros(
+            num_envs, config.horizon, weights.action_dim, device=self.device)
         self._improve = torch.compile(self.improve, dynamic=False) if compiled else self.improve
 
     @torch.no_grad()
@@ -125,10 +127,12 @@ class EagerUnrolled:
         prior = self.prior(z0)
         mean = torch.cat([self.mean[:, 1:], torch.zeros_like(self.mean[:, :1])], dim=1)
         std = torch.full_like(mean, c.std_max)
-        pair = torch.randperm(w.num_critics)[:2]
+        pair = torch.randperm(w.num_critics, device=self.device)[:2]
         for _ in range(self.iterations):
-            noise = torch.randn(envs, c.horizon, c.samples - c.policy_trajectories, w.action_dim)
-            score_noise = torch.randn(envs, c.horizon + 1, c.samples, w.action_dim)
+            drawn = c.samples - c.policy_trajectories
+            noise = torch.randn(envs, c.horizon, drawn, w.action_dim, device=self.device)
+            score_noise = torch.randn(
+                envs, c.horizon + 1, c.samples, w.action_dim, device=self.device)
             mean, std, elites, weight = self._improve(
                 z0, prior, mean, std, noise, score_noise, pair)
         self.mean = mean
@@ -168,5 +172,6 @@ class EagerUnrolled:
         for t in range(c.horizon):
             if t:
                 z = dynamics(w, z, actions[-1])
-            actions.append(policy(w, z, torch.randn(len(z), w.action_dim))[0])
+            actions.append(policy(w, z, torch.randn(
+                len(z), w.action_dim, device=self.device))[0])
         return torch.stack(actions).unflatten(1, (len(z0), -1)).transpose(0, 1)

@@ -106,6 +106,28 @@ def update(case: UpdateCase) -> int:
     return 2 * macs
 
 
+def parameters(case: PlanCase | UpdateCase, critics: int) -> int:
+    """Numbers in the weight matrices, with `critics` of the ensemble."""
+    m = Macs.of(case)
+    return m.encoder + m.dynamics + m.policy + critics * m.critic
+
+
+def plan_bytes(case: PlanCase, itemsize: int) -> int:
+    """Once through memory: the matrices a plan needs, a pair of critics among them, observations
+    in, actions out. Noise and samples are made and used on the device and need not be stored."""
+    return (itemsize * parameters(case, 2)
+            + 4 * case.envs * (case.obs_dim + case.action_dim + 1))
+
+
+def update_bytes(case: UpdateCase) -> int:
+    """Once through memory, float32: parameters and Adam's two moments read and written, the target
+    critics too, and the batch read. Gradients and activations need not be stored."""
+    critics = case.config.model.critics
+    rows = 2 * case.batch * ((case.config.learner.horizon + 1) * case.obs_dim
+                             + case.config.learner.horizon * (case.action_dim + 2))
+    return 4 * (6 * parameters(case, critics) + 2 * critics * Macs.of(case).critic + rows)
+
+
 def matmul(size: int) -> int:
     """A square product: 2 N³."""
     return 2 * size**3

@@ -242,10 +242,10 @@ class TritonPlan:
         self.device, self.iterations = w.device, config.iterations_for(w.action_dim)
         self._discount, self._seed = float(discount), seed
         self._allocate()
-        self._schedule = schedule
+        self.schedule = schedule
         self._graph: torch.cuda.CUDAGraph | None = None
         if INTERPRETED:
-            self._schedule = schedule or rollout.resolve_schedule(self._iterations[0])
+            self.schedule = schedule or rollout.resolve_schedule(self._iterations[0])
         else:
             self._side = torch.cuda.Stream(self.device)
             self._prepare(capture)
@@ -280,7 +280,10 @@ class TritonPlan:
         self.mean[slice(None) if env is None else env] = 0
 
     def draws(self) -> PlanNoise:
-        """What the last plan drew, as the reference's `compute` takes it."""
+        """What the last plan drew, as the reference's `compute` takes it.
+
+        `actions` [E, H, S, A] and `returns` [E, S] are of its last iteration, the policy's first.
+        """
         n = self._noise
         return PlanNoise(
             prior=n["prior"], prior_score=n["prior_score"], samples=torch.stack(n["samples"]),
@@ -320,8 +323,8 @@ class TritonPlan:
         self._uniform = torch.empty(envs, c.elites, device=device)
         self._pair = torch.zeros(2, dtype=torch.int64, device=device)
         self._root = rollout.new_root(w, envs)
-        self._actions = torch.empty(envs, horizon, c.samples, action_dim, device=device)
-        self._returns = torch.empty(envs, c.samples, device=device)
+        self.actions = torch.empty(envs, horizon, c.samples, action_dim, device=device)
+        self.returns = torch.empty(envs, c.samples, device=device)
         self.mean = torch.zeros(envs, horizon, action_dim, device=device)
         self._out = torch.zeros(envs, action_dim + 1, device=device)
         self._host_out = _on_host(self._out)
@@ -335,19 +338,19 @@ class TritonPlan:
         def rollouts(first: int, last: int, noise: Tensor, acting: Tensor | None = None
                      ) -> rollout.Rollout:
             return rollout.Rollout(
-                w, self._actions[:, :, first:last], noise, self._pair, self._discount,
-                self._returns[:, first:last], self._root, c.samples, acting)
+                w, self.actions[:, :, first:last], noise, self._pair, self._discount,
+                self.returns[:, first:last], self._root, c.samples, acting)
 
         self._iterations = [rollouts(prior, c.samples, noise) for noise in self._noise["score"]]
         self._prior = rollouts(0, prior, self._noise["prior_score"], self._noise["prior"])
 
     def _prepare(self, capture: bool) -> None:
         with torch.no_grad(), torch.cuda.device(self.device):
-            if self._schedule is None and self.config.enabled:
+            if self.schedule is None and self.config.enabled:
                 self._draw()
                 rollout.start(self._iterations[0], self._obs)
                 self._begin()
-                self._schedule = rollout.resolve_schedule(self._iterations[0])
+                self.schedule = rollout.resolve_schedule(self._iterations[0])
             self._plan()
             self.mean.zero_()
             if capture:
@@ -388,7 +391,7 @@ class TritonPlan:
             rollout.score_trajectories(self._prior)
         for i, iteration in enumerate(self._iterations):
             if c.samples > c.policy_trajectories:
-                rollout.score_samples(iteration, self._schedule)
+                rollout.score_samples(iteration, self.schedule)
             if beside and i == 0:
                 torch.cuda.current_stream().wait_stream(self._side)
             self._improve(i)
@@ -403,9 +406,9 @@ class TritonPlan:
 
     def _begin(self) -> None:
         c, w, n = self.config, self.weights, self._noise
-        total = self._actions.numel()
+        total = self.actions.numel()
         _begin_kernel[(triton.cdiv(total, _BLOCK),)](
-            self._root, self.mean, n["prior"], n["samples"][0], self._actions, total, c.horizon,
+            self._root, self.mean, n["prior"], n["samples"][0], self.actions, total, c.horizon,
             c.samples, c.policy_trajectories, c.std_max, w.log_std_min, w.log_std_max,
             A=w.action_dim, WIDTH=w.width, BLOCK=_BLOCK, **LAUNCH)
 
@@ -418,7 +421,7 @@ class TritonPlan:
         block = min(power_of_two(w.action_dim), narrow, max(1, HELD // elites))
         grid = (self.num_envs, c.horizon, triton.cdiv(w.action_dim, block))
         _improve_kernel[grid](
-            self._control, self._root, self._actions, self._returns,
+            self._control, self._root, self.actions, self.returns,
             n["samples"][0 if last else iteration + 1], self._uniform, n["explore"], self.mean,
             self._out, c.horizon, c.samples, c.policy_trajectories, c.elites, c.temperature,
             c.std_min, c.std_max, LAST=last, A=w.action_dim, WIDTH=w.width,

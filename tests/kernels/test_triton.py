@@ -458,6 +458,23 @@ def test_plan_is_the_reference(make_weights, envs, action_dim, horizon, shape, i
 
 @needs_triton
 @unlikely
+def test_the_report_tells_a_wrong_plan(make_weights):
+    """What benchmarks/gpu_report.py times is right: its check takes this plan and no other."""
+    from benchmarks.gpu_report import Wrong, check_plan
+
+    config = dataclasses.replace(SMALL, samples=8)
+    weights, obs = to_device(make_weights(5, 3)), torch.randn(1, 5)
+    other = to_device(make_weights(5, 3, seed=1))
+    plan = planner(weights, config, schedule="throughput")
+    check_plan(plan, config, weights, obs, GAMMA, elites=0.95)
+    with pytest.raises(Wrong, match="from the float64 reference, allowed 1e-04"):
+        check_plan(plan, config, other, obs, GAMMA)
+    with pytest.raises(Wrong, match="returns: "):
+        check_plan(plan, config, weights._replace(critics=other.critics), obs, GAMMA)
+
+
+@needs_triton
+@unlikely
 @all_nan
 def test_a_problem_without_a_finite_score_falls_back(make_weights):
     weights, obs = make_weights(5, 3), torch.randn(2, 5)

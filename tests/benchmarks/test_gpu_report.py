@@ -1,0 +1,127 @@
+"""benchmarks.gpu_report: its whole logic, on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_report
+from benchmarks.gpu_report import CPU_CHECK, Goal, Group, Report, Variant, Wrong
+
+FAST = dataclasses.replace(CPU_CHECK, build_s=0.5, timing_s=0.05, matmul=16, copy_bytes=1 << 12)
+
+
+def waits(ms: float):
+    return lambda: lambda: time.sleep(ms / 1000)
+
+
+def fails(error: Exception):
+    def build():
+        raise error
+
+    return build
+
+
+def breaks_after(calls: int):
+    left = [calls]
+
+    def run():
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("broke\nwith a second line")
+
+    return lambda: run
+
+
+def reported(*variants: Variant, seconds: float = 60.0, must: Goal | None = None) -> Report:
+    group = Group("case", list(variants), operations=1000, bytes=100, rate="bf16",
+                  baseline="slow", judged="quick", must=must or Goal(ms=1e3, speedup=2),
+                  aim=Goal(ms=1e-6))
+    report = Report(FAST, [group], time.monotonic() + seconds)
+    report.run()
+    return report
+
+
+def test_a_case_that_goes_wrong_is_a_row_and_the_others_run() -> None:
+    report = reported(
+        Variant("slow", waits(20)),
+        Variant("no good", fails(ValueError("no good"))),
+        Variant("wrong", fails(Wrong("returns: 1e-1 from the reference"))),
+        Variant("hangs", lambda: time.sleep(5)),
+        Variant("breaks", breaks_after(3)),
+        Variant("compiled", waits(1), compiles=True),
+        Variant("quick", waits(2)))
+    rows = {name: row for (_, name), row in report.rows.items()}
+    assert {name: row.status for name, row in rows.items()} == {
+        "slow": "ok", "no good": "failed", "wrong": "wrong", "hangs": "out of time",
+        "breaks": "failed", "compiled": "skipped", "quick": "ok"}
+    assert rows["no good"].note == "ValueError: no good"
+    assert rows["breaks"].note == "RuntimeError: broke"
+    assert rows["wrong"].ms is None  # not timed
+    quick = rows["quick"]
+    assert 2 <= quick.ms <= quick.p90_ms and quick.rounds >= 3
+    assert quick.speedup == pytest.approx(rows["slow"].ms / quick.ms) and quick.speedup > 2
+    machine = report.machine
+    assert quick.floor_ms == 1e3 * max(1000 / machine["bf16"], 100 / machine["bytes"]) > 0
+    assert quick.share == pytest.approx(1000 / (quick.ms / 1e3) / machine["bf16"])
+    assert (quick.passed, quick.aim_passed) == (True, False)
+    assert (quick.must, quick.aim) == ("<= 1000 ms, >= 2x", "<= 1e-06 ms")
+    assert rows["slow"].passed is None
+
+
+@pytest.mark.parametrize("must", [Goal(ms=1e3, speedup=2), Goal(share=1e-12)])
+def test_what_was_not_measured_has_not_passed(must: Goal) -> None:
+    report = reported(Variant("slow", fails(ValueError("no baseline"))),
+                      Variant("quick", waits(1)), must=must)
+    assert report.rows["case", "quick"].passed == (must.speedup is None)
+    report = reported(Variant("slow", waits(1)), Variant("quick", fails(ValueError("none"))),
+                      must=must)
+    assert report.rows["case", "quick"].passed is False
+
+
+def test_when_no_time_is_left_the_rest_says_so(tmp_path: Path, capsys) -> None:
+    report = reported(Variant("slow", waits(1)), Variant("quick", waits(1)), seconds=0.0)
+    report.finish(tmp_path / "new" / "report.json")
+    document = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert [row["status"] for row in document["rows"]] == ["out of time"] * 2
+    assert "the machine was not measured: TimeoutError" in document["error"]
+    assert document["error"] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_whole_script_without_a_gpu(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(gpu_report, "CPU_CHECK", dataclasses.replace(CPU_CHECK, timing_s=0.05))
+    path = tmp_path / "report.json"
+    assert gpu_report.main(["--cpu-check", "--out", str(path)]) == 1  # nothing passes here
+    document = json.loads(path.read_text())
+    rows = {(r["case"], r["variant"]): r for r in document["rows"]}
+    plans = ("plan/tiny/24x6/E1", "plan/tiny/24x6/E2")
+    for case in plans:
+        for variant in ("eager-unrolled", "reference", "cpu"):
+            assert rows[case, variant]["status"] == "ok", rows[case, variant]
+        judged = rows[case, "triton captured"]
+        assert judged["status"] == "failed" and "on a cuda device, got cpu" in judged["note"]
+        assert judged["passed"] is False
+        assert rows[case, "reference compiled"]["status"] == "skipped"
+    assert rows[plans[0], "triton captured"]["must"] == "<= 0.6 ms, >= 20x"
+    assert rows[plans[1], "triton captured"]["must"] == ">= 35%"
+    assert rows["update/tiny/24x6/8+8", "graph"]["must"] == "<= 2 ms, >= 8x"
+    assert rows["update/tiny/24x6/8+8", "graph"]["status"] == "failed"
+    assert set(document["machine"]) == {"bf16", "tf32", "bytes", "launch_us"}
+    assert document["conditions"]["cpu_check"] is True
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert len(printed) == 2 + 1 + len(rows) and printed[2].startswith("case")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--out", "x", "--cpu-check", "--limit", "0"], "--limit must be positive, got 0"),
+    ([], "required: --out"),
+])
+def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        gpu_report.main(arguments)
+    assert message in capsys.readouterr().err
