@@ -36,6 +36,7 @@ from torch import Tensor
 from benchmarks import flops
 from benchmarks.cases import PlanCase, UpdateCase
 from benchmarks.eager_unrolled import EagerUnrolled
+from iqmpc.capture import WARM_UPS
 from iqmpc.config import PlannerConfig
 from iqmpc.files import write_atomically
 from iqmpc.kernels.mppi_plan import BACKENDS, PlanNoise, ReferencePlan
@@ -239,15 +240,16 @@ def check_plan(plan: Any, config: PlannerConfig, weights: Weights, obs: Tensor, 
 
 
 def learn(s: Settings, mode: str) -> Callable[[], object]:
-    """Updates by `Learner.learn`, after three of them were those of the eager learner."""
+    """Updates by `Learner.learn`, after six of them were those of the eager learner.
+
+    More than `WARM_UPS`, so that replays of the graph are among them.
+    """
 
     def build(mode: str) -> tuple[Learner, Callable[[], dict[str, Tensor]]]:
         case, config = s.update, s.update.config
         config = dataclasses.replace(
             config, learner=dataclasses.replace(config.learner, mode=mode))
         learner = Learner(case.obs_dim, case.action_dim, config, s.device)
-        if not hasattr(learner, "learn"):
-            raise NotImplementedError("this Learner has no method `learn`")
         draw, replays = torch.Generator().manual_seed(1), []
         for _ in range(2):
             replay = SliceReplay(case.obs_dim, case.action_dim, horizon=config.learner.horizon,
@@ -262,10 +264,11 @@ def learn(s: Settings, mode: str) -> Callable[[], object]:
     _, run = build(mode)
     if mode != "eager":
         _, eager = build("eager")
-        for update in range(3):
+        for update in range(2 * WARM_UPS):
             expected = {k: float(v) for k, v in eager().items()}
             for key, value in run().items():
-                if not abs(float(value) - expected[key]) <= 1e-3 * max(1.0, abs(expected[key])):
+                # Adam's first steps turn rounding into steps of full length.
+                if not abs(float(value) - expected[key]) <= 1e-2 * max(1.0, abs(expected[key])):
                     raise Wrong(f"update {update}: {key} is {float(value):.6g}, the eager "
                                 f"update's {expected[key]:.6g}")
     return run

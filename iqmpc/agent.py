@@ -128,7 +128,8 @@ class Agent:
 
     def _tensor(self, x: np.ndarray, dtype: type | None = None, *, device: str | None = None
                 ) -> torch.Tensor:
-        """On `device` or the agent's; of `dtype`, by default float32 for flat observations and as it is else."""
+        """On `device` or the agent's; of `dtype`, by default float32 for flat observations and as
+        it is else."""
         if dtype is None and not is_image(self.model.obs_shape):
             dtype = np.float32
         return torch.as_tensor(np.asarray(x, dtype=dtype), device=device or self.device)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from iqmpc.capture import CAPTURING
 from iqmpc.config import PlannerConfig
 from iqmpc.errors import BackendError
 from iqmpc.kernels.mppi_plan.reference import PlanNoise
@@ -329,10 +330,10 @@ class TritonPlan:
         self._out = torch.zeros(envs, action_dim + 1, device=device)
         self._host_out = _on_host(self._out)
         # Seed, step and whether to explore, [3] int64, and the observations [E, O] in one piece.
-        self._inputs = torch.zeros(32 + 4 * envs * w.obs_dim, dtype=torch.uint8, device=device)
+        self._inputs = torch.zeros(32 + 4 * envs * w.obs_shape[0], dtype=torch.uint8, device=device)
         self._host_inputs = _on_host(self._inputs)
         (self._control, self._obs), (self._host_control, self._host_obs) = (
-            (x[:24].view(torch.int64), x[32:].view(torch.float32).view(envs, w.obs_dim))
+            (x[:24].view(torch.int64), x[32:].view(torch.float32).view(envs, w.obs_shape[0]))
             for x in (self._inputs, self._host_inputs))
 
         def rollouts(first: int, last: int, noise: Tensor, acting: Tensor | None = None
@@ -359,7 +360,7 @@ class TritonPlan:
                 gc.collect()
                 gc.disable()
                 try:
-                    with torch.cuda.graph(
+                    with CAPTURING, torch.cuda.graph(
                             graph, stream=torch.cuda.Stream(self.device),
                             capture_error_mode="thread_local"):  # other threads may use the device
                         self._plan()
