@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import gymnasium
+import gymnasium.utils.env_checker
 import numpy as np
 import pytest
 
