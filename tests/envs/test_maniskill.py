@@ -17,18 +17,8 @@ DIMENSIONS = {"lift-cube": (42, 4), "pick-cube": (51, 4)}
 STILL = np.array([0, 0, 0, 1], np.float32)  # the gripper open, the arm where it is
 
 
-def episode(env, seed, actions):
-    obs, _ = env.reset(seed=seed)
-    rows, rewards = [obs], []
-    for action in actions:
-        obs, reward, terminated, truncated, info = env.step(action)
-        rows.append(obs)
-        rewards.append(reward)
-    return np.array(rows), rewards, terminated, truncated, info
-
-
 @pytest.mark.parametrize("task", DIMENSIONS)
-def test_dimensions_dtype_horizon_and_determinism(task):
+def test_dimensions_dtype_horizon_and_determinism(task, episode):
     env = make_env(task, episode_length=12)
     obs_dim, action_dim = DIMENSIONS[task]
     assert check_spaces(env, task) == ((obs_dim,), action_dim)

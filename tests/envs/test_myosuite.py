@@ -14,18 +14,8 @@ pytest.importorskip("myosuite", reason="needs the extra 'myosuite'")
 DIMENSIONS = {"myo-key-turn": (93, 39), "myo-obj-hold": (91, 39), "myo-pen-twirl": (83, 39)}
 
 
-def episode(env, seed, actions):
-    obs, _ = env.reset(seed=seed)
-    rows, rewards = [obs], []
-    for action in actions:
-        obs, reward, terminated, truncated, info = env.step(action)
-        rows.append(obs)
-        rewards.append(reward)
-    return np.array(rows), rewards, terminated, truncated, info
-
-
 @pytest.mark.parametrize("task", DIMENSIONS)
-def test_dimensions_dtype_horizon_and_determinism(task):
+def test_dimensions_dtype_horizon_and_determinism(task, episode):
     env = make_env(task)
     obs_dim, action_dim = DIMENSIONS[task]
     assert check_spaces(env, task) == ((obs_dim,), action_dim)
