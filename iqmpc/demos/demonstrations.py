@@ -45,11 +45,6 @@ class Demonstrations:
         return len(self.episodes)
 
     @property
-    def obs_dim(self) -> int:
-        """O, the values of one observation."""
-        return int(np.prod(self.obs_shape))
-
-    @property
     def obs_shape(self) -> tuple[int, ...]:
         """Of one observation: (O,), or (3C, 64, 64) where they are images."""
         shape = self.episodes[0].observations.shape[1:]

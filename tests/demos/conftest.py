@@ -145,7 +145,7 @@ def _write_minari(folder: Path, demos: Demonstrations) -> Path:
     box = gymnasium.spaces.Box
     storage = MinariStorage.new(
         path / "data",
-        observation_space=box(-np.inf, np.inf, (demos.obs_dim,), np.float32),
+        observation_space=box(-np.inf, np.inf, demos.obs_shape, np.float32),
         action_space=box(-1, 1, (demos.action_dim,), np.float32),
         env_spec=gymnasium.envs.registration.EnvSpec(demos.task, entry_point="module:Env"),
     )
@@ -176,7 +176,7 @@ def _write_lerobot(folder: Path, demos: Demonstrations, version: str = "v2.1") -
     (path / "data/chunk-000").mkdir(parents=True)
     vector = {"dtype": "float32", "names": None}
     features = {
-        "observation.state": {**vector, "shape": [demos.obs_dim]},
+        "observation.state": {**vector, "shape": [*demos.obs_shape]},
         "observation.images.top": {"dtype": "video", "shape": [96, 96, 3], "names": None},
         "action": {**vector, "shape": [demos.action_dim]},
     } | {
@@ -211,7 +211,7 @@ def _write_lerobot(folder: Path, demos: Demonstrations, version: str = "v2.1") -
             pa.table(
                 {
                     "observation.state": pa.FixedSizeListArray.from_arrays(
-                        state.ravel(), demos.obs_dim
+                        state.ravel(), demos.obs_shape[0]
                     )
                     if v3
                     else pa.array(list(state)),

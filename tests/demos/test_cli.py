@@ -61,7 +61,7 @@ def test_info_as_json(iqmpc, make_episode):
         "transitions": 16,
         "length_min": 4,
         "length_max": 4,
-        "obs_dim": 3,
+        "obs_shape": [3],
         "action_dim": 2,
         "return_mean": None,
         "return_sd": None,

@@ -75,7 +75,7 @@ def test_figures_of_a_set(make_episode):
         make_episode(3, rewards=rewards[1], success=False),
     )
     demos = Demonstrations("t", episodes)
-    assert (demos.obs_dim, demos.action_dim, len(demos), demos.transitions) == (3, 2, 2, 5)
+    assert (demos.obs_shape, demos.action_dim, len(demos), demos.transitions) == ((3,), 2, 2, 5)
     np.testing.assert_array_equal(demos.returns(), [3.0, 5.0])
     assert (demos.return_mean, demos.success_rate) == (4.0, 0.5)
 
@@ -281,6 +281,6 @@ def test_images_are_saved_and_read_as_they_are(tmp_path, make_episode, assert_sa
     frames = np.random.default_rng(0).integers(0, 256, (121, 3, 64, 64), np.uint8)
     demos = Demonstrations("t", (make_episode(120, observations=frames), make_episode(
         2, observations=frames[:3])))
-    assert demos.obs_shape == (9, 64, 64) and demos.obs_dim == 9 * 64 * 64
+    assert demos.obs_shape == (9, 64, 64)
     demos.save(tmp_path / "set.h5")
     assert_same(demos, Demonstrations.load(tmp_path / "set.h5"))
