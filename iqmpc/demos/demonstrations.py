@@ -154,7 +154,9 @@ def packaged_path(task: str) -> Path:
     """The file that ships for a task; DemonstrationError lists those that do."""
     if task not in packaged_tasks():
         shipped = ", ".join(packaged_tasks())
-        raise DemonstrationError(f"no demonstrations ship for {task!r}; they do for {shipped}")
+        raise DemonstrationError(
+            f"no demonstrations ship for {task!r}; they do for {shipped}. Give a file with "
+            "demos.path=FILE, which iqmpc demos make makes")
     return _DATA / f"{task}.h5"
 
 
