@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+TRAIN := .venv/.ready-train
 
 .PHONY: train test test-newest benchmark cpp-test cpp-test-asan cpp-test-tsan clean
 .DELETE_ON_ERROR:
 
-train: $(READY)
+train: $(TRAIN)
 	$(BIN)/iqmpc train $(ARGS)
 
 test: cpp-test cpp-test-asan cpp-test-tsan
@@ -34,21 +35,23 @@ cpp-test cpp-test-asan cpp-test-tsan: $(READY)
 # Made again when what it was made from has changed: requirements, or sources of the extension.
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find csrc -type f -not -path 'csrc/tests/*')
-$(READY): CONSTRAINTS = constraints.txt
+$(TRAIN) $(READY): CONSTRAINTS = constraints.txt
+$(TRAIN): EXTRA = dmcontrol,plots
 $(READY): EXTRA = test
-$(READY): constraints.txt $(SOURCES)
+$(READY): ALSO = $(TRAIN)
+$(TRAIN) $(READY): constraints.txt $(SOURCES)
 .venv-newest/.ready: CONSTRAINTS = constraints-newest.txt
 .venv-newest/.ready: EXTRA = test-newest
 .venv-newest/.ready: constraints-newest.txt $(SOURCES)
 
-.venv/.ready .venv-newest/.ready:
+$(TRAIN) $(READY) .venv-newest/.ready:
 	@command -v $(PYTHON) > /dev/null || \
 	  { echo "$(PYTHON) is missing (Debian: apt-get install python3)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2> /dev/null || \
 	  { echo "Python's venv is missing (Debian: apt-get install python3-venv)"; exit 1; }
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRA)]'
-	@touch $@
+	@touch $@ $(ALSO)
 
 clean:
 	rm -rf build .venv .venv-newest iqmpc/*.so *.egg-info
