@@ -225,7 +225,7 @@ def test_pixels_from_the_state_agent_to_an_agent_on_pixels(run, tmp_path):
     assert recorded.episodes[0].observations.shape == (11, 3, 64, 64)
     assert recorded.provenance["render"] == "fast"
     info = iqmpc("demos", "info", out, "--json")
-    assert json.loads(info.stdout)["obs_dim"] == 9 * 64 * 64
+    assert json.loads(info.stdout)["obs_shape"] == [9, 64, 64]
 
     settings = ["preset=pixels", *TINY, f"demos.path={out}"]
     other = iqmpc("train", *settings, f"run_dir={tmp_path / 'other'}")
