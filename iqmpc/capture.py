@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -12,8 +13,32 @@ import torch
 from iqmpc.errors import ConfigError
 
 WARM_UPS = 3
-# A process may have one capture under way at a time; other threads may use the device meanwhile.
-CAPTURING = threading.Lock()
+_CAPTURING = threading.Lock()  # a process may have one capture under way at a time
+
+
+def captured(
+    function: Callable[[], Any], stream: torch.cuda.Stream,
+    generators: Iterable[torch.Generator] = (),
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """The function's work on the device as a CUDA graph, and its result, which replays rewrite.
+
+    Nothing is executed. What the function draws, it draws from `generators`. Other threads may use
+    the device meanwhile.
+    """
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with _CAPTURING:
+        # A kernel that is collected unloads its module, which no capture survives.
+        collecting = gc.isenabled()
+        gc.collect()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                return graph, function()
+        finally:
+            if collecting:
+                gc.enable()
 
 
 class CapturedStep:
@@ -68,13 +93,7 @@ class CapturedStep:
         return result
 
     def _capture(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        graph = torch.cuda.CUDAGraph()
-        for generator in self._generators:
-            graph.register_generator_state(generator)
-        # thread_local: what other threads do on the device meanwhile is none of the capture's.
-        with CAPTURING, torch.cuda.graph(
-                graph, stream=self._stream, capture_error_mode="thread_local"):
-            result = function()
+        graph, result = captured(function, self._stream, self._generators)
 
         def replay() -> Any:
             graph.replay()

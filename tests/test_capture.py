@@ -1,6 +1,8 @@
 """The captured update: on a CPU by a recorder of tensor operations, on a GPU as a CUDA graph."""
 
+import contextlib
 import csv
+import gc
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import iqmpc.learner
-from iqmpc import Learner, Trainer, checkpoint
+from iqmpc import Learner, Trainer, capture, checkpoint
 from iqmpc.capture import WARM_UPS, CapturedStep
 from iqmpc.errors import ConfigError
 from iqmpc.kernels.weights import refresh, snapshot
@@ -296,6 +298,39 @@ def test_a_run_on_recorded_updates_is_the_eager_run(
                  csv.DictReader(open(tmp_path / n / "metrics.csv", newline=""))]
                 for n in ("eager", "graph"))
     assert one == two
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_is_alone_and_collects_nothing(monkeypatch, fails):
+    """With stand-ins for CUDA's classes: what surrounds a capture, also one that fails."""
+    seen = []
+
+    class Graph:
+        def register_generator_state(self, generator):
+            seen.append(generator)
+
+    @contextlib.contextmanager
+    def graph_(graph, *, stream, capture_error_mode):
+        seen.append((stream, capture_error_mode))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph_)
+
+    def work():
+        assert not gc.isenabled() and capture._CAPTURING.locked()
+        if fails:
+            raise RuntimeError("not permitted when stream is capturing")
+        return "result"
+
+    if fails:
+        with pytest.raises(RuntimeError, match="not permitted"):
+            capture.captured(work, "stream", ["generator"])
+    else:
+        graph, result = capture.captured(work, "stream", ["generator"])
+        assert isinstance(graph, Graph) and result == "result"
+    assert seen == ["generator", ("stream", "thread_local")]
+    assert gc.isenabled() and not capture._CAPTURING.locked()
 
 
 @pytest.mark.gpu

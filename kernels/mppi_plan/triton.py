@@ -6,14 +6,12 @@ module imports Triton: import it where it is used, not before (`iqmpc.kernels.ba
 
 from __future__ import annotations
 
-import gc
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from iqmpc.capture import CAPTURING
+from iqmpc.capture import captured
 from iqmpc.config import PlannerConfig
 from iqmpc.errors import BackendError
 from iqmpc.kernels.mppi_plan.reference import PlanNoise
@@ -355,19 +353,7 @@ class TritonPlan:
             self._plan()
             self.mean.zero_()
             if capture:
-                graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
-                # A kernel that is collected unloads its module, which no capture survives.
-                gc.collect()
-                gc.disable()
-                try:
-                    with CAPTURING, torch.cuda.graph(
-                            graph, stream=torch.cuda.Stream(self.device),
-                            capture_error_mode="thread_local"):  # other threads may use the device
-                        self._plan()
-                finally:
-                    if collecting:
-                        gc.enable()
-                self._graph = graph
+                self._graph, _ = captured(self._plan, torch.cuda.Stream(self.device))
 
     def _plan(self) -> None:
         """One plan, from the inputs on the device to the action: launches, and nothing else."""
