@@ -16,7 +16,7 @@ from rich.table import Table
 
 from iqmpc.demos.cli import app as demos_app
 from iqmpc.errors import ConfigError, IqmpcError
-from iqmpc.progress import RecordingDisplay
+from iqmpc.progress import RecordingDisplay, TrainingDisplay
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -71,7 +71,6 @@ def _train(config: Any, run: Path, *, resume: bool) -> dict[str, Any]:
     """Train to the end with progress shown; the summary."""
     import iqmpc
     from iqmpc.envs import check_spaces
-    from iqmpc.progress import TrainingDisplay
 
     make = partial(iqmpc.make_env, config.task, seed=config.seed)
     env, count = make(), config.train.num_envs

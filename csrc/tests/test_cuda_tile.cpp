@@ -202,23 +202,30 @@ struct Draws {
   Floats z0, actions, noise;
 };
 
-// With tiles of kRows, whatever their number.
-template <class Operand, int kRows>
-Floats emulated(const Problem& p, const PackedModel& packed, const Draws& draws, Score score,
-                bool descending = false, std::vector<std::int64_t> pair = {1, 0}) {
-  Floats work(work_floats(packed.model, p.envs) + 4, std::nanf(""));
-  Floats result(static_cast<std::size_t>(p.envs * p.samples), 42.0f);
-  iqmpc::CudaRolloutView view;
+// What the views of both libraries name alike.
+template <class View>
+View view_of(const Problem& p, const Draws& draws, Score score, Floats& result) {
+  View view;
   view.problems = p.envs;
   view.horizon = p.horizon;
   view.samples = p.samples;
   view.z0 = draws.z0.data();
   view.actions = draws.actions.data();
   view.policy_noise = draws.noise.data();
-  view.critic_pair = pair.data();
   view.score = score;
   view.entropy = 0.01f;
   view.returns = result.data();
+  return view;
+}
+
+// With tiles of kRows, whatever their number.
+template <class Operand, int kRows>
+Floats emulated(const Problem& p, const PackedModel& packed, const Draws& draws, Score score,
+                bool descending = false, std::vector<std::int64_t> pair = {1, 0}) {
+  Floats work(work_floats(packed.model, p.envs) + 4, std::nanf(""));
+  Floats result(static_cast<std::size_t>(p.envs * p.samples), 42.0f);
+  auto view = view_of<iqmpc::CudaRolloutView>(p, draws, score, result);
+  view.critic_pair = pair.data();
   // As on a device, aligned to 16 bytes.
   void* start = work.data();
   std::size_t room = work.size() * sizeof(float);
@@ -239,18 +246,9 @@ Floats emulated(const Problem& p, const PackedModel& packed, const Draws& draws,
 Floats on_the_cpu(const Problem& p, const RandomModel& model, const Draws& draws, Score score,
                   iqmpc::ThreadPool& pool) {
   Floats result(static_cast<std::size_t>(p.envs * p.samples));
-  iqmpc::RolloutView view;
-  view.problems = p.envs;
-  view.horizon = p.horizon;
-  view.samples = p.samples;
-  view.z0 = draws.z0.data();
-  view.actions = draws.actions.data();
-  view.policy_noise = draws.noise.data();
+  auto view = view_of<iqmpc::RolloutView>(p, draws, score, result);
   view.critic_pair[0] = 1;
   view.critic_pair[1] = 0;
-  view.score = score;
-  view.entropy = 0.01f;
-  view.returns = result.data();
   iqmpc::rollout(*model.pack(), pool, view);
   return result;
 }
