@@ -180,6 +180,7 @@ def record(
         demonstrations = make.record(
             _run_demonstrator(run, agent, planner), env, task=task.name, episodes=episodes,
             max_tries=episodes, fewer=True, seed=seed, min_return=min_return,
+            episode_length=task.episode_length,
             provenance=_drawn(task, images=obs is not None), progress=display.update)
     _save(demonstrations, out)
 
@@ -237,6 +238,7 @@ def make_demonstrations(
         demonstrations = make.record(
             demonstrator, env, task=task, episodes=episodes, max_tries=max_tries or 10 * episodes,
             seed=seed, noise=noise, min_return=min_return, successes_only=successes_only,
+            episode_length=config.task.episode_length,
             provenance=_drawn(config.task), progress=display.update)
     _save(demonstrations, out)
 
@@ -371,7 +373,7 @@ def _demonstrations(config: Any, obs_shape: tuple[int, ...], action_dim: int) ->
     else:
         found = Demonstrations.load(
             config.demos.path, task=task, obs_dim=None if images else obs_shape[0],
-            action_dim=action_dim)
+            action_dim=action_dim, facts=_task_facts(config))
     # Images drawn otherwise could be told apart by that alone.
     drawn = found.provenance.get("render")
     if images and drawn not in (None, _rendering(config.task)):
@@ -379,6 +381,17 @@ def _demonstrations(config: Any, obs_shape: tuple[int, ...], action_dim: int) ->
             f"{config.demos.path} holds {drawn} renderings, task.fast_render="
             f"{str(config.task.fast_render).lower()} asks for {_rendering(config.task)} ones")
     return found if config.demos.episodes is None else found.select(config.demos.episodes)
+
+
+def _task_facts(config: Any) -> Any:
+    """What the task says of the demonstrations' file, where its format can use it."""
+    from iqmpc.demos import Facts
+    from iqmpc.demos.formats import FORMATS, detect
+
+    path, keys = Path(config.demos.path), config.task.obs_keys
+    if keys is None or not path.exists() or "obs_keys" not in FORMATS[detect(path)].facts:
+        return None
+    return Facts(obs_keys=tuple(keys.split(",")))
 
 
 def _resumed(run: Path, changes: dict[str, Any]) -> Any:

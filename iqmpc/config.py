@@ -38,8 +38,10 @@ class TaskConfig:
     or `module:function` of suite `gym`, whose task is named after it unless it is given a name.
     With probability `transition_noise` a step acts with a uniform action instead of the agent's.
     `terminates` says that episodes can end in terminal states (a fall), not only by their length.
-    `obs: pixels` observes three stacked 64 × 64 frames; `fast_render` draws them without shadows
-    and multisampling, which is faster and gives other pixels.
+    `obs_keys` chooses members of a dictionary of observations, such as `qpos,agent/qvel`, in this
+    order (null: all of them, sorted). `obs: pixels` observes three stacked 64 × 64 frames;
+    `fast_render` draws them without shadows and multisampling, which is faster and gives other
+    pixels.
     """
 
     name: str = "walker-walk"
@@ -51,6 +53,7 @@ class TaskConfig:
     transition_noise: float = 0.0
     terminates: bool = False
     obs: Literal["state", "pixels"] = "state"
+    obs_keys: str | None = None
     fast_render: bool = False
 
     def __post_init__(self) -> None:

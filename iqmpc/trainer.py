@@ -424,11 +424,13 @@ def _environments(
         t = config.train
         return WorkerVectorEnv(
             given, config.task.name, like=eval_env, seed=config.seed, max_restarts=t.env_restarts,
-            timeout_s=t.env_timeout_s, on_message=on_message), eval_env
+            timeout_s=t.env_timeout_s, episode_length=config.task.episode_length,
+            on_message=on_message), eval_env
     else:
         eval_env = eval_env or (given[0]() if count > 1 else None)
         given = [make() for make in given]
-    envs = VectorEnv(given, config.task.name, seed=config.seed)
+    envs = VectorEnv(given, config.task.name, seed=config.seed,
+                     episode_length=config.task.episode_length, on_message=on_message)
     if eval_env is None:
         return envs, given[0]
     check_alike(eval_env, given[0], f"{config.task.name}: eval_env", "environment 0")

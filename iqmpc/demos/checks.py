@@ -10,7 +10,7 @@ import numpy as np
 
 from iqmpc.config import names_task
 from iqmpc.demos.types import Defect, Draft
-from iqmpc.frames import SIZE
+from iqmpc.frames import LARGEST, SIZE
 
 
 def find_defects(
@@ -163,9 +163,11 @@ def _array_defects(
         numbers = ", ".join("any" if size is None else str(size) for size in shape)
         yield at(f"shape {list(array.shape)}", f"shape {symbols} = [{numbers}]")
     if array.dtype.kind == "f":
-        bad = ~np.isfinite(array)
+        bad, far = ~np.isfinite(array), np.abs(array) > LARGEST
         if bad.any():
             yield at(_first(array, bad), "finite values")
+        elif far.any():
+            yield at(_first(array, far), f"values within ±{LARGEST:g}")
 
 
 def _first(array: np.ndarray, bad: np.ndarray) -> str:

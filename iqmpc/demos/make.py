@@ -17,7 +17,7 @@ from iqmpc.agent import Agent
 from iqmpc.demos import npg, scripted
 from iqmpc.demos.demonstrations import Demonstrations
 from iqmpc.demos.types import DemonstrationError, Episode
-from iqmpc.envs import maniskill, myosuite
+from iqmpc.envs import interface, maniskill, myosuite
 from iqmpc.envs.pixels import FrameRecorder
 from iqmpc.evaluation import rollout
 from iqmpc.seeding import stream_seed
@@ -107,6 +107,7 @@ def record(
     min_return: float | None = None,
     successes_only: bool | None = None,
     fewer: bool = False,
+    episode_length: int | None = None,
     provenance: Mapping[str, str] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Demonstrations:
@@ -114,9 +115,10 @@ def record(
 
     Kept are those with at least `min_return` and, with `successes_only`, success at the last step.
     `noise` and `successes_only`: None takes the demonstrator's. `fewer`: take what was kept, if it
-    is any. `provenance` is added to the demonstrator's. `progress(kept, tried, return)` is called
-    after each. The same arguments give the same episodes. Of an `env` that is a `FrameRecorder` the
-    frames are kept, in the place of what the policy observed.
+    is any. `episode_length` cuts episodes that do not end by themselves. `provenance` is added to
+    the demonstrator's. `progress(kept, tried, return)` is called after each. The same arguments
+    give the same episodes. Of an `env` that is a `FrameRecorder` the frames are kept, in the place
+    of what the policy observed.
     Raises DemonstrationError that counts what was reached when too few were kept, and where
     successes are asked for and the task tells none.
     """
@@ -128,7 +130,9 @@ def record(
     tried = succeeded = reached = 0
     while len(kept) < episodes and tried < max_tries:
         actor = _Actor(demonstrator.policy, env, noise, stream_seed(seed, "noise", tried))
-        episode = rollout(actor, env, seed=stream_seed(seed, "record", tried))
+        with interface.at(f"{task}, recorded episode {tried}"):
+            episode = rollout(actor, env, seed=stream_seed(seed, "record", tried),
+                              episode_length=episode_length)
         if isinstance(env, FrameRecorder):
             episode = replace(episode, observations=np.stack(env.frames))
         if successes_only and episode.success is None:
@@ -174,7 +178,7 @@ class _Actor:
         self._policy.reset(self._env)
 
     def act(self, obs: np.ndarray) -> np.ndarray:
-        action = np.asarray(self._policy(obs), np.float32)
+        action = np.asarray(self._policy(obs.copy()), np.float32)  # it may change what it is given
         if self._noise:
             action = action + self._noise * self._random.standard_normal(action.shape)
         return np.clip(action, -1, 1).astype(np.float32)

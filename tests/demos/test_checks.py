@@ -70,6 +70,10 @@ CASES = {
         lambda e: {"rewards": spoilt(e["rewards"], (3, -np.inf))},
         "rewards: found -inf at [3], expected finite values",
     ),
+    "far beyond": (
+        lambda e: {"observations": spoilt(e["observations"], ((1, 0), -1e30))},
+        "observations: found -1.0000000150474662e+30 at [1, 0], expected values within ±1e+12",
+    ),
     "infinite action": (
         lambda e: {"actions": spoilt(e["actions"], ((0, 0), np.inf))},
         "actions: found inf at [0, 0], expected finite values",
