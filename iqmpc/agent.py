@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from iqmpc import checkpoint
 from iqmpc.config import Config
-from iqmpc.errors import CheckpointError, ConfigError
+from iqmpc.errors import BackendError, CheckpointError, ConfigError
 from iqmpc.frames import is_image
 from iqmpc.kernels import layers
 from iqmpc.model import WorldModel
@@ -53,12 +54,20 @@ class Agent:
         """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there.
 
         `changes` replaces settings, such as {"planner.enabled": False} to act with the policy
-        prior or {"device": "cpu"}. `seed` is the run's own by default.
+        prior or {"device": "cpu"}. `seed` is the run's own by default. A run that was made on a
+        device or with a backend that is not here acts on the CPU, in float32, with a warning.
         Raises `CheckpointError` where there is no checkpoint, `ConfigError` for wrong changes.
         """
-        config = checkpoint.load_config(run).replace(changes or {})
-        device = resolve_device(config.device)
+        found = checkpoint.load_config(run)
         path, tensors, meta = checkpoint.newest(run)
+        checkpoint.check_settings(run, found, path, meta)
+        changes = dict(changes or {})
+        if found.device == "cuda" and "device" not in changes and not torch.cuda.is_available():
+            warnings.warn(f"{run} was made with device=cuda, which is not here: acting on the CPU",
+                          RuntimeWarning, stacklevel=2)
+            changes["device"] = "cpu"
+        config = found.replace(changes)
+        device = resolve_device(config.device)
         # "obs_dim" stands in checkpoints from before there were images
         model = WorldModel(
             meta.get("obs_shape") or int(meta["obs_dim"]), int(meta["action_dim"]), config.model,
@@ -69,7 +78,17 @@ class Agent:
                 {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         except RuntimeError as error:
             raise CheckpointError(f"{path} does not fit the run's config.yaml: {error}") from error
-        agent = cls(model.to(device), config, seed=config.seed if seed is None else seed)
+        seed = config.seed if seed is None else seed
+        try:
+            agent = cls(model.to(device), config, seed=seed)
+        except BackendError as error:
+            if any(key.startswith("planner.") and key != "planner.enabled" for key in changes):
+                raise
+            warnings.warn(f"{error}: acting with planner.backend=auto in float32", RuntimeWarning,
+                          stacklevel=2)
+            agent = cls(model, config.replace({
+                "planner.backend": "auto", "planner.precision": "float32",
+                "planner.capture": None}), seed=seed)
         agent.facts = {k: meta[k] for k in ("env_steps", "updates", "wall_s",
                                             "demonstrator_return")}
         return agent

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import itertools
+import shlex
+import signal
 import sys
 import time
 import warnings
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iqmpc.demos.cli import app as demos_app
-from iqmpc.errors import ConfigError, IqmpcError
+from iqmpc.errors import ConfigError, Interrupted, IqmpcError
 from iqmpc.progress import RecordingDisplay, TrainingDisplay
 
 app = typer.Typer(
@@ -28,6 +30,8 @@ _console = Console(stderr=True)
 
 MinReturn = Annotated[
     float | None, typer.Option(help="Keep only episodes with at least this return.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; the run's own by default.")]
+Backend = Annotated[str | None, typer.Option(help="The planner's kernel backend.")]
 _OVERRIDES_HELP = "Settings as key=value: task=cheetah-run train.steps=50000 learner.batch=128"
 
 
@@ -48,8 +52,9 @@ def train(
 ) -> None:
     """Train an agent; ends with an evaluation beside the demonstrator's return.
 
-    `resume=RUN` continues a run; only train.* (but not train.num_envs) and threads may then be
-    changed.
+    `resume=RUN` continues a run. What it learns may then not be changed: only train.* (but not
+    train.num_envs), where the data lie (demos.path), and how it is computed (threads, device,
+    learner.mode, and the planner's backend, precision, mode, capture and threads).
     """
     from iqmpc.compose import compose, parse
 
@@ -59,16 +64,18 @@ def train(
         config, resume = _resumed(run, words), True
     else:
         config, resume = compose(overrides or []), False
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        run = Path(config.run_dir or f"runs/{config.task.name}/{stamp}-seed{config.seed}")
-        if config.demos.path is not None:  # the run may be continued from another folder
-            config = config.replace({"demos.path": str(Path(config.demos.path).resolve())})
+        run = None if config.run_dir is None else Path(config.run_dir)
+    if config.demos.path is not None:  # the run may be continued from another folder
+        config = config.replace({"demos.path": str(Path(config.demos.path).resolve())})
     _prepare_torch(config)
-    _print_summary(_train(config, run, resume=resume), run)
+    _print_summary(*_train(config, run, resume=resume))
 
 
-def _train(config: Any, run: Path, *, resume: bool) -> dict[str, Any]:
-    """Train to the end with progress shown; the summary."""
+def _train(config: Any, run: Path | None, *, resume: bool) -> tuple[dict[str, Any], Path]:
+    """Train to the end with progress shown; the summary, and the run folder.
+
+    Without `run` a folder of its own is made, when everything fits.
+    """
     import iqmpc
     from iqmpc.envs import check_spaces
 
@@ -76,21 +83,42 @@ def _train(config: Any, run: Path, *, resume: bool) -> dict[str, Any]:
     env, count = make(), config.train.num_envs
     apart = count > 1 or config.train.workers  # `env` is then for evaluation alone
     demonstrations = _demonstrations(config, *check_spaces(env, config.task.name))
+    named = run or _unused(config, claim=False)
     with TrainingDisplay(config.train.steps, _console) as display:
         trainer = iqmpc.Trainer(
-            config, [make] * count if apart else env, demonstrations, run=run,
+            config, [make] * count if apart else env, demonstrations, run=named,
             eval_env=env if apart else None, resume=resume, on_progress=display.update,
             on_message=display.message)
+        if run is None:
+            trainer.run = run = _unused(config, claim=True)
         parameters = sum(p.numel() for p in trainer.learner.model.parameters())
         display.message(
             f"{config.task.name}: {parameters:,} parameters on {trainer.device}, planner "
             f"{trainer.agent.planner.backend}, run folder {run}")
         try:
-            summary = trainer.train()
-        except KeyboardInterrupt:
-            display.message(f"interrupted; continue with: iqmpc train resume={run}")
-            raise
-    return summary
+            return trainer.train(), run
+        except KeyboardInterrupt as error:
+            display.message(
+                f"interrupted; continue with: iqmpc train {shlex.quote(f'resume={run}')}")
+            number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
+            raise SystemExit(128 + number) from None
+
+
+def _unused(config: Any, *, claim: bool) -> Path:
+    """A run folder that is not there yet; with `claim`, made by this process and no other."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    first = Path(f"runs/{config.task.name}/{stamp}-seed{config.seed}")
+    for number in itertools.count(2):
+        if not claim and not first.exists():
+            return first
+        if claim:
+            try:
+                first.mkdir(parents=True)
+                return first
+            except FileExistsError:
+                pass
+        first = first.with_name(f"{stamp}-seed{config.seed}-{number}")
+    raise AssertionError("unreachable")
 
 
 @app.command("eval")
@@ -103,12 +131,11 @@ def evaluate_run(
     video: Annotated[Path | None, typer.Option(help="Write the first episode as MP4.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the episodes; the run's own by default.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    backend: Annotated[str | None, typer.Option(help="The planner's kernel backend.")] = None,
+    device: Device = None,
+    backend: Backend = None,
 ) -> None:
     """Evaluate a trained run."""
-    changes = {"planner.enabled": planner, "device": device, "planner.backend": backend}
-    changes = {k: v for k, v in changes.items() if v is not None and v is not True}
+    changes = _acting(planner, device, backend)
     recorder = None
     if video is not None:
         from iqmpc.video import Recorder
@@ -134,7 +161,9 @@ def evaluate_run(
         "missed_plans": agent.planner.missed_plans,
     }
     if as_json:
-        print(json.dumps(summary, indent=2))
+        from iqmpc.runlog import strict_json
+
+        print(strict_json(summary))
     else:
         _print_summary(summary, run)
     if recorder is not None:
@@ -154,6 +183,8 @@ def record(
         help="pixels: act on the state, keep the frames that task.obs=pixels observes.")] = None,
     fast_render: Annotated[bool, typer.Option(
         "--fast-render", help="Frames of task.fast_render=true.")] = False,
+    device: Device = None,
+    backend: Backend = None,
     force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
 ) -> None:
     """Roll out a trained run and keep the episodes as demonstrations."""
@@ -165,7 +196,7 @@ def record(
         raise DemonstrationError(f"--obs must be pixels, got {obs!r}")
     if fast_render and obs is None:
         raise DemonstrationError("--fast-render needs --obs pixels")
-    changes: dict[str, Any] = {} if planner else {"planner.enabled": False}
+    changes = _acting(planner, device, backend)
     if fast_render:
         changes["task.fast_render"] = True
     agent, env = _load(run, changes, seed=seed, render=obs is not None)
@@ -210,6 +241,8 @@ def make_demonstrations(
     max_tries: Annotated[int | None, typer.Option(
         min=1, help="Give up after so many episodes. Default: ten times --episodes.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the episodes, and of training.")] = 0,
+    device: Device = None,
+    backend: Backend = None,
     force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
 ) -> None:
     """Make demonstrations of any task: train or load who demonstrates, then record."""
@@ -219,6 +252,8 @@ def make_demonstrations(
 
     _check_target(out, force)
     words = [word if "=" in word else f"task={word}" for word in words]
+    acting = _acting(True, device, backend)
+    words += [f"{key}={value}" for key, value in acting.items()]
     config = compose(words)
     _prepare_torch(config)
     task = config.task.name
@@ -233,7 +268,7 @@ def make_demonstrations(
         _train_demonstrator(
             compose([f"train.steps={train_steps}", *words, "learner=td", f"seed={seed}"]), path)
     env = iqmpc.make_env(config.task, seed=seed)
-    demonstrator = _demonstrator(kind, path, env, config, seed)
+    demonstrator = _demonstrator(kind, path, env, config, seed, acting)
     with RecordingDisplay(episodes, _console) as display:
         demonstrations = make.record(
             demonstrator, env, task=task, episodes=episodes, max_tries=max_tries or 10 * episodes,
@@ -262,6 +297,13 @@ def doctor() -> None:
 
     for table in report():
         Console().print(table)
+
+
+def _acting(planner: bool, device: str | None, backend: str | None) -> dict[str, Any]:
+    """What the options change in the settings of a run that acts."""
+    changes = {"planner.enabled": None if planner else False, "device": device,
+               "planner.backend": backend}
+    return {key: value for key, value in changes.items() if value is not None}
 
 
 def _check_target(out: Path, force: bool) -> None:
@@ -295,13 +337,20 @@ def _train_demonstrator(config: Any, run: Path) -> None:
         done = checkpoint.newest(run)[2]["env_steps"] if checkpoint.exists(run) else 0
         if done >= config.train.steps:
             return
-        config = there.replace({"train.steps": config.train.steps})
+        config = there.replace({
+            "train.steps": config.train.steps, "device": config.device,
+            "planner.backend": config.planner.backend})
     _prepare_torch(config)
     _train(config, run, resume=resume)
 
 
-def _demonstrator(kind: str, path: str | Path, env: Any, config: Any, seed: int) -> Any:
-    """Who acts in `env`: kind is sb3, run or td with its path, or "" for the task's own."""
+def _demonstrator(
+    kind: str, path: str | Path, env: Any, config: Any, seed: int, acting: dict[str, Any]
+) -> Any:
+    """Who acts in `env`: kind is sb3, run or td with its path, or "" for the task's own.
+
+    `acting` changes settings of an agent.
+    """
     from iqmpc.demos import make
     from iqmpc.envs import check_spaces
 
@@ -320,7 +369,7 @@ def _demonstrator(kind: str, path: str | Path, env: Any, config: Any, seed: int)
             "policy": f"{Path(path).name}, sha256 {policy.digest}"})
     import iqmpc
 
-    agent = iqmpc.Agent.load(path, seed=seed)
+    agent = iqmpc.Agent.load(path, changes=acting, seed=seed)
     found = agent.model.obs_shape, agent.model.action_dim
     if found != (obs_shape, action_dim):
         raise ConfigError(
@@ -396,11 +445,13 @@ def _task_facts(config: Any) -> Any:
 
 def _resumed(run: Path, changes: dict[str, Any]) -> Any:
     from iqmpc.checkpoint import load_config
+    from iqmpc.config import may_change
 
     for key in changes:
-        if not key.startswith("train.") and key != "threads":
+        if not may_change(key):
             raise ConfigError(
-                f"{key} cannot change when a run is resumed (only train.* and threads)")
+                f"{key} cannot change when a run is resumed (only train.* and what iqmpc train "
+                "--help names)")
     return load_config(run).replace(changes)
 
 
@@ -424,11 +475,12 @@ def _print_summary(summary: dict[str, Any], run: Path) -> None:
                 f"{value:.1f}" if isinstance(value, float) else str(value)
             table.add_row(key, text)
     _console.print(table)
-    if summary.get("demonstrator_return"):
+    demonstrator = summary.get("demonstrator_return")
+    if demonstrator is not None:
+        share = "" if summary["ratio"] is None else f" ({100 * summary['ratio']:.0f} %)"
         _console.print(
             f"return {summary['return_mean']:.1f} beside the demonstrator's "
-            f"{summary['demonstrator_return']:.1f} ({100 * summary['ratio']:.0f} %)",
-            style="bold", highlight=False)
+            f"{demonstrator:.1f}{share}", style="bold", highlight=False)
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:

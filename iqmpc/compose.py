@@ -15,12 +15,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from iqmpc.config import Config
+from iqmpc.config import Config, all_keys, shortened, text_keys
 from iqmpc.errors import ConfigError
 
 GROUPS = ("task", "model", "planner", "learner", "preset")
 # Keys that may be given without their section.
 _SHORT = {"env_id": "task.env_id"}
+# Whose values are text, taken as they stand unless they are quoted or null.
+_TEXTS = {*GROUPS, *text_keys(), "resume"}
+_LONGEST = 100  # characters of any other value, each a number or a word
 
 
 def options(group: str) -> list[str]:
@@ -35,15 +38,24 @@ def parse(overrides: Sequence[str]) -> dict[str, Any]:
     parser = OverridesParser.create()
     parsed = {}
     for word in overrides:
-        if "=" not in word:
-            raise ConfigError(f"expected key=value, got {word!r}")
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"expected key=value, got {shortened(word)}")
+        if _SHORT.get(key, key) in _TEXTS and value != "null" and value[:1] not in ("'", '"'):
+            parsed[key] = value
+            continue
+        if len(value) > _LONGEST and key not in _TEXTS:
+            raise ConfigError(f"{shortened(key)} is given {len(value)} characters, expected a "
+                              "number or a word")
         try:
             override = parser.parse_override(word)
-        except HydraException as error:
-            raise ConfigError(f"cannot read {word!r}: {str(error).splitlines()[0]}") from error
+            value = override.value()
+        except (HydraException, ValueError, RecursionError) as error:
+            expected = "text, or quotes that end" if key in _TEXTS else "a number or a word"
+            raise ConfigError(f"cannot read {shortened(word)}: expected {expected}") from error
         if override.is_delete() or override.is_add() or override.is_sweep_override():
-            raise ConfigError(f"expected key=value, got {word!r}")
-        parsed[override.key_or_group] = override.value()
+            raise ConfigError(f"expected key=value, got {shortened(word)} (one value, no sweep)")
+        parsed[override.key_or_group] = value
     return parsed
 
 
@@ -56,6 +68,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     parsed = parse(overrides)
     groups = {k: v for k, v in parsed.items() if k in GROUPS}
     keys = {_SHORT.get(k, k): v for k, v in parsed.items() if k not in GROUPS}
+    for key in keys:
+        _check_name(key)
     for group, value in groups.items():
         _check_option(group, value)
     with _own_hydra(), initialize_config_module("iqmpc.configs", version_base="1.3"):
@@ -74,9 +88,17 @@ def _own_hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = theirs
 
 
+def _check_name(key: str) -> None:
+    """`ConfigError` for what is nearest to something that is no single setting, as tsk=…."""
+    known = [*GROUPS, *_SHORT, "resume"]
+    near = difflib.get_close_matches(key, [*known, *all_keys()], n=1, cutoff=0.5)
+    if key not in all_keys() and near and near[0] in known:
+        raise ConfigError(f"unknown setting {shortened(key)}; did you mean {near[0]!r}?")
+
+
 def _check_option(group: str, value: Any) -> None:
     known = options(group)
     if value not in known:
         near = difflib.get_close_matches(str(value), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown {group} {value!r}{hint} (known: {', '.join(known)})")
+        raise ConfigError(f"unknown {group} {shortened(value)}{hint} (known: {', '.join(known)})")

@@ -23,3 +23,11 @@ class CheckpointError(IqmpcError, RuntimeError):
 
 class WorkerError(IqmpcError, RuntimeError):
     """An environment's worker process failed more often than it may be restarted."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to end; `signal` is its number."""
+
+    def __init__(self, signal: int):
+        super().__init__(f"signal {signal}")
+        self.signal = signal

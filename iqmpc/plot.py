@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from iqmpc.checkpoint import load_config
 from iqmpc.errors import CheckpointError, IqmpcError
 from iqmpc.files import write_atomically
+from iqmpc.runlog import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,17 +38,24 @@ def read_curve(run: Path) -> tuple[list[Point], float | None]:
     if not path.exists():
         raise CheckpointError(f"{run} has no metrics.csv")
     points = []
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            for kind, column in (("training", "return"), ("evaluation", "eval_return_mean")):
-                if row[column]:
-                    points.append(Point(
-                        config.task.name, config.seed, int(row["env_steps"]),
-                        float(row["wall_s"]) / 60, kind, float(row[column])))
+    rows, damaged = read_rows(path)
+    if damaged:
+        warnings.warn(f"{path}: {len(damaged)} damaged lines are left out", RuntimeWarning,
+                      stacklevel=2)
+    for row in rows:
+        for kind, column in (("training", "return"), ("evaluation", "eval_return_mean")):
+            if row[column]:
+                points.append(Point(
+                    config.task.name, config.seed, int(row["env_steps"]),
+                    float(row["wall_s"]) / 60, kind, float(row[column])))
     summary = run / "summary.json"
     demonstrator = None
     if summary.exists():
-        demonstrator = json.loads(summary.read_text())["demonstrator_return"]
+        try:
+            demonstrator = json.loads(summary.read_bytes())["demonstrator_return"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            warnings.warn(f"{summary} cannot be read: no demonstrator is drawn", RuntimeWarning,
+                          stacklevel=2)
     return points, demonstrator
 
 

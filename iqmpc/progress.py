@@ -59,7 +59,8 @@ class TrainingDisplay(_Display):
         self._start: tuple[float, int] | None = None
 
     def message(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        # not wrapped: what it names may be pasted
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def update(self, values: dict[str, Any]) -> None:
         now, step = time.monotonic(), values["env_steps"]

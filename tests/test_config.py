@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
-from iqmpc.compose import compose, options
+from iqmpc.compose import compose, options, parse
 from iqmpc.config import Config, all_keys
 from iqmpc.envs import TASKS
 from iqmpc.errors import ConfigError
@@ -23,7 +23,7 @@ from iqmpc.errors import ConfigError
     (["learner.lr=inf"], "learner.lr must be finite, got inf"),
     (["planner.enabled=1"], "planner.enabled must be bool, got 1 (int)"),
     (["learner.objective=tdd"], "must be one of iq, v_diff, td, got 'tdd'; did you mean 'td'?"),
-    (["learner=5"], "unknown learner 5 (known: iq, td, v_diff)"),
+    (["learner=5"], "unknown learner '5' (known: iq, td, v_diff)"),
     (["train=5"], "train must be a mapping, got 5"),
     (["planner.elites=600", "planner.samples=500"],
      "planner.elites must be at most planner.samples, got 600 and 500"),
@@ -121,3 +121,37 @@ def test_the_task_decides_on_the_termination_head():
     assert compose(["task=walker-walk", "model.termination=true"]).termination
     with pytest.raises(ConfigError, match="learner.termination_weight must be positive, got 0"):
         gym.replace({"learner.termination_weight": 0})
+
+
+@pytest.mark.parametrize("value", [
+    "é.h5", "a,b", "a=b", "~/x", "(a", "[a", "a b", "{a", "$x", "2020-10-10", "123", "a'b", "a: b"])
+def test_text_is_taken_as_it_stands(value):
+    config = compose([f"demos.path={value}", f"run_dir={value}", "task=gym", f"env_id={value}"])
+    assert (config.demos.path, config.run_dir, config.task.env_id) == (value,) * 3
+    assert parse([f"resume={value}"]) == {"resume": value}
+
+
+def test_text_may_be_quoted_or_null():
+    assert compose(["demos.path='a b'", 'run_dir="null"']).demos.path == "a b"
+    assert compose(['run_dir="null"']).run_dir == "null"
+    assert compose(["demos.path=null"]).demos.path is None
+    assert compose(["demos.path="]).demos.path == ""
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("word", [
+    "seed=" + "9" * 5000, "seed=" + "9" * 90, "seed=" + "[" * 99, "learner.lr=(" * 9,
+    "k" * 60000 + "=1", "seed=" + "x" * 60000, "x" * 60000, "learner.mode=" + "é" * 90,
+    "task=" + "x" * 60000])
+def test_hostile_words_are_refused_in_one_line(word):
+    with pytest.raises(ConfigError) as caught:
+        compose([word])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(("word", "near"), [
+    ("tsk=walker-walk", "task"), ("env=x", "env_id"), ("presets=cpu", "preset"),
+    ("resum=runs/x", "resume")])
+def test_groups_and_short_names_are_suggested(word, near):
+    with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
+        compose([word])

@@ -5,7 +5,6 @@ Errors that are the input's fault are left to `iqmpc.cli.main`, which prints the
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from iqmpc.demos.checks import find_defects
 from iqmpc.demos.demonstrations import Demonstrations, packaged_path, packaged_tasks
 from iqmpc.demos.formats import FORMATS, read
 from iqmpc.demos.types import DemonstrationError, Draft, Facts
+from iqmpc.runlog import strict_json
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check and convert demonstrations.")
 
@@ -116,7 +116,7 @@ def info(
         "provenance": demos.provenance,
     }
     if as_json:
-        typer.echo(json.dumps(summary, indent=2))
+        typer.echo(strict_json(summary))
     else:
         _print_table(summary)
     if out is not None:

@@ -267,7 +267,8 @@ def _serve(
     spaces: _Spaces, observations: _Shared, actions: _Shared,
 ) -> None:
     """The worker: a made environment, then seeds to reset it and None to step it, until EOF."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which closes the pipe
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are the parent's, which closes the pipe
     faulthandler.enable()  # where a simulator crashes, the last words are Python's
     env, observation, action = None, observations.array[index], actions.array[index]
 

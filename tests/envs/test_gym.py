@@ -265,8 +265,8 @@ def test_a_dictionary_has_the_order_of_its_demonstrations(tmp_path):
 
 
 def test_an_image_among_others_is_named_and_can_be_left_out():
-    with pytest.raises(TaskError, match=r"gym-x: the observation's 'camera' is an image, Box\(0, "
-                                        r"255,.*choose the members to observe, task.obs_keys=state$"):
+    with pytest.raises(TaskError, match=r"gym-x: the observation's 'camera' is an image, .*choose "
+                                        r"the members to observe, task.obs_keys=state$"):
         ControlEnv(Camera(), task("x"))
     env = ControlEnv(Camera(), task("x", obs_keys="state"))
     assert env.reset()[0].shape == env.observation_space.shape == (3,)
