@@ -420,9 +420,10 @@ def _demonstrations(config: Any, obs_shape: tuple[int, ...], action_dim: int) ->
                 "record RUN FILE --obs pixels makes them from a run on the state)")
         found = Demonstrations.packaged(task)
     else:
-        found = Demonstrations.load(
-            config.demos.path, task=task, obs_dim=None if images else obs_shape[0],
-            action_dim=action_dim, facts=_task_facts(config))
+        with _console.status(f"reading {config.demos.path}"):
+            found = Demonstrations.load(
+                config.demos.path, task=task, obs_dim=None if images else obs_shape[0],
+                action_dim=action_dim, facts=_task_facts(config))
     # Images drawn otherwise could be told apart by that alone.
     drawn = found.provenance.get("render")
     if images and drawn not in (None, _rendering(config.task)):
@@ -435,12 +436,10 @@ def _demonstrations(config: Any, obs_shape: tuple[int, ...], action_dim: int) ->
 def _task_facts(config: Any) -> Any:
     """What the task says of the demonstrations' file, where its format can use it."""
     from iqmpc.demos import Facts
-    from iqmpc.demos.formats import FORMATS, detect
 
-    path, keys = Path(config.demos.path), config.task.obs_keys
-    if keys is None or not path.exists() or "obs_keys" not in FORMATS[detect(path)].facts:
-        return None
-    return Facts(obs_keys=tuple(keys.split(",")))
+    keys = config.task.obs_keys
+    return Facts(episodes=config.demos.episodes,
+                 task_obs_keys=None if keys is None else tuple(keys.split(",")))
 
 
 def _resumed(run: Path, changes: dict[str, Any]) -> Any:

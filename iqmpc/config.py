@@ -21,7 +21,12 @@ from iqmpc.errors import ConfigError
 
 
 def gym_task_name(env_id: str) -> str:
-    """The name of suite `gym`'s task: HalfCheetah-v4 is gym-halfcheetah-v4."""
+    """The name of suite `gym`'s task: HalfCheetah-v4 is gym-halfcheetah-v4.
+
+    Of `package:Cart-v0` the package, which is only imported for it, does not count.
+    """
+    if re.search(r"-v\d+$", env_id):
+        env_id = env_id.rpartition(":")[2]
     return re.sub(r"[^a-z0-9]+", "-", f"gym-{env_id}".lower())
 
 

@@ -594,7 +594,8 @@ def _expert_replay(
 ) -> SliceReplay:
     if not names_task(demonstrations.task, task):
         raise ConfigError(
-            f"the demonstrations are of task {demonstrations.task!r}, the run's is {task!r}")
+            f"the demonstrations are of task {demonstrations.task!r}, the run's is {task!r}: give "
+            "task.name, or rename them (iqmpc demos convert --task)")
     given = (demonstrations.obs_shape, demonstrations.action_dim)
     if given != (obs_shape, action_dim):
         raise ConfigError(

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from iqmpc.compose import compose, options, parse
-from iqmpc.config import Config, all_keys
+from iqmpc.config import Config, all_keys, names_task
 from iqmpc.envs import TASKS
 from iqmpc.errors import ConfigError
 
@@ -155,3 +155,12 @@ def test_hostile_words_are_refused_in_one_line(word):
 def test_groups_and_short_names_are_suggested(word, near):
     with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
         compose([word])
+
+
+@pytest.mark.parametrize(("given", "env_id", "same"), [
+    ("HalfCheetah-v4", "HalfCheetah-v4", True), ("Cart-v0", "dictenv:Cart-v0", True),
+    ("dictenv:Cart-v0", "dictenv:Cart-v0", True), ("Cart-v1", "dictenv:Cart-v0", False),
+    ("gym-cart-v0", "dictenv:Cart-v0", True), ("gym-envs-make", "envs:make", True),
+    ("make", "envs:make", False)])
+def test_a_package_does_not_count_in_the_name_of_a_gym_task(given, env_id, same):
+    assert names_task(given, compose(["task=gym", f"env_id={env_id}"]).task.name) is same

@@ -54,7 +54,8 @@ def _find(
     elif not isinstance(draft.task, str) or not draft.task:
         yield at("task", describe(draft.task), "the task's name")
     elif task is not None and not names_task(draft.task, task):
-        yield at("task", repr(draft.task), repr(task))
+        hint = "iqmpc demos convert --task renames it, a run's own is task.name"
+        yield at("task", repr(draft.task), f"{task!r} ({hint})")
 
     if isinstance(draft.provenance, Defect):
         yield draft.provenance

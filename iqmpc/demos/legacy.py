@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from iqmpc.demos import budget as shared
 from iqmpc.demos.assembly import Assembly
 from iqmpc.demos.types import Defect, DemonstrationError, Draft, Facts
 
@@ -63,6 +64,7 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
     """
     at = partial(Defect, str(path))
     try:
+        shared.spend(path.stat().st_size)
         data = path.read_bytes()
     except OSError as error:
         raise DemonstrationError(f"{path}: cannot be read: {error.strerror}") from error
@@ -236,6 +238,7 @@ class _Budget:
 
     def spend(self, count: int) -> None:
         self.left -= count
+        shared.spend(count)
         if self.left < 0:
             raise _Refused("references that repeat its data many times over")
 
@@ -272,7 +275,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _draft(content: object, path: Path, facts: Facts, budget: _Budget) -> Draft:
-    assembly = Assembly("legacy pickle", path)
+    assembly = Assembly("legacy pickle", path, facts)
     for trajectory in _trajectories(content, budget):
         fields = {key: _matrix(value, budget) for key, value in trajectory.items()}
         terminals = fields.pop("terminals", None)

@@ -102,7 +102,8 @@ def test_check_lists_every_defect(iqmpc, tmp_path, demos, write_npz):
     code, out, _ = iqmpc("check", "set.npz", "--task", "walker-run")
     lines = out.splitlines()
     assert code == 1
-    assert lines[0] == "set.npz, task: found 'walker-walk', expected 'walker-run'"
+    assert lines[0] == ("set.npz, task: found 'walker-walk', expected 'walker-run' (iqmpc demos "
+                        "convert --task renames it, a run's own is task.name)")
     assert len(lines) == 1 + 3 + 3 + 1
     assert lines[-1] == "set.npz: 7 defect(s)"
 
