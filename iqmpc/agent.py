@@ -29,10 +29,18 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def prepare_torch(config: Config) -> None:
+    """Set this process's torch to the run's `threads`, and to flush denormal numbers to zero."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
+
+
 class Agent:
     """A world model and its planner, acting on `num_envs` environments at once (one by default).
 
-    Call `reset` at the start of every episode: the planner is warm-started from step to step.
+    Call `reset` at the start of every episode: the planner is warm-started from step to step. Each
+    thread needs an agent of its own, as calls from several would warm-start one another's plans.
     """
 
     def __init__(
@@ -49,12 +57,14 @@ class Agent:
 
     @classmethod
     def load(
-        cls, run: str | Path, *, changes: Mapping[str, Any] | None = None, seed: int | None = None
+        cls, run: str | Path, *, changes: Mapping[str, Any] | None = None,
+        seed: int | None = None, num_envs: int = 1,
     ) -> Agent:
         """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there.
 
         `changes` replaces settings, such as {"planner.enabled": False} to act with the policy
-        prior or {"device": "cpu"}. `seed` is the run's own by default. A run that was made on a
+        prior or {"device": "cpu"}. `seed` is the run's own by default. It acts on `num_envs`
+        environments at once, whatever it was trained on. A run that was made on a
         device or with a backend that is not here acts on the CPU, in float32, with a warning.
         Raises `CheckpointError` where there is no checkpoint, `ConfigError` for wrong changes.
         """
@@ -80,7 +90,7 @@ class Agent:
             raise CheckpointError(f"{path} does not fit the run's config.yaml: {error}") from error
         seed = config.seed if seed is None else seed
         try:
-            agent = cls(model.to(device), config, seed=seed)
+            agent = cls(model.to(device), config, seed=seed, num_envs=num_envs)
         except BackendError as error:
             if any(key.startswith("planner.") and key != "planner.enabled" for key in changes):
                 raise
@@ -88,7 +98,7 @@ class Agent:
                           stacklevel=2)
             agent = cls(model, config.replace({
                 "planner.backend": "auto", "planner.precision": "float32",
-                "planner.capture": None}), seed=seed)
+                "planner.capture": None}), seed=seed, num_envs=num_envs)
         agent.facts = {k: meta[k] for k in ("env_steps", "updates", "wall_s",
                                             "demonstrator_return")}
         return agent

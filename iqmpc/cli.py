@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iqmpc.demos.cli import app as demos_app
-from iqmpc.errors import ConfigError, Interrupted, IqmpcError
+from iqmpc.errors import ConfigError, Interrupted, IqmpcError, printable
 from iqmpc.progress import RecordingDisplay, TrainingDisplay
 
 app = typer.Typer(
@@ -41,8 +41,8 @@ def main() -> None:
     try:
         app()
     except (IqmpcError, OSError) as error:
-        _console.print(f"iqmpc: {error}", style="bold red", markup=False, highlight=False,
-                       soft_wrap=True)
+        _console.print(printable(f"iqmpc: {error}"), style="bold red", markup=False,
+                       highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -67,7 +67,6 @@ def train(
         run = None if config.run_dir is None else Path(config.run_dir)
     if config.demos.path is not None:  # the run may be continued from another folder
         config = config.replace({"demos.path": str(Path(config.demos.path).resolve())})
-    _prepare_torch(config)
     _print_summary(*_train(config, run, resume=resume))
 
 
@@ -247,6 +246,7 @@ def make_demonstrations(
 ) -> None:
     """Make demonstrations of any task: train or load who demonstrates, then record."""
     import iqmpc
+    from iqmpc.agent import prepare_torch
     from iqmpc.compose import compose
     from iqmpc.demos import make
 
@@ -255,7 +255,7 @@ def make_demonstrations(
     acting = _acting(True, device, backend)
     words += [f"{key}={value}" for key, value in acting.items()]
     config = compose(words)
-    _prepare_torch(config)
+    prepare_torch(config)
     task = config.task.name
     kind, _, path = (policy or "").partition(":")
     if policy is not None and (kind, bool(path)) not in (
@@ -340,7 +340,6 @@ def _train_demonstrator(config: Any, run: Path) -> None:
         config = there.replace({
             "train.steps": config.train.steps, "device": config.device,
             "planner.backend": config.planner.backend})
-    _prepare_torch(config)
     _train(config, run, resume=resume)
 
 
@@ -386,14 +385,6 @@ def _run_demonstrator(run: Path, agent: Any, planner: bool) -> Any:
         "actor": "planner" if planner else "policy prior",
         "objective": agent.config.learner.objective, "trained_steps": str(agent.facts["env_steps"]),
     })
-
-
-def _prepare_torch(config: Any) -> None:
-    import torch
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
 
 
 def _rendering(task: Any) -> str:
@@ -458,10 +449,11 @@ def _load(
     run: Path, changes: dict[str, Any], *, seed: int | None, render: bool = False
 ) -> tuple[Any, Any]:
     import iqmpc
+    from iqmpc.agent import prepare_torch
     from iqmpc.checkpoint import load_config
 
     config = load_config(run).replace(changes)
-    _prepare_torch(config)
+    prepare_torch(config)
     env = iqmpc.make_env(config.task, render_mode="rgb_array" if render else None)
     return iqmpc.Agent.load(run, changes=changes, seed=seed), env
 
@@ -485,7 +477,7 @@ def _print_summary(summary: dict[str, Any], run: Path) -> None:
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
     if issubclass(category, (DeprecationWarning, FutureWarning)):
         return
-    _console.print(f"warning: {message}", style="yellow", markup=False, highlight=False,
+    _console.print(printable(f"warning: {message}"), style="yellow", markup=False, highlight=False,
                    soft_wrap=True)
 
 

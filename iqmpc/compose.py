@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from iqmpc.config import Config, all_keys, shortened, text_keys
 from iqmpc.errors import ConfigError
 
+SUITES = ("dmcontrol", "myosuite", "maniskill", "gym")  # whose environments are made here
 GROUPS = ("task", "model", "planner", "learner", "preset")
 # Keys that may be given without their section.
 _SHORT = {"env_id": "task.env_id"}
@@ -62,7 +63,9 @@ def parse(overrides: Sequence[str]) -> dict[str, Any]:
 def compose(overrides: Sequence[str] = ()) -> Config:
     """The run that `iqmpc train OVERRIDES` describes.
 
-    Hydra composes the groups; single keys are set on top, checked against the schema.
+    Hydra composes the groups; single keys are set on top, checked against the schema. A task of
+    another suite than `SUITES`, one's own, has no action repeat, gradient penalty or terminal
+    states unless they are given.
     Raises `ConfigError` that names the key and the nearest valid one.
     """
     parsed = parse(overrides)
@@ -74,7 +77,11 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         _check_option(group, value)
     with _own_hydra(), initialize_config_module("iqmpc.configs", version_base="1.3"):
         node = hydra_compose("config", [f"{k}={v}" for k, v in groups.items()])
-    return Config.from_dict(OmegaConf.to_container(node)).replace(keys)
+    config = Config.from_dict(OmegaConf.to_container(node))
+    if keys.get("task.suite", config.task.suite) not in SUITES:  # nothing of the default task's
+        config = config.replace(
+            {"task.action_repeat": 1, "task.gradient_penalty": False, "task.terminates": False})
+    return config.replace(keys)
 
 
 @contextmanager

@@ -1,6 +1,12 @@
 """Errors that are about what the user gave. The command line prints them as one message."""
 
 
+def printable(text: str) -> str:
+    """Text for a terminal, which what a file says must not steer: control characters escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else
+                   c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class IqmpcError(Exception):
     """Base of every error whose cause is the input: a setting, a file, a missing extra."""
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from iqmpc import checkpoint
-from iqmpc.agent import Agent, resolve_device
+from iqmpc.agent import Agent, prepare_torch, resolve_device
+from iqmpc.compiler import check_compiler
 from iqmpc.config import Config, differences, may_change, names_task
 from iqmpc.demos import Demonstrations
 from iqmpc.envs.vector import Recording, VectorEnv, check_alike
@@ -121,6 +122,8 @@ class Trainer:
         self.envs, self.eval_env = _environments(config, env, eval_env, self._on_message)
         obs_shape, action_dim, count = self.envs.obs_shape, self.envs.action_dim, len(self.envs)
         self.device = resolve_device(config.device)
+        check_compiler(config, self.device)
+        prepare_torch(config)
         # Of the random actions, and later of the batches.
         self.generator = torch.Generator(self.device).manual_seed(
             stream_seed(config.seed, "trainer"))

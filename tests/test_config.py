@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
-from iqmpc.compose import compose, options, parse
+from iqmpc.compose import SUITES, compose, options, parse
 from iqmpc.config import Config, all_keys, names_task
 from iqmpc.envs import TASKS
 from iqmpc.errors import ConfigError
@@ -164,3 +164,16 @@ def test_groups_and_short_names_are_suggested(word, near):
     ("make", "envs:make", False)])
 def test_a_package_does_not_count_in_the_name_of_a_gym_task(given, env_id, same):
     assert names_task(given, compose(["task=gym", f"env_id={env_id}"]).task.name) is same
+
+
+def test_a_task_of_ones_own_has_nothing_of_the_default_tasks():
+    own = compose(["task.name=pendulum", "task.suite=own"]).task
+    assert (own.action_repeat, own.gradient_penalty, own.terminates) == (1, False, False)
+    assert compose(["task.suite=own", "task.action_repeat=3"]).task.action_repeat == 3
+    assert compose(["task=walker-walk"]).task.action_repeat == 2
+
+
+def test_suites_are_those_whose_environments_are_made():
+    from iqmpc.envs import _SUITES
+
+    assert set(SUITES) == set(_SUITES)

@@ -1116,3 +1116,17 @@ def test_a_negative_return_is_said_without_a_percentage(
     summary = train(small_config, point_env, costs, tmp_path / "run", on_message=messages.append)
     assert summary["ratio"] is None
     assert any(f"(the demonstrator's is {costs.return_mean:.1f})" in m for m in messages)
+
+
+def test_torch_is_set_as_the_settings_say(tmp_path, small_config, point_env, point_demonstrations):
+    assert torch.tensor([1e-40]).mul(1.0).item() != 0
+    Trainer(small_config.replace({"threads": 1}), point_env, point_demonstrations, run=tmp_path)
+    assert torch.get_num_threads() == 1 and torch.tensor([1e-40]).mul(1.0).item() == 0
+
+
+def test_an_agent_of_several_environments_is_loaded(
+        tmp_path, small_config, point_env, point_demonstrations):
+    train(small_config.replace({"train.steps": 20}), point_env, point_demonstrations,
+          tmp_path / "run")
+    agent = Agent.load(tmp_path / "run", num_envs=3)
+    assert agent.act(np.zeros((3, 2), np.float32)).shape == (3, 2)

@@ -1,5 +1,7 @@
 #include "iqmpc/thread_pool.hpp"
 
+#include <unistd.h>
+
 #include <stdexcept>
 #include <string>
 
@@ -32,37 +34,48 @@ void relax() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads)
+    : process_(::getpid()),
+      sleep_(std::make_unique<Sleep>()),
+      workers_(std::make_unique<std::vector<std::thread>>()) {
   if (threads < 1 || threads > kMaxThreads) {
     throw std::invalid_argument("threads must lie in [1, " + std::to_string(kMaxThreads) +
                                 "], got " + std::to_string(threads));
   }
-  workers_.reserve(static_cast<std::size_t>(threads - 1));
+  workers_->reserve(static_cast<std::size_t>(threads - 1));
   try {
     for (int thread = 1; thread < threads; ++thread) {
-      workers_.emplace_back([this, thread] { work(thread); });
+      workers_->emplace_back([this, thread] { work(thread); });
     }
   } catch (...) {
     stop_ = true;
     wake();
-    for (std::thread& worker : workers_) worker.join();
+    for (std::thread& worker : *workers_) worker.join();
     throw;
   }
 }
 
+bool ThreadPool::forked() const noexcept { return ::getpid() != process_; }
+
 ThreadPool::~ThreadPool() {
+  if (forked()) {
+    static_cast<void>(workers_.release());
+    static_cast<void>(sleep_.release());
+    return;
+  }
   stop_ = true;
   wake();
-  for (std::thread& worker : workers_) worker.join();
+  for (std::thread& worker : *workers_) worker.join();
 }
 
 void ThreadPool::wake() noexcept {
+  if (forked()) return;
   calls_.fetch_add(1);
   // The increment before this read, and the sleeper's registration before its own reading of what
   // it waits for, are sequentially consistent: one of the two sees the other.
   if (asleep_.load() == 0) return;
-  { std::lock_guard<std::mutex> lock(mutex_); }
-  wake_workers_.notify_all();
+  { std::lock_guard<std::mutex> lock(sleep_->mutex); }
+  sleep_->workers.notify_all();
 }
 
 // Takes and runs one task; false where none is left.
@@ -76,8 +89,8 @@ bool ThreadPool::take(int thread) noexcept {
   job_.call(job_.context, static_cast<std::ptrdiff_t>(task), thread);
   if (done_.fetch_add(1) + 1 == static_cast<std::ptrdiff_t>(count_of(ticket)) &&
       caller_asleep_.load()) {
-    { std::lock_guard<std::mutex> lock(mutex_); }
-    wake_caller_.notify_one();
+    { std::lock_guard<std::mutex> lock(sleep_->mutex); }
+    sleep_->caller.notify_one();
   }
   return true;
 }
@@ -92,15 +105,15 @@ void ThreadPool::work(int thread) noexcept {
       spins = take(thread) ? 0 : spins + 1;
     }
     if (spins < kSpins) continue;
-    std::unique_lock<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(sleep_->mutex);
     asleep_.fetch_add(1);
-    wake_workers_.wait(lock, [&] { return calls_.load() != calls || stop_.load(); });
+    sleep_->workers.wait(lock, [&] { return calls_.load() != calls || stop_.load(); });
     asleep_.fetch_sub(1);
   }
 }
 
 void ThreadPool::run_job(const Job& job, std::ptrdiff_t tasks) noexcept {
-  if (workers_.empty() || tasks == 1) {
+  if (workers_->empty() || tasks == 1 || forked()) {
     for (std::ptrdiff_t task = 0; task < tasks; ++task) job.call(job.context, task, 0);
     return;
   }
@@ -116,9 +129,9 @@ void ThreadPool::run_job(const Job& job, std::ptrdiff_t tasks) noexcept {
       relax();
       continue;
     }
-    std::unique_lock<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(sleep_->mutex);
     caller_asleep_.store(true);
-    wake_caller_.wait(lock, [&] { return done_.load() == tasks; });
+    sleep_->caller.wait(lock, [&] { return done_.load() == tasks; });
     caller_asleep_.store(false);
   }
 }

@@ -20,6 +20,7 @@ from iqmpc.demos.demonstrations import Demonstrations, packaged_path, packaged_t
 from iqmpc.demos.formats import FORMATS
 from iqmpc.demos.isolated import read
 from iqmpc.demos.types import DemonstrationError, Draft, Facts
+from iqmpc.errors import printable
 from iqmpc.runlog import strict_json
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check and convert demonstrations.")
@@ -168,7 +169,7 @@ def _print_table(summary: dict[str, Any]) -> None:
     }
     table = Table(show_header=False)
     for name, value in rows.items():
-        table.add_row(Text(name), Text(str(value)))
+        table.add_row(Text(printable(name)), Text(printable(str(value))))
     Console().print(table)
 
 
@@ -194,12 +195,13 @@ def check(
     draft = read(_locate(path), format, facts)
     defects = list(find_defects(draft, task=task))
     for defect in defects:
-        typer.echo(str(defect))
+        typer.echo(printable(str(defect)))
     if defects:
         typer.echo(f"{path}: {len(defects)} defect(s)")
         raise typer.Exit(1)
     demos = Demonstrations.from_draft(draft)
-    typer.echo(f"{path}: ok, {len(demos)} episodes, {demos.transitions} steps of {demos.task}")
+    typer.echo(f"{path}: ok, {len(demos)} episodes, {demos.transitions} steps of "
+               + printable(demos.task))
 
 
 @app.command()

@@ -36,10 +36,10 @@ _PACKAGES = {
 
 
 class Policy(Protocol):
-    """Acts in one environment, from step to step of an episode."""
+    """Acts in one environment, from step to step of an episode; a plain function is one too."""
 
     def reset(self, env: gymnasium.Env) -> None:
-        """An episode has begun: `env` has just been reset, and may be looked into."""
+        """An episode has begun: `env` has just been reset, and may be looked into. Optional."""
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """obs float32 [O] -> action [A] in [-1, 1]."""
@@ -96,7 +96,7 @@ class AgentPolicy:
 
 
 def record(
-    demonstrator: Demonstrator,
+    demonstrator: Demonstrator | Policy | Callable[[np.ndarray], np.ndarray],
     env: gymnasium.Env,
     *,
     task: str,
@@ -111,7 +111,7 @@ def record(
     provenance: Mapping[str, str] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Demonstrations:
-    """Episodes of a demonstrator until `episodes` are kept, from at most `max_tries`.
+    """Episodes of a demonstrator (or policy) until `episodes` are kept, of at most `max_tries`.
 
     Kept are those with at least `min_return` and, with `successes_only`, success at the last step.
     `noise` and `successes_only`: None takes the demonstrator's. `fewer`: take what was kept, if it
@@ -122,6 +122,8 @@ def record(
     Raises DemonstrationError that counts what was reached when too few were kept, and where
     successes are asked for and the task tells none.
     """
+    if not isinstance(demonstrator, Demonstrator):
+        demonstrator = Demonstrator(demonstrator)
     if max_tries < episodes:
         raise DemonstrationError(f"{episodes} episodes cannot be kept from {max_tries} tries")
     noise = demonstrator.noise if noise is None else noise
@@ -175,10 +177,15 @@ class _Actor:
         self._random = np.random.default_rng(seed)
 
     def reset(self) -> None:
-        self._policy.reset(self._env)
+        if hasattr(self._policy, "reset"):
+            self._policy.reset(self._env)
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         action = np.asarray(self._policy(obs.copy()), np.float32)  # it may change what it is given
+        if not np.isfinite(action).all():
+            index = int(np.argmin(np.isfinite(action).ravel()))
+            raise DemonstrationError(f"the demonstrator's actions: found {action.ravel()[index]} "
+                                     f"at index {index}, expected finite values")
         if self._noise:
             action = action + self._noise * self._random.standard_normal(action.shape)
         return np.clip(action, -1, 1).astype(np.float32)

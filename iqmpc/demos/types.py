@@ -28,9 +28,9 @@ class Episode:
 
     observations: np.ndarray
     actions: np.ndarray
-    rewards: np.ndarray | None
-    terminated: bool
-    success: bool | None
+    rewards: np.ndarray | None = None
+    terminated: bool = False
+    success: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -176,7 +177,10 @@ def make(
 
 def _registered(env_id: str, options: dict[str, Any]) -> gymnasium.Env:
     try:
-        return gymnasium.make(env_id, **options)
+        with warnings.catch_warnings():
+            if options:  # an environment that cannot draw itself says so in an error below
+                warnings.simplefilter("ignore")
+            return gymnasium.make(env_id, **options)
     except gymnasium.error.DependencyNotInstalled as error:
         raise TaskError(f"{env_id} needs a package that is not installed: {error}") from error
     except gymnasium.error.Error as error:
@@ -185,6 +189,10 @@ def _registered(env_id: str, options: dict[str, Any]) -> gymnasium.Env:
         raise TaskError(f"gymnasium makes no {env_id!r}: {error}{hint}") from error
     except ModuleNotFoundError as error:
         raise TaskError(f"{env_id} cannot be imported: {error}") from error
+    except TypeError as error:
+        if "render_mode" not in str(error):
+            raise
+        raise TaskError(f"{env_id} takes no render_mode, so it cannot be drawn: {error}") from error
 
 
 def _called(path: str, options: dict[str, Any]) -> Any:
