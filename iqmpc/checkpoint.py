@@ -30,6 +30,8 @@ from iqmpc.files import remove_temporary, write_atomically
 FORMAT, VERSION = "iqmpc-checkpoint", 1
 KEPT = 2
 _NAME = re.compile(r"step_(\d+)\.safetensors")
+# What file systems say that lock nothing, or (NFS) nothing that is not open for writing.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF, errno.EISDIR}
 _MAX_CONFIG = 2**16  # bytes; a config.yaml has some 3,000
 
 
@@ -149,7 +151,7 @@ def locked(run: str | Path) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(f"{run} is being trained by another process") from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+            if error.errno not in _NO_LOCKS:
                 raise
         yield
     finally:

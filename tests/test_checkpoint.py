@@ -1,10 +1,12 @@
+import errno
+import fcntl
 import os
 
 import pytest
 import torch
 
 from iqmpc import checkpoint
-from iqmpc.errors import CheckpointError
+from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.files import write_atomically
 
 
@@ -182,3 +184,19 @@ def test_hostile_settings_are_refused_in_one_line(tmp_path, text, said):
     with pytest.raises(CheckpointError, match=said) as caught:
         checkpoint.load_config(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 + len(str(tmp_path))
+
+
+def test_a_folder_is_held_by_one(tmp_path, monkeypatch):
+    with checkpoint.locked(tmp_path), pytest.raises(ConfigError, match="is being trained by"):
+        with checkpoint.locked(tmp_path):
+            pass
+    with checkpoint.locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+    def refuse(*_):
+        raise OSError(errno.EBADF, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with checkpoint.locked(tmp_path):
+        pass

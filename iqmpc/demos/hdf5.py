@@ -76,7 +76,7 @@ def _read(file: h5py.File, at: partial[Defect], wanted: int | None) -> Draft | D
     provenance = h5.text(file, "provenance")
     try:
         provenance = {} if provenance is None else json.loads(provenance)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         provenance = at("provenance", describe(provenance), "a JSON object")
 
     episodes: list[dict[str, object] | Defect] = []

@@ -56,6 +56,7 @@ def test_relative_paths_and_refusals(path, monkeypatch):
     ("os._exit(3)", r"damage that ended its reader \(exit code 3\)"),
     ("time.sleep(99)", "no end of reading after 1 s"),
     ("bytearray(10**12)", "more data than its bytes can hold"),
+    ("1 + None", r"damage that its reader did not expect \(TypeError: unsupported operand"),
 ])
 def test_a_reader_that_crashes_hangs_or_eats(path, monkeypatch, ends, said):
     """As the HDF5 library does with some damaged files; the next file is read again."""
