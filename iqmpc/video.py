@@ -10,6 +10,7 @@ import numpy as np
 
 from iqmpc.envs.extras import cannot_render
 from iqmpc.errors import IqmpcError, TaskError
+from iqmpc.files import naming
 
 
 class Recorder:
@@ -54,5 +55,6 @@ class Recorder:
     def save(self) -> None:
         import imageio.v2 as imageio
 
-        imageio.mimwrite(
-            self.path, self._frames, fps=self._fps, codec="libx264", macro_block_size=None)
+        with naming(self.path):
+            imageio.mimwrite(
+                self.path, self._frames, fps=self._fps, codec="libx264", macro_block_size=None)

@@ -380,6 +380,8 @@ def _matrix(value: object, budget: _Budget) -> np.ndarray:
             return value.astype(np.float32)
     if not isinstance(value, (list, tuple)):
         raise _Refused(f"a {_kind(value)} where there should be a list or an array")
+    if value and all(type(x) in (int, float, bool) for x in value):
+        return _row(value, budget)  # at once: one by one each is an array
     rows = [_row(item, budget) for item in value]
     if len({row.shape for row in rows}) > 1:
         raise _Refused("rows of different lengths")
@@ -394,7 +396,7 @@ def _row(item: object, budget: _Budget) -> np.ndarray:
         with np.errstate(over="ignore"):
             return item.astype(np.float32)
     numbers = item if isinstance(item, (list, tuple)) else [item]
-    budget.spend(4 * len(numbers))
+    budget.spend(4 * len(numbers) + 16)
     if not all(type(x) in (int, float, bool) for x in numbers):
         raise _Refused("a list of other things than numbers")
     try:
