@@ -119,7 +119,8 @@ class Agent:
         generator = torch.Generator(self.device).manual_seed(0)
         noise = torch.randn(
             samples, 1, self.model.action_dim, generator=generator, device=self.device)
-        prior, log_prob = layers.policy_sample(w, z, noise.expand(-1, n, -1))
+        prior, log_prob = layers.policy_sample(
+            w, z, noise.expand(-1, n, -1), self.config.learner.entropy)
         value = (layers.critics(w.critics, z, prior).mean(0) - self.beta * log_prob).mean(0)
         q = layers.critics(w.critics, layers.encode(w, obs_), action_).mean(0)
         alive = 1 - torch.as_tensor(terminated, dtype=torch.float32, device=self.device)

@@ -111,7 +111,7 @@ class Learner:
             loss, self.model_optimiser, self.model_parameters)
 
         policy_loss, policy_metrics = self._policy_loss(
-            self.weights, latents, self._policy_noise(latents), s.rho, self.beta)
+            self.weights, latents, self._policy_noise(latents), s.rho, self.beta, s.entropy)
         policy_metrics["policy_grad_norm"] = self._step(
             policy_loss, self.policy_optimiser, list(self.model.policy.parameters()))
 
@@ -145,28 +145,42 @@ class Learner:
     def _pair(self) -> Tensor:
         return layers.random_pair(self.config.model.critics, self.generator)
 
+    def _keep(self, critics: int, rows: int) -> Tensor | None:
+        """Dropout multipliers [critics, rows, hidden], None without dropout."""
+        m = self.config.model
+        if m.dropout == 0:
+            return None
+        keep = torch.empty(critics, rows, m.hidden_dim, device=self.device)
+        return keep.bernoulli_(1 - m.dropout, generator=self.generator).div_(1 - m.dropout)
+
     def _model_noise(self, batch: Batch) -> ModelNoise:
         horizon, rows, action_dim = batch.action.shape
-        m = self.config.model
-        keep = mix = None
-        if m.dropout > 0:
-            shape = (m.critics, horizon * rows, m.hidden_dim)
-            keep = torch.empty(shape, device=self.device).bernoulli_(
-                1 - m.dropout, generator=self.generator).div_(1 - m.dropout)
+        critics, objective = self.config.model.critics, self.settings.objective
+        keep = self._keep(critics, horizon * rows)
+        keep_target = keep_value = keep_penalty = mix = None
         if self.penalise:
             mix = torch.rand(horizon, batch.experts, 1, device=self.device,
                              generator=self.generator)
+        if self.settings.dropout == "always":
+            keep_target = self._keep(2, horizon * rows)
+            if objective != "td":
+                keep_value = self._keep(2, batch.experts if objective == "iq" else
+                                        horizon * (rows - batch.experts))
+            if self.penalise:
+                keep_penalty = self._keep(critics, horizon * batch.experts)
         shift = None
         if is_image(self.model.obs_shape):
             shift = torch.randint(-_SHIFT, _SHIFT + 1, (horizon + 1, rows, 2), device=self.device,
                                   generator=self.generator)
-        starts = horizon if self.settings.objective == "v_diff" else 1
+        starts = horizon if objective == "v_diff" else 1
         return ModelNoise(self._normal(horizon, rows, action_dim),
-                          self._normal(starts, rows, action_dim), keep, mix, self._pair(), shift)
+                          self._normal(starts, rows, action_dim), keep, mix, self._pair(), shift,
+                          keep_target, keep_value, keep_penalty)
 
     def _policy_noise(self, latents: Tensor) -> PolicyNoise:
         steps, rows = latents.shape[:2]
-        return PolicyNoise(self._normal(steps, rows, self.model.action_dim), self._pair())
+        keep = self._keep(2, steps * rows) if self.settings.dropout == "always" else None
+        return PolicyNoise(self._normal(steps, rows, self.model.action_dim), self._pair(), keep)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything an exact continuation needs but `sampler`, as a flat mapping of tensors."""
