@@ -194,6 +194,22 @@ class LearnerConfig:
 
 
 @dataclass(frozen=True)
+class AgentConfig:
+    """Which weights act: the live ones, or an exponential average of all of the world model's.
+
+    `average`: `off`, in `evaluation` (of a run and of whoever loads it) or `always` (in training
+    too). After each update the average moves by `average_rate` of its distance to the live weights.
+    """
+
+    average: Literal["off", "evaluation", "always"] = "off"
+    average_rate: float = 0.005
+
+    def __post_init__(self) -> None:
+        _positive("agent", self, "average_rate")
+        _in_range("agent", self, 0.0, 1.0, "average_rate")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How long a run is and how it is spent. All counts are control steps of the environment.
 
@@ -259,6 +275,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     seed: int = 0
