@@ -14,6 +14,7 @@ from iqmpc.config import Config
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.frames import is_image
 from iqmpc.kernels import layers
+from iqmpc.kernels.weights import Weights
 from iqmpc.model import WorldModel
 from iqmpc.planner import Planner
 from iqmpc.seeding import stream_seed
@@ -38,10 +39,11 @@ class Agent:
         self, model: WorldModel, config: Config, *, seed: int = 0, num_envs: int = 1
     ):
         self.model, self.config = model, config
+        self.weights = model.weights()  # what decodes rewards; the planner has a snapshot of them
         self.device = next(model.parameters()).device
         self.beta = config.entropy_coefficient(model.action_dim)
         self.planner = Planner(
-            model.weights(), config.planner, discount=config.discount, beta=self.beta,
+            self.weights, config.planner, discount=config.discount, beta=self.beta,
             num_envs=num_envs, seed=stream_seed(seed, "planner"))
         # What training says of the checkpoint: env_steps, updates, wall_s, demonstrator_return.
         self.facts: dict[str, Any] = {}
@@ -50,7 +52,8 @@ class Agent:
     def load(
         cls, run: str | Path, *, changes: Mapping[str, Any] | None = None, seed: int | None = None
     ) -> Agent:
-        """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there.
+        """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there:
+        with the average of the weights, unless `agent.average` is off.
 
         `changes` replaces settings, such as {"planner.enabled": False} to act with the policy
         prior or {"device": "cpu"}. `seed` is the run's own by default.
@@ -63,16 +66,24 @@ class Agent:
         model = WorldModel(
             meta.get("obs_shape") or int(meta["obs_dim"]), int(meta["action_dim"]), config.model,
             termination=config.termination)
-        prefix = "learner.model."
+        prefix = "learner.model." if config.agent.average == "off" else "learner.average."
+        held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if not held:
+            raise CheckpointError(
+                f"{path} holds no average of the weights, agent.average={config.agent.average}")
         try:
-            model.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            model.load_state_dict(held)
         except RuntimeError as error:
             raise CheckpointError(f"{path} does not fit the run's config.yaml: {error}") from error
         agent = cls(model.to(device), config, seed=config.seed if seed is None else seed)
         agent.facts = {k: meta[k] for k in ("env_steps", "updates", "wall_s",
                                             "demonstrator_return")}
         return agent
+
+    def publish(self, weights: Weights) -> None:
+        """Plan on a copy of `weights` from now on, and decode rewards with `weights` themselves."""
+        self.weights = weights
+        self.planner.publish(weights)
 
     def reset(self, env: int | None = None) -> None:
         """An episode starts, in one environment or in all."""
@@ -114,12 +125,13 @@ class Agent:
                 raise ValueError(f"{name} must be {expected}, got {list(tensor.shape)}")
             if is_image(shape) and tensor is not action_ and tensor.dtype != torch.uint8:
                 raise ValueError(f"{name} must be uint8, got {tensor.dtype}")
-        w = self.model.weights()
+        w = self.weights
         z = layers.encode(w, next_).expand(samples, -1, -1)
         generator = torch.Generator(self.device).manual_seed(0)
         noise = torch.randn(
             samples, 1, self.model.action_dim, generator=generator, device=self.device)
-        prior, log_prob = layers.policy_sample(w, z, noise.expand(-1, n, -1))
+        prior, log_prob = layers.policy_sample(
+            w, z, noise.expand(-1, n, -1), self.config.learner.entropy)
         value = (layers.critics(w.critics, z, prior).mean(0) - self.beta * log_prob).mean(0)
         q = layers.critics(w.critics, layers.encode(w, obs_), action_).mean(0)
         alive = 1 - torch.as_tensor(terminated, dtype=torch.float32, device=self.device)

@@ -152,9 +152,13 @@ class LearnerConfig:
     `objective`: `iq` (inverse soft-Q, initial-state form), `v_diff` (the original form with the
     value difference on behaviour) or `td` (regression on the environment's reward). `mode: graph`
     makes an update one CUDA graph and needs a CUDA device.
-    `entropy_scale`: β·A (`action_dim`) or β (`one`). `gradient_penalty: null` follows the task;
-    `discount: null` derives γ from the episode length. `termination_weight` is how many times a
-    terminal latent counts in the termination head's loss.
+    `entropy_scale`: β·A (`action_dim`) or β (`one`). `entropy` is the form of log π: `exact`, the
+    squashed Gaussian's density, or `presquash`, in which the squashing counts 1/A of the rest (the
+    released code's: `iqmpc.kernels.layers.policy_sample`). `dropout` is where the critics'
+    `model.dropout` acts: where they are regressed (`regression`), or in V, V̄, the policy's loss
+    and the gradient penalty too (`always`, as in the released code). `gradient_penalty: null`
+    follows the task; `discount: null` derives γ from the episode length. `termination_weight` is
+    how many times a terminal latent counts in the termination head's loss.
     """
 
     objective: Literal["iq", "v_diff", "td"] = "iq"
@@ -165,6 +169,8 @@ class LearnerConfig:
     alpha: float = 0.5
     beta: float = 1e-4
     entropy_scale: Literal["action_dim", "one"] = "action_dim"
+    entropy: Literal["exact", "presquash"] = "exact"
+    dropout: Literal["regression", "always"] = "regression"
     c_cons: float = 20.0
     c_iq: float = 0.1
     c_gp: float = 1.0
@@ -185,6 +191,22 @@ class LearnerConfig:
         _in_range("learner", self, 0.0, 1.0, "rho", "tau")
         if self.discount is not None:
             _in_range("learner", self, 0.0, 1.0, "discount")
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Which weights act: the live ones, or an exponential average of all of the world model's.
+
+    `average`: `off`, in `evaluation` (of a run and of whoever loads it) or `always` (in training
+    too). After each update the average moves by `average_rate` of its distance to the live weights.
+    """
+
+    average: Literal["off", "evaluation", "always"] = "off"
+    average_rate: float = 0.005
+
+    def __post_init__(self) -> None:
+        _positive("agent", self, "average_rate")
+        _in_range("agent", self, 0.0, 1.0, "average_rate")
 
 
 @dataclass(frozen=True)
@@ -253,6 +275,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     seed: int = 0

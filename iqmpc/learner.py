@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from iqmpc.capture import CapturedStep
 from iqmpc.config import Config
 from iqmpc.frames import is_image
 from iqmpc.kernels import layers
-from iqmpc.kernels.weights import frozen, map_layers
+from iqmpc.kernels.weights import Layer, Weights, frozen, map_layers
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
 from iqmpc.model import WorldModel
 from iqmpc.replay import SliceReplay, join
@@ -23,9 +25,17 @@ class Learner:
     """Parameters, target critics, optimisers and the random draws of learning.
 
     `update` makes one gradient step on the encoder, dynamics and critics, one on the policy prior,
-    and moves the target critics; `learn` draws the batch for it too. `config.learner.mode` is
-    `eager`, `compile` (torch.compile of both losses with their backward passes) or `graph`
-    (`compile`, and all of `learn` as one CUDA graph); they agree on the same draws.
+    and moves the target critics and the average of the weights (`averages`, None where
+    `agent.average` is off); `learn` draws the batch for it too.
+
+    A step whose loss or gradient norm is not finite is not made. If it is the model's, the update
+    changes nothing: no parameter, moment, step count, target or average. If it is the policy's
+    alone, only that step is left out. Either is counted once, in `skipped_updates`; `updates`
+    counts these attempts too, so that schedules go on.
+
+    `config.learner.mode` is `eager`, `compile` (torch.compile of both losses with their backward
+    passes) or `graph` (`compile`, and all of `learn` as one CUDA graph); they agree on the same
+    draws.
 
     `sampler` is the generator that `learn` draws slices from, by default one of the learner's own;
     whoever gives it keeps its state. Raises `ConfigError` for `graph` on another device than CUDA.
@@ -43,12 +53,17 @@ class Learner:
                 obs_shape, action_dim, config.model, termination=config.termination).to(self.device)
         self.weights = self.model.weights()
         self.targets = map_layers(lambda t: t.detach().clone(), self.weights.critics)
+        self.average: WorldModel | None = None
+        if config.agent.average != "off":
+            self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.averages = None if self.average is None else self.average.weights()
         self.beta = config.entropy_coefficient(action_dim)
         self.generator = torch.Generator(self.device).manual_seed(
             stream_seed(config.seed, "learner"))
         self.sampler = sampler if sampler is not None else torch.Generator(
             self.device).manual_seed(stream_seed(config.seed, "sampler"))
         self.updates = 0
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
 
         s, m = self.settings, self.model
         self.model_parameters = [
@@ -107,37 +122,57 @@ class Learner:
         loss, latents, metrics = self._model_loss(
             self.weights, self.targets, batch, self._model_noise(batch), s, self.config.discount,
             self.beta, self.penalise)
-        metrics["model_grad_norm"] = self._step(
+        metrics["model_grad_norm"], finite = self._step(
             loss, self.model_optimiser, self.model_parameters)
 
         policy_loss, policy_metrics = self._policy_loss(
-            self.weights, latents, self._policy_noise(latents), s.rho, self.beta)
-        policy_metrics["policy_grad_norm"] = self._step(
-            policy_loss, self.policy_optimiser, list(self.model.policy.parameters()))
+            self.weights, latents, self._policy_noise(latents), s.rho, self.beta, s.entropy)
+        policy_metrics["policy_grad_norm"], both = self._step(
+            policy_loss, self.policy_optimiser, list(self.model.policy.parameters()), finite)
 
-        self._move_targets()
-        return metrics | policy_metrics
+        _move(_tensors(self.targets), _tensors(frozen(self.weights.critics)),
+              self.settings.tau * finite)
+        if self.averages is not None:
+            _move(self.averages.tensors(), [t.detach() for t in self.weights.tensors()],
+                  self.config.agent.average_rate * finite)
+        self._skipped += ~both
+        return metrics | policy_metrics | {"skipped_updates": self._skipped.to(loss.dtype)}
+
+    def acting_weights(self) -> Weights:
+        """What training acts with: a live view, of the average for `agent.average: always`."""
+        if self.averages is not None and self.config.agent.average == "always":
+            return self.averages
+        return self.weights
+
+    def evaluation_weights(self) -> Weights:
+        """What evaluation acts with: a live view, of the average where there is one."""
+        return self.weights if self.averages is None else self.averages
+
+    @property
+    def skipped_updates(self) -> int:
+        """Updates of which a step was left out, so far; reading it waits for the device."""
+        return int(self._skipped)
 
     @property
     def penalise(self) -> bool:
         return self.config.gradient_penalty and self.settings.objective != "td"
 
     def _step(
-        self, loss: Tensor, optimiser: torch.optim.Optimizer, parameters: list[Tensor]
-    ) -> Tensor:
+        self, loss: Tensor, optimiser: torch.optim.Optimizer, parameters: list[Tensor],
+        allowed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A step, if `allowed` (bool, 0-dim) and finite: the gradient's norm and whether it was."""
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip).detach()
+        made = loss.detach().isfinite() & norm.isfinite()
+        if allowed is not None:
+            made = made & allowed
+        # Fused Adam looks at this where the gradients are, so that the host need not wait: where it
+        # is 1, parameters, moments and step counts stay (what gradient scaling uses it for).
+        optimiser.found_inf = (~made).to(torch.float32)
         optimiser.step()
-        return norm.detach()
-
-    @torch.no_grad()
-    def _move_targets(self) -> None:
-        """Q̄ ← Q̄ + τ (Q - Q̄)."""
-        pairs = zip(self.targets, frozen(self.weights.critics), strict=True)
-        old, new = zip(*((a, b) for x, y in pairs for a, b in zip(x, y, strict=True)
-                         if a is not None), strict=True)
-        torch._foreach_lerp_(old, new, self.settings.tau)
+        return norm, made
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, generator=self.generator)
@@ -145,39 +180,56 @@ class Learner:
     def _pair(self) -> Tensor:
         return layers.random_pair(self.config.model.critics, self.generator)
 
+    def _keep(self, critics: int, rows: int) -> Tensor | None:
+        """Dropout multipliers [critics, rows, hidden], None without dropout."""
+        m = self.config.model
+        if m.dropout == 0:
+            return None
+        keep = torch.empty(critics, rows, m.hidden_dim, device=self.device)
+        return keep.bernoulli_(1 - m.dropout, generator=self.generator).div_(1 - m.dropout)
+
     def _model_noise(self, batch: Batch) -> ModelNoise:
         horizon, rows, action_dim = batch.action.shape
-        m = self.config.model
-        keep = mix = None
-        if m.dropout > 0:
-            shape = (m.critics, horizon * rows, m.hidden_dim)
-            keep = torch.empty(shape, device=self.device).bernoulli_(
-                1 - m.dropout, generator=self.generator).div_(1 - m.dropout)
+        critics, objective = self.config.model.critics, self.settings.objective
+        keep = self._keep(critics, horizon * rows)
+        keep_target = keep_value = keep_penalty = mix = None
         if self.penalise:
             mix = torch.rand(horizon, batch.experts, 1, device=self.device,
                              generator=self.generator)
+        if self.settings.dropout == "always":
+            keep_target = self._keep(2, horizon * rows)
+            if objective != "td":
+                keep_value = self._keep(2, batch.experts if objective == "iq" else
+                                        horizon * (rows - batch.experts))
+            if self.penalise:
+                keep_penalty = self._keep(critics, horizon * batch.experts)
         shift = None
         if is_image(self.model.obs_shape):
             shift = torch.randint(-_SHIFT, _SHIFT + 1, (horizon + 1, rows, 2), device=self.device,
                                   generator=self.generator)
-        starts = horizon if self.settings.objective == "v_diff" else 1
+        starts = horizon if objective == "v_diff" else 1
         return ModelNoise(self._normal(horizon, rows, action_dim),
-                          self._normal(starts, rows, action_dim), keep, mix, self._pair(), shift)
+                          self._normal(starts, rows, action_dim), keep, mix, self._pair(), shift,
+                          keep_target, keep_value, keep_penalty)
 
     def _policy_noise(self, latents: Tensor) -> PolicyNoise:
         steps, rows = latents.shape[:2]
-        return PolicyNoise(self._normal(steps, rows, self.model.action_dim), self._pair())
+        keep = self._keep(2, steps * rows) if self.settings.dropout == "always" else None
+        return PolicyNoise(self._normal(steps, rows, self.model.action_dim), self._pair(), keep)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything an exact continuation needs but `sampler`, as a flat mapping of tensors."""
         state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         state |= {f"target.{i}.{name}": t for i, layer in enumerate(self.targets)
                   for name, t in layer._asdict().items() if t is not None}
+        if self.average is not None:
+            state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for name, optimiser in self._optimisers():
             for index, values in optimiser.state_dict()["state"].items():
                 state |= {f"{name}.{index}.{key}": v for key, v in values.items()}
         state["generator"] = self.generator.get_state()
         state["updates"] = torch.tensor(self.updates)
+        state["skipped_updates"] = self._skipped
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -185,8 +237,10 @@ class Learner:
 
         All in place, the optimisers' moments too: a captured update stays valid.
         """
-        self.model.load_state_dict(
-            {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        for prefix, model in (("model.", self.model), ("average.", self.average)):
+            if model is not None:
+                model.load_state_dict(
+                    {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         for i, layer in enumerate(self.targets):
             for name, t in layer._asdict().items():
                 if t is not None:
@@ -207,6 +261,17 @@ class Learner:
                         held[field] = v.to(self.device, copy=True)
         self.generator.set_state(state["generator"])
         self.updates = int(state["updates"])
+        self._skipped.fill_(int(state.get("skipped_updates", 0)))  # absent: saved before any count
 
     def _optimisers(self) -> list[tuple[str, torch.optim.Optimizer]]:
         return [("model_adam", self.model_optimiser), ("policy_adam", self.policy_optimiser)]
+
+
+def _tensors(stack: tuple[Layer, ...]) -> list[Tensor]:
+    return [t for layer in stack for t in layer if t is not None]
+
+
+@torch.no_grad()
+def _move(old: list[Tensor], new: list[Tensor], rate: Tensor) -> None:
+    """old ← old + rate (new - old) in place; rate, 0-dim, on their device."""
+    torch._foreach_lerp_(old, new, [rate] * len(old))

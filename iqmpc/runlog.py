@@ -18,8 +18,8 @@ RESULTS = ("return", "eval_return_mean", "eval_return_std", "eval_success_rate",
 LEARNING = (
     "consistency", "critic_loss", "q_expert", "q_behaviour", "q_difference", "reward_expert",
     "reward_behaviour", "target_value", "value_term", "gradient_penalty", "policy_loss",
-    "q_policy", "entropy", "model_grad_norm", "policy_grad_norm", "termination_loss",
-    "termination_recall", "termination_precision",
+    "q_policy", "entropy", "model_grad_norm", "policy_grad_norm", "skipped_updates",
+    "termination_loss", "termination_recall", "termination_precision",
 )
 COLUMNS = PROGRESS + RESULTS + LEARNING
 

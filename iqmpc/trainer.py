@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -124,6 +125,7 @@ class Trainer:
         self._wall_before, self._started = 0.0, time.monotonic()
         self._metrics: Metrics | None = None  # the last update's
         self._last_return: float | None = None
+        self._warned = False  # of skipped updates
         self._evaluated_at = self._saved_at = 0
         if resume:
             self._restore()
@@ -249,11 +251,11 @@ class Trainer:
         return self._worker.submit(self._update_to, updates, behaviour, report)
 
     def _join(self, learning: Future[Metrics | None]) -> None:
-        """Wait for updates and publish the weights to the planner."""
+        """Wait for updates and publish the weights that act to the planner."""
         self._metrics = learning.result() or self._metrics
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        self.agent.planner.publish(self.learner.weights)
+        self.agent.publish(self.learner.acting_weights())
 
     def _update_to(self, updates: int, behaviour: SliceReplay, report: bool) -> Metrics | None:
         metrics = None
@@ -276,19 +278,26 @@ class Trainer:
         if self._metrics is None:
             return {}
         names, values = self._metrics
-        return dict(zip(names, values.tolist(), strict=True))
+        fetched = dict(zip(names, values.tolist(), strict=True))
+        if fetched["skipped_updates"] and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "an update had a loss or a gradient that is not finite and was left out (counted "
+                "as skipped_updates, said once)", RuntimeWarning, stacklevel=2)
+        return fetched
 
     def _evaluate(self, episodes: int) -> Evaluation:
         """Without exploration, and without a trace in the state of training."""
         planner, at = self._evaluator.planner, self._progress()
         before = planner.state_dict()
-        planner.publish(self.learner.weights)
+        self._evaluator.publish(self.learner.evaluation_weights())
         planner.step = 0
         result = evaluate(
             self._evaluator, self.eval_env, episodes=episodes, seed=self.config.seed)
         counted = {k: getattr(planner, k) - int(before[k])
                    for k in ("nonfinite_plans", "missed_plans")}
         planner.load_state_dict(before)
+        self.agent.publish(self.learner.acting_weights())  # the evaluator may be this agent
         for key, count in counted.items():
             setattr(self.agent.planner, key, getattr(self.agent.planner, key) + count)
         self._evaluated_at = self.env_steps
@@ -311,6 +320,7 @@ class Trainer:
             "seed": self.config.seed,
             "env_steps": self.env_steps,
             "updates": self.learner.updates,
+            "skipped_updates": self.learner.skipped_updates,
             "wall_s": round(trained_s, 1),
             "return_mean": result.return_mean,
             "return_std": result.return_std,
@@ -389,7 +399,7 @@ class Trainer:
             self.generator.set_state(tensors["trainer.generator"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this run's settings: {error}") from error
-        self.agent.planner.publish(self.learner.weights)
+        self.agent.publish(self.learner.acting_weights())
         self.env_steps, self.episodes = meta["env_steps"], meta["episodes"]
         self.envs.started = meta.get("started", self.episodes)  # absent: of one environment
         self.envs.restarts = meta.get("env_restarts", 0)

@@ -30,6 +30,11 @@ from iqmpc.errors import ConfigError
     (["model.latent_dim=100"], "must be a multiple of model.simnorm_dim, got 100 and 8"),
     (["train.steps=0"], "train.steps must be at least 1, got 0"),
     (["learner.rho=1.5"], "learner.rho must lie in [0, 1], got 1.5"),
+    (["agent.average=ever"], "agent.average must be one of off, evaluation, always, got 'ever'"),
+    (["agent.average_rate=0"], "agent.average_rate must be positive, got 0.0"),
+    (["agent.average_rate=1.5"], "agent.average_rate must lie in [0, 1], got 1.5"),
+    (["learner.entropy=squash"], "learner.entropy must be one of exact, presquash, got 'squash'"),
+    (["learner.dropout=never"], "learner.dropout must be one of regression, always, got 'never'"),
     (["learner.lr=0"], "learner.lr must be positive, got 0.0"),
     (["steps"], "expected key=value, got 'steps'"),
     (["+train.steps=3"], "expected key=value, got '+train.steps=3'"),
@@ -71,8 +76,8 @@ def test_every_task_file_is_a_task():
 
 
 def test_off_is_a_word_and_not_a_boolean():
-    config = compose(["train.overlap=off", "learner.mode=graph"])
-    assert config.train.overlap == "off" and config.learner.mode == "graph"
+    config = compose(["train.overlap=off", "agent.average=off", "learner.mode=graph"])
+    assert config.train.overlap == config.agent.average == "off" and config.learner.mode == "graph"
     assert Config.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
@@ -92,6 +97,22 @@ def test_derived_values():
     assert config.replace({"task.gradient_penalty": True}).gradient_penalty
     assert not config.replace(
         {"task.gradient_penalty": True, "learner.gradient_penalty": False}).gradient_penalty
+
+
+def test_the_entropy_coefficient_grows_with_the_actions():
+    config = Config().replace({"learner.beta": 0.02})
+    assert Config().learner.entropy_scale == "action_dim"
+    assert config.entropy_coefficient(39) == pytest.approx(0.78)
+    one = config.replace({"learner.entropy_scale": "one"})
+    assert one.entropy_coefficient(39) == one.entropy_coefficient(6) == 0.02
+    assert Config().entropy_coefficient(6) == pytest.approx(6e-4)
+
+
+def test_a_configuration_from_before_a_section_is_read():
+    values = Config().to_dict()
+    del values["agent"], values["learner"]["entropy"], values["learner"]["dropout"]
+    assert Config.from_dict(values) == Config()
+    assert Config().agent.average == "off" and Config().agent.average_rate == 0.005
 
 
 def test_compose_inside_a_hydra_program():
