@@ -340,8 +340,16 @@ def _run_demonstrator(run: Path, agent: Any, planner: bool) -> Any:
 def _prepare_torch(config: Any) -> None:
     import torch
 
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    from iqmpc.agent import resolve_device
+    from iqmpc.threads import set_threads
+
+    count = config.threads or torch.get_num_threads()
+    set_threads(count)
+    # Where the C++ library both plans and learns, torch has only trifles to do.
+    idle = (resolve_device(config.device) == "cpu" and config.task.obs == "state"
+            and config.learner.mode in ("auto", "fused")
+            and config.planner.backend in ("auto", "cpu"))
+    torch.set_num_threads(1 if idle else count)
     torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
 
 

@@ -150,8 +150,10 @@ class LearnerConfig:
     """The losses and the optimiser. Symbols as in the paper.
 
     `objective`: `iq` (inverse soft-Q, initial-state form), `v_diff` (the original form with the
-    value difference on behaviour) or `td` (regression on the environment's reward). `mode: graph`
-    makes an update one CUDA graph and needs a CUDA device.
+    value difference on behaviour) or `td` (regression on the environment's reward).
+    `mode`: `fused` (one call of the C++ library: on a CPU, of flat observations), `compile`
+    (torch.compile), `eager` (plain torch) or `graph` (one CUDA graph); `auto` is `fused` or `graph`
+    where they can be, else `compile`. `precision` is that of the fused update's matrix products.
     `entropy_scale`: β·A (`action_dim`) or β (`one`). `entropy` is the form of log π: `exact`, the
     squashed Gaussian's density, or `presquash`, in which the squashing counts 1/A of the rest (the
     released code's: `iqmpc.kernels.layers.policy_sample`). `dropout` is where the critics'
@@ -181,7 +183,8 @@ class LearnerConfig:
     encoder_lr_scale: float = 0.3
     grad_clip: float = 20.0
     tau: float = 0.01
-    mode: Literal["eager", "compile", "graph"] = "compile"
+    mode: Literal["auto", "fused", "compile", "eager", "graph"] = "auto"
+    precision: Literal["float32", "bf16"] = "float32"
 
     def __post_init__(self) -> None:
         _at_least("learner", self, 1, "batch", "horizon")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,15 +13,43 @@ from torch import Tensor
 from iqmpc import losses
 from iqmpc.capture import CapturedStep
 from iqmpc.config import Config
+from iqmpc.errors import ConfigError
 from iqmpc.frames import is_image
 from iqmpc.kernels import layers
+from iqmpc.kernels.iq_update import FusedUpdate, UpdateSettings, UpdateState
 from iqmpc.kernels.weights import Layer, Weights, frozen, map_layers
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
 from iqmpc.model import WorldModel
 from iqmpc.replay import SliceReplay, join
 from iqmpc.seeding import stream_seed
+from iqmpc.threads import threads
 
 _SHIFT = 3  # pixels, of the random shift of images
+
+
+def update_mode(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str:
+    """What `learner.mode` comes to; `ConfigError` with the reason where it cannot be."""
+    mode, precision = config.learner.mode, config.learner.precision
+    unfit = None  # what keeps the C++ library from making the updates
+    if device.type != "cpu":
+        unfit = f"needs device=cpu, got {device.type}"
+    elif is_image(obs_shape):
+        unfit = f"takes flat observations, got images {list(obs_shape)}"
+    elif importlib.util.find_spec("iqmpc._C") is None:
+        unfit = "needs the compiled extension iqmpc._C, which is missing"
+    if mode == "auto":
+        if unfit is None:
+            mode = "fused"
+        else:
+            mode = "graph" if device.type == "cuda" else "compile"
+    elif mode == "fused" and unfit is not None:
+        raise ConfigError(f"learner.mode=fused {unfit}")
+    elif mode == "graph" and device.type != "cuda":
+        raise ConfigError(f"learner.mode=graph needs a CUDA device, got {device.type}")
+    if precision != "float32" and mode != "fused":
+        raise ConfigError(f"learner.precision={precision} needs learner.mode=fused, got {mode}" + (
+            "" if unfit is None else f" (fused {unfit})"))
+    return mode
 
 
 class Learner:
@@ -33,12 +64,13 @@ class Learner:
     alone, only that step is left out. Either is counted once, in `skipped_updates`; `updates`
     counts these attempts too, so that schedules go on.
 
-    `config.learner.mode` is `eager`, `compile` (torch.compile of both losses with their backward
-    passes) or `graph` (`compile`, and all of `learn` as one CUDA graph); they agree on the same
-    draws.
+    `mode` is what `config.learner.mode` comes to here (`update_mode`): `fused` (the C++ library),
+    `eager`, `compile` (torch.compile of both losses with their backward passes) or `graph`
+    (`compile`, and all of `learn` as one CUDA graph); they agree on the same draws. The fused
+    update has draws of its own, numbered by `updates`; the others draw from `generator`, and slices
+    from `sampler`, by default a generator of the learner's own; whoever gives it keeps its state.
 
-    `sampler` is the generator that `learn` draws slices from, by default one of the learner's own;
-    whoever gives it keeps its state. Raises `ConfigError` for `graph` on another device than CUDA.
+    Raises `ConfigError` for a mode that cannot be here, with the reason.
     """
 
     def __init__(
@@ -51,6 +83,7 @@ class Learner:
             torch.manual_seed(stream_seed(config.seed, "model"))
             self.model = WorldModel(
                 obs_shape, action_dim, config.model, termination=config.termination).to(self.device)
+        self.mode = update_mode(config, self.device, self.model.obs_shape)
         self.weights = self.model.weights()
         self.targets = map_layers(lambda t: t.detach().clone(), self.weights.critics)
         self.average: WorldModel | None = None
@@ -75,14 +108,18 @@ class Learner:
                 {"params": [*m.dynamics.parameters(), *m.critics.parameters(),
                             *m.termination.parameters()]},
             ],
-            lr=s.lr, fused=True, capturable=s.mode == "graph")
+            lr=s.lr, fused=True, capturable=self.mode == "graph")
         self.policy_optimiser = torch.optim.Adam(
-            m.policy.parameters(), lr=s.lr, fused=True, capturable=s.mode == "graph")
+            m.policy.parameters(), lr=s.lr, fused=True, capturable=self.mode == "graph")
         self._model_loss, self._policy_loss = losses.model_loss, losses.policy_loss
         self._captured: CapturedStep | None = None
-        if s.mode == "graph":
+        self._fused: FusedUpdate | None = None
+        self._steps = {"model_adam": 0, "policy_adam": 0}  # of the fused update
+        if self.mode == "graph":
             self._captured = CapturedStep(self.device, (self.generator, self.sampler))
-        if s.mode != "eager":
+        if self.mode == "fused":
+            self._fused = self._make_fused()
+        elif self.mode != "eager":
             self._model_loss = torch.compile(losses.model_loss, dynamic=False)
             self._policy_loss = torch.compile(losses.policy_loss, dynamic=False)
 
@@ -92,6 +129,9 @@ class Learner:
         Returns what `update` does; in mode `graph` the next call overwrites these tensors.
         `experts` is None for `objective: td`. Raises `ValueError` for a replay without slices.
         """
+        if self._fused is not None:
+            sources = experts and experts.rows(), behaviour.rows(), self.settings.batch
+            return self._apply_fused(self._fused.learn, *sources)
         if self._captured is None:
             return self.update(self._batch(experts, behaviour))
         replays = tuple(r for r in (experts, behaviour) if r is not None)
@@ -106,9 +146,48 @@ class Learner:
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update. Returns metrics as 0-dim tensors on the device; fetch them when logging."""
+        if self._fused is not None:
+            return self._apply_fused(self._fused.update, *batch)
         metrics = self._update_on_device(batch)
         self.updates += 1
         return metrics
+
+    def _make_fused(self) -> FusedUpdate:
+        """Of the parameters, and of moments where checkpoints expect them."""
+        moments = {}
+        for _, optimiser in self._optimisers():
+            for group in optimiser.param_groups:
+                for p in group["params"]:
+                    moments[p] = optimiser.state[p] = {
+                        "step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p)}
+        state = UpdateState(self.weights, self.targets, lambda p: moments[p]["exp_avg"],
+                            lambda p: moments[p]["exp_avg_sq"], self.averages)
+        return FusedUpdate(
+            state, UpdateSettings.of(self.config, self.model.action_dim),
+            seed=stream_seed(self.config.seed, "learner"), precision=self.settings.precision,
+            threads=threads())
+
+    def _apply_fused(self, update: Callable[..., Any], *arguments: Any) -> dict[str, Tensor]:
+        values, model_skipped, policy_skipped = update(
+            *arguments, update=self.updates, model_steps=self._steps["model_adam"],
+            policy_steps=self._steps["policy_adam"])
+        self.updates += 1
+        self._steps["model_adam"] += not model_skipped
+        self._steps["policy_adam"] += not policy_skipped
+        self._skipped += model_skipped or policy_skipped
+        absent = set()
+        if self.settings.objective == "td":
+            absent |= {"q_expert", "reward_expert", "reward_behaviour", "value_term"}
+        else:
+            values["q_difference"] = values["q_expert"] - values["q_behaviour"]
+        if not self.penalise:
+            absent.add("gradient_penalty")
+        if not self.weights.termination:
+            absent |= {"termination_loss", "termination_recall", "termination_precision"}
+        values["skipped_updates"] = self._skipped
+        names = [name for name in values if name not in absent]
+        return dict(zip(names, torch.tensor([values[n] for n in names]).unbind(), strict=True))
 
     def _batch(self, experts: SliceReplay | None, behaviour: SliceReplay) -> Batch:
         batch = behaviour.sample(self.settings.batch, self.sampler)
@@ -225,6 +304,9 @@ class Learner:
         if self.average is not None:
             state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for name, optimiser in self._optimisers():
+            if self._fused is not None:
+                for values in optimiser.state.values():
+                    values["step"].fill_(self._steps[name])
             for index, values in optimiser.state_dict()["state"].items():
                 state |= {f"{name}.{index}.{key}": v for key, v in values.items()}
         state["generator"] = self.generator.get_state()
@@ -259,6 +341,7 @@ class Learner:
                         held[field].copy_(v)
                     else:
                         held[field] = v.to(self.device, copy=True)
+            self._steps[name] = int(state.get(f"{name}.0.step", 0))
         self.generator.set_state(state["generator"])
         self.updates = int(state["updates"])
         self._skipped.fill_(int(state.get("skipped_updates", 0)))  # absent: saved before any count

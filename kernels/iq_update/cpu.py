@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from iqmpc.kernels.cpu import as_array
-from iqmpc.kernels.weights import Layer, Weights
+from iqmpc.kernels.iq_update.types import Rows, UpdateSettings, UpdateState
+from iqmpc.kernels.weights import Layer
 
 METRICS = (
     "consistency", "q_expert", "q_behaviour", "target_value", "reward_expert", "reward_behaviour",
@@ -19,41 +18,19 @@ METRICS = (
     "policy_grad_norm")
 
 
-class UpdateState(NamedTuple):
-    """All that an update changes, as tensors that stay where they are.
-
-    `targets` are the target critics, stacked; `first` and `second` are Adam's moments of a
-    parameter, `average` the averaged weights or None.
-    """
-
-    weights: Weights
-    targets: tuple[Layer, ...]
-    first: Callable[[Tensor], Tensor]
-    second: Callable[[Tensor], Tensor]
-    average: Weights | None
-
-
-class Rows(NamedTuple):
-    """Episodes as rows, float32: obs [R, O], action [R, A], reward [R], terminated [R]; starts
-    int64 [S], the first rows of all slices."""
-
-    obs: Tensor
-    action: Tensor
-    reward: Tensor
-    terminated: Tensor
-    starts: Tensor
-
-
 class FusedUpdate:
     """Makes updates of `state` in C++ (csrc/include/iqmpc/learner.hpp).
 
-    Its settings are those of `iqmpc._C.Learner`. Tensors must be float32, contiguous and on the
-    CPU; `ValueError` names one that is not. They are borrowed: nothing else may write them during
-    a call, whatever writes them between two is seen by the next. Draws are functions of `seed`
-    and the number of an update alone.
+    Tensors must be float32, contiguous and on the CPU; `ValueError` names one that is not. They are
+    borrowed: nothing else may write them during a call, and what is written between two is seen by
+    the next. The result depends on them, `seed` and the number of the update, not on `threads`.
+    `precision` is that of the operands of products, "float32" or "bf16" (the encoder's are always
+    float32). `isa` names one of `iqmpc._C.isa_levels()`, by default the best one or the one named
+    by the environment variable IQMPC_ISA. Dropout's probability is rounded to 2⁻¹⁶.
     """
 
-    def __init__(self, state: UpdateState, **settings: object):
+    def __init__(self, state: UpdateState, settings: UpdateSettings, *, seed: int,
+                 precision: str = "float32", threads: int = 1, isa: str | None = None):
         # Here, so that the package can be imported, and the reference used, without the extension.
         from iqmpc import _C
 
@@ -68,7 +45,7 @@ class FusedUpdate:
             targets=[[tuple((as_array("target critics", t[k]),) for t in layer if t is not None)
                       for layer in state.targets] for k in range(w.num_critics)],
             simnorm_dim=w.simnorm_dim, log_std_min=w.log_std_min, log_std_max=w.log_std_max,
-            **settings)
+            seed=seed, precision=precision, threads=threads, isa=isa, **settings._asdict())
 
     def learn(self, experts: Rows | None, behaviour: Rows, batch: int, *, update: int,
               model_steps: int, policy_steps: int) -> tuple[dict[str, float], bool, bool]:

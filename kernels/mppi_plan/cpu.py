@@ -10,6 +10,7 @@ from iqmpc.kernels import layers
 from iqmpc.kernels.cpu import PackedWeights, as_array
 from iqmpc.kernels.mppi_plan.types import Plan
 from iqmpc.kernels.weights import Weights, map_layers
+from iqmpc.threads import threads
 
 
 class CpuPlan:
@@ -35,7 +36,7 @@ class CpuPlan:
             elites=config.elites, policy_trajectories=config.policy_trajectories,
             iterations=config.iterations_for(packed.action_dim), temperature=config.temperature,
             std_min=config.std_min, std_max=config.std_max, discount=discount,
-            enabled=config.enabled, threads=config.threads or torch.get_num_threads(),
+            enabled=config.enabled, threads=config.threads or threads(),
             budget_us=config.budget_us or 0.0, seed=seed)
         if config.budget_us:
             self.native.warm_up()
