@@ -591,13 +591,6 @@ void add_rows(const float* x, Index ldx, Index rows, Index count, float* y, Inde
   }
 }
 
-// ln(1 - tanh(u)²) = 2 (ln 2 - |u| - ln(1 + e^(-2|u|))), which does not cancel for large |u|.
-Vec log_sech_squared(Vec u) {
-  const Vec absolute = (Vec)((Bits)u & 0x7fffffffu);
-  const Vec e = exp_in_range<Accuracy::exact>(at_least(splat(-2.0f) * absolute, -87.0f));
-  return splat(2.0f) * (splat(0.69314718f) - absolute - log_positive(splat(1.0f) + e));
-}
-
 constexpr float kClamp = 1e-6f;  // inside presquash's logarithm
 
 void policy_sample(const float* head, Index ld_head, Index rows, const float* noise,
@@ -626,15 +619,25 @@ void policy_sample(const float* head, Index ld_head, Index rows, const float* no
       const Vec spread =
           exp_in_range<Accuracy::exact>(at_least(at_most(log_std, 88.0f), -87.0f)) * epsilon;
       const Vec u = get(mean) + spread;
-      const Vec a = tanh(u);
+      // tanh and 1 - tanh² from e^(-2|u|): 1 - a * a would be rounding alone where a is near ±1.
+      const Bits sign = (Bits)u & 0x80000000u;
+      const Vec absolute = (Vec)((Bits)u ^ sign);
+      const Vec e = exp_in_range<Accuracy::exact>(at_least(splat(-2.0f) * absolute, -87.0f));
+      const Vec one_more = splat(1.0f) + e;
+      const Vec share = reciprocal<Accuracy::exact>(one_more);
+      const Vec a = (Vec)((Bits)((splat(1.0f) - e) * share) | sign);
+      const Vec open = splat(4.0f) * e * share * share;
       put(action + r * ld_action, a);
       if (kept) {
-        put(kept + r * 2 * ld_action, spread);
-        put(kept + r * 2 * ld_action + ld_action, half * (splat(1.0f) - squashed * squashed));
+        float* row = kept + r * 3 * ld_action;
+        put(row, spread);
+        put(row + ld_action, half * (splat(1.0f) - squashed * squashed));
+        put(row + 2 * ld_action, open);
       }
-      const Vec squash =
-          presquash ? log_positive(at_least(splat(1.0f) - a * a, 0.0f) + splat(kClamp))
-                    : log_sech_squared(u);
+      // ln(1 - a²) = 2 (ln 2 - |u| - ln(1 + e))
+      const Vec squash = presquash ? log_positive(open + splat(kClamp))
+                                   : splat(2.0f) * (splat(0.69314718f) - absolute -
+                                                    log_positive(one_more));
       Vec density = splat(-0.5f) * epsilon * epsilon - log_std - splat(0.91893853f) - part * squash;
       if (count < kWidth) {  // lanes beyond the actions
         float lanes[kWidth];
@@ -653,14 +656,13 @@ void policy_backward(const float* da, Index ld_da, Index rows, const float* acti
                      const float* beta, float* g, Index ldg) {
   const float part = presquash ? 1.0f / static_cast<float>(actions) : 1.0f;
   for (Index r = 0; r < rows; ++r) {
-    const float *a = action + r * ld_action, *spread = kept + r * 2 * ld_action;
-    const float* slope = spread + ld_action;
+    const float *a = action + r * ld_action, *spread = kept + r * 3 * ld_action;
+    const float *slope = spread + ld_action, *open = slope + ld_action;
     float *mean = g + r * ldg, *s = mean + actions;
     for (Index i = 0; i < actions; ++i) {
-      const float open = 1 - a[i] * a[i];
       // d(-part ln(1 - a²))/du is part 2 a, and with the clamp part 2 a (1 - a²) / (1 - a² + 1e-6).
-      const float squash = presquash ? 2 * a[i] * open / ((open > 0 ? open : 0) + kClamp) : 2 * a[i];
-      const float du = da[r * ld_da + i] * open + beta[r] * part * squash;
+      const float squash = presquash ? 2 * a[i] * open[i] / (open[i] + kClamp) : 2 * a[i];
+      const float du = da[r * ld_da + i] * open[i] + beta[r] * part * squash;
       mean[i] = du;
       s[i] = (du * spread[i] - beta[r]) * slope[i];
     }

@@ -122,7 +122,7 @@ struct LearnTable {
 
   // The policy's draw a = tanh(μ + σ ε) from head [rows, ld] = (μ, s) of `actions` each, and
   // log π of it: exact or, where `presquash`, without most of the squashing's share (learner.hpp).
-  // `kept` (null: nothing) receives σ ε and dlogσ/ds, [rows, 2 ld_action].
+  // `kept` (null: nothing) receives σ ε, dlogσ/ds and 1 - a², [rows, 3 ld_action].
   void (*policy_sample)(const float* head, Index ld_head, Index rows, const float* noise,
                         Index actions, float low, float high, bool presquash, float* action,
                         Index ld_action, float* log_prob, float* kept);

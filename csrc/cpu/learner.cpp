@@ -339,7 +339,7 @@ void Learner::State::resize(Index new_columns, Index new_experts) {
     for (auto* buffer : {&w.noise, &w.action, &w.data_action}) {
       detail::ensure(*buffer, rows * ld_a);
     }
-    detail::ensure(w.kept, rows * 2 * ld_a);
+    detail::ensure(w.kept, rows * 3 * ld_a);
     for (auto* buffer : {&w.log_prob, &w.q[0], &w.q[1], &w.dq[0], &w.dq[1], &w.backup, &w.beta,
                          &w.scale, &w.ones}) {
       detail::ensure(*buffer, rows);
