@@ -24,8 +24,9 @@ from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.evaluation import Evaluation, evaluate, ratio
 from iqmpc.frames import is_image, unstacked
 from iqmpc.learner import Learner
+from iqmpc.provenance import commit, machine
 from iqmpc.replay import SliceReplay
-from iqmpc.runlog import RunLog, write_summary
+from iqmpc.runlog import RunLog, last_evaluations, write_summary
 from iqmpc.seeding import stream_seed
 
 Environment = gymnasium.Env | Callable[[], gymnasium.Env]
@@ -137,6 +138,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Train to `config.train.steps`, evaluate, write summary.json and return it."""
         c = self.config.train
+        self._commit = commit()  # now: the files may change while this runs
         self.run.mkdir(parents=True, exist_ok=True)
         try:
             checkpoint.save_config(self.run, self.config, new=not self._resumed)
@@ -312,16 +314,21 @@ class Trainer:
             "env_steps": self.env_steps,
             "updates": self.learner.updates,
             "wall_s": round(trained_s, 1),
+            "episodes": len(result.episodes),
             "return_mean": result.return_mean,
             "return_std": result.return_std,
             "success_rate": result.success_rate,
             "success_any_rate": result.success_any_rate,
             "demonstrator_return": self.demonstrator_return,
             "ratio": ratio(result.return_mean, self.demonstrator_return),
+            **last_evaluations(self.run, before=self.env_steps),
             "backend": self.agent.planner.backend,
             "nonfinite_plans": self.agent.planner.nonfinite_plans,
             "missed_plans": self.agent.planner.missed_plans,
             "env_restarts": self.envs.restarts,
+            "threads": torch.get_num_threads(),
+            "machine": machine(self.device),
+            "commit": self._commit,
         }
         write_summary(self.run, summary)
         return summary
