@@ -103,6 +103,9 @@ def evaluate_run(
     video: Annotated[Path | None, typer.Option(help="Write the first episode as MP4.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the episodes; the run's own by default.")] = None,
+    correlation: Annotated[bool, typer.Option(
+        "--correlation", help="Correlate decoded with true rewards too, over 18 further episodes: "
+        "the agent, the agent with noise, random actions.")] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     backend: Annotated[str | None, typer.Option(help="The planner's kernel backend.")] = None,
 ) -> None:
@@ -115,20 +118,24 @@ def evaluate_run(
 
         recorder = Recorder(video)
     agent, env = _load(run, changes, seed=seed, render=video is not None)
-    from iqmpc.evaluation import evaluate, ratio, reward_correlation
+    from iqmpc.evaluation import evaluate, mixed_episodes, ratio, reward_correlation
 
     seed = agent.config.seed if seed is None else seed
     with _console.status("evaluating") as status:
+        def show(done: int, total: float) -> None:
+            status.update(f"episode {done}: return {total:.1f}")
+
         result = evaluate(
-            agent, env, episodes=episodes, seed=seed, on_step=recorder,
-            progress=lambda n, g: status.update(f"episode {n}/{episodes}: return {g:.1f}"))
+            agent, env, episodes=episodes, seed=seed, on_step=recorder, progress=show)
+        pearson = reward_correlation(agent, mixed_episodes(
+            agent, env, seed=seed, progress=show)) if correlation else None
     summary = {
         "task": agent.config.task.name, "seed": seed, **agent.facts, "episodes": episodes,
         "return_mean": result.return_mean, "return_std": result.return_std,
         "success_rate": result.success_rate,
         "success_any_rate": result.success_any_rate,
         "ratio": ratio(result.return_mean, agent.facts["demonstrator_return"]),
-        "reward_correlation": reward_correlation(agent, result.episodes),
+        "reward_correlation": pearson,
         "planner": planner, "backend": agent.planner.backend,
         "nonfinite_plans": agent.planner.nonfinite_plans,
         "missed_plans": agent.planner.missed_plans,
