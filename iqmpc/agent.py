@@ -28,6 +28,13 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def prepare_torch(config: Config) -> None:
+    """Threads as the run asks for, in the whole process."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
+
+
 class Agent:
     """A world model and its planner, acting on `num_envs` environments at once (one by default).
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
 
-from iqmpc.agent import Agent
+from iqmpc.agent import Agent, prepare_torch
+from iqmpc.checkpoint import load_config
 from iqmpc.demos import Episode
+from iqmpc.envs import make_env
 from iqmpc.frames import is_image, observed, stacked, unstacked
 from iqmpc.seeding import stream_seed
 
@@ -57,6 +60,21 @@ class Random:
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         return self._random.uniform(-1, 1, self._action_dim).astype(np.float32)
+
+
+def open_run(
+    run: str | Path, changes: Mapping[str, Any], *, seed: int | None = None, render: bool = False
+) -> tuple[Agent, gymnasium.Env]:
+    """The agent of a run folder, as `Agent.load` gives it, and an environment of its task.
+
+    Sets torch's threads as the run asks for. `render` makes an environment that draws frames.
+    Raises `CheckpointError` for what is no run or has no checkpoint, `TaskError` where the
+    environment cannot be made here.
+    """
+    config = load_config(run).replace(changes)
+    prepare_torch(config)
+    env = make_env(config.task, render_mode="rgb_array" if render else None)
+    return Agent.load(run, changes=changes, seed=seed), env
 
 
 @dataclass(frozen=True)
@@ -180,8 +198,8 @@ def mixed_episodes(
 
     The agent as it is evaluated; the agent with Gaussian noise on its actions, its standard
     deviation one of `noises` after the other; uniform random actions. Episodes are reset from seeds
-    of a stream of their own under `seed`, and noise follows from it too; the planner's draws go on
-    from those before. `progress(done, return)` is called after each.
+    of a stream of their own under `seed`, and noise follows from it too.
+    `progress(done, return)` is called after each.
     """
     action_dim = env.action_space.shape[0]
     episodes = []
@@ -196,6 +214,15 @@ def mixed_episodes(
         if progress is not None:
             progress(index + 1, float(episodes[-1].rewards.sum()))
     return episodes
+
+
+def mixed_correlation(
+    agent: Agent, env: gymnasium.Env, *, seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> float | None:
+    """`reward_correlation` over `mixed_episodes`, the same whatever was planned before."""
+    agent.planner.step = 0
+    return reward_correlation(agent, mixed_episodes(agent, env, seed=seed, progress=progress))
 
 
 def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | None:
