@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -121,7 +122,7 @@ def plot(runs: Sequence[Path], out: Path) -> None:
     for index, ((task, settings), group) in enumerate(groups.items()):
         colour = f"C{index}"
         seeds = f"{len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
-        label = ", ".join(filter(None, [task, settings, seeds]))
+        label = textwrap.fill(", ".join(filter(None, [task, settings, seeds])), 50)
         demonstrators = {c.demonstrator for c in group} - {None}
         for axis, x in zip(axes, ("env_steps", "minutes"), strict=True):
             _draw(axis, group, x, colour, label)
