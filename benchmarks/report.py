@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from iqmpc.provenance import processor
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def records(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     baseline = {m.dtype: m.gflops for m in measurements if m.case.startswith("matmul/")}
     common = {
         "threads": torch.get_num_threads(),
-        "device": device_name(),
+        "device": processor(),
         "torch": torch.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
@@ -70,17 +71,6 @@ def write(path: Path, report: list[dict[str, Any]]) -> None:
     lines = ",\n".join(json.dumps(record) for record in report)
     partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def device_name() -> str:
-    """The processor's model name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _percentile(seconds: Sequence[float], percent: float) -> float:

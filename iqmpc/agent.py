@@ -18,6 +18,7 @@ from iqmpc.kernels.weights import Weights
 from iqmpc.model import WorldModel
 from iqmpc.planner import Planner
 from iqmpc.seeding import stream_seed
+from iqmpc.threads import set_threads
 
 
 def resolve_device(name: str) -> str:
@@ -27,6 +28,18 @@ def resolve_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda was asked for, but torch sees no CUDA device")
     return name
+
+
+def prepare_torch(config: Config) -> None:
+    """Threads as the run asks for, in the whole process: of the C++ library, and torch's."""
+    count = config.threads or torch.get_num_threads()
+    set_threads(count)
+    # Where the C++ library both plans and learns, torch has only trifles to do.
+    idle = (resolve_device(config.device) == "cpu" and config.task.obs == "state"
+            and config.learner.mode in ("auto", "fused")
+            and config.planner.backend in ("auto", "cpu"))
+    torch.set_num_threads(1 if idle else count)
+    torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
 
 
 class Agent:

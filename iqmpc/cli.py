@@ -1,4 +1,4 @@
-"""The command line: `iqmpc train | eval | plot | demos | doctor`."""
+"""The command line: `iqmpc train | eval | table | plot | demos | doctor`."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ def main() -> None:
     try:
         app()
     except (IqmpcError, OSError) as error:
-        _console.print(f"iqmpc: {error}", style="bold red", markup=False, highlight=False,
-                       soft_wrap=True)
+        _print_error(error)
         sys.exit(2)
 
 
@@ -51,6 +50,7 @@ def train(
     `resume=RUN` continues a run; only train.* (but not train.num_envs) and threads may then be
     changed.
     """
+    from iqmpc.agent import prepare_torch
     from iqmpc.compose import compose, parse
 
     words = parse(overrides or [])
@@ -63,7 +63,7 @@ def train(
         run = Path(config.run_dir or f"runs/{config.task.name}/{stamp}-seed{config.seed}")
         if config.demos.path is not None:  # the run may be continued from another folder
             config = config.replace({"demos.path": str(Path(config.demos.path).resolve())})
-    _prepare_torch(config)
+    prepare_torch(config)
     _print_summary(_train(config, run, resume=resume), run)
 
 
@@ -103,6 +103,9 @@ def evaluate_run(
     video: Annotated[Path | None, typer.Option(help="Write the first episode as MP4.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the episodes; the run's own by default.")] = None,
+    correlation: Annotated[bool, typer.Option(
+        "--correlation", help="Correlate decoded with true rewards too, over 18 further episodes: "
+        "the agent, the agent with noise, random actions.")] = False,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     backend: Annotated[str | None, typer.Option(help="The planner's kernel backend.")] = None,
 ) -> None:
@@ -114,9 +117,9 @@ def evaluate_run(
         from iqmpc.video import Recorder
 
         recorder = Recorder(video)
-    agent, env = _load(run, changes, seed=seed, render=video is not None)
-    from iqmpc.evaluation import evaluate, ratio, reward_correlation
+    from iqmpc.evaluation import evaluate, mixed_correlation, open_run, ratio
 
+    agent, env = open_run(run, changes, seed=seed, render=video is not None)
     seed = agent.config.seed if seed is None else seed
     with _console.status("evaluating") as status:
         result = evaluate(
@@ -128,11 +131,16 @@ def evaluate_run(
         "success_rate": result.success_rate,
         "success_any_rate": result.success_any_rate,
         "ratio": ratio(result.return_mean, agent.facts["demonstrator_return"]),
-        "reward_correlation": reward_correlation(agent, result.episodes),
+        "reward_correlation": None,
         "planner": planner, "backend": agent.planner.backend,
         "nonfinite_plans": agent.planner.nonfinite_plans,
         "missed_plans": agent.planner.missed_plans,
     }
+    if correlation:
+        with _console.status("correlating") as status:
+            summary["reward_correlation"] = mixed_correlation(
+                agent, env, seed=seed,
+                progress=lambda n, g: status.update(f"correlating, episode {n}: return {g:.1f}"))
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
@@ -159,6 +167,7 @@ def record(
     """Roll out a trained run and keep the episodes as demonstrations."""
     from iqmpc.demos import DemonstrationError, make
     from iqmpc.envs.pixels import FrameRecorder
+    from iqmpc.evaluation import open_run
 
     _check_target(out, force)
     if obs not in (None, "pixels"):
@@ -168,7 +177,7 @@ def record(
     changes: dict[str, Any] = {} if planner else {"planner.enabled": False}
     if fast_render:
         changes["task.fast_render"] = True
-    agent, env = _load(run, changes, seed=seed, render=obs is not None)
+    agent, env = open_run(run, changes, seed=seed, render=obs is not None)
     task = agent.config.task
     if obs is not None:
         if task.suite != "dmcontrol" or task.obs == "pixels":
@@ -213,13 +222,14 @@ def make_demonstrations(
 ) -> None:
     """Make demonstrations of any task: train or load who demonstrates, then record."""
     import iqmpc
+    from iqmpc.agent import prepare_torch
     from iqmpc.compose import compose
     from iqmpc.demos import make
 
     _check_target(out, force)
     words = [word if "=" in word else f"task={word}" for word in words]
     config = compose(words)
-    _prepare_torch(config)
+    prepare_torch(config)
     task = config.task.name
     kind, _, path = (policy or "").partition(":")
     if policy is not None and (kind, bool(path)) not in (
@@ -239,6 +249,56 @@ def make_demonstrations(
             seed=seed, noise=noise, min_return=min_return, successes_only=successes_only,
             provenance=_drawn(config.task), progress=display.update)
     _save(demonstrations, out)
+
+
+@app.command("table")
+def table_of_runs(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or globs.")],
+    out: Annotated[Path | None, typer.Option(
+        metavar="FILE.json", help="Merge the records into this file.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    episodes: Annotated[int, typer.Option(
+        min=1, help="Evaluate anew where summary.json has fewer.")] = 20,
+    planner: Annotated[
+        bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
+) -> None:
+    """What runs reached at their last checkpoint: a table, and records in JSON.
+
+    A run that cannot be read is named, and the exit code is then 2; the others are reported.
+    """
+    from iqmpc import table
+
+    if out is not None:
+        table.read_records(out)  # an error now, not after the evaluations
+        if not out.resolve().parent.is_dir():
+            raise IqmpcError(f"{out} is in no folder that exists")
+    records: dict[Path, dict[str, Any]] = {}
+    failed = False
+    for run in table.find_runs(runs):
+        try:
+            with _console.status(f"{run}: evaluating"):
+                new = table.record(
+                    run, episodes=episodes, planner=planner,
+                    on_message=partial(_console.print, markup=False))
+            same = [other for other, r in records.items() if table.key(r) == table.key(new)]
+            if same:
+                raise IqmpcError(f"{run} is left out: {same[0]} has the same task, agent, seed "
+                                 "and settings")
+            records[run] = new
+        except (IqmpcError, OSError) as error:
+            _print_error(error if str(run) in str(error) else f"{run}: {error}")
+            failed = True
+    if records:
+        found = list(records.values())
+        if out is not None:
+            table.merge_records(out, found)
+        if markdown:
+            print(table.to_markdown(found))
+        else:
+            Console(width=None if sys.stdout.isatty() else 160).print(table.to_rich(found))
+        _console.print(table.made_on(found), highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -281,6 +341,7 @@ def _save(demonstrations: Any, out: Path) -> None:
 def _train_demonstrator(config: Any, run: Path) -> None:
     """Train an agent on the task's reward into `run`, or continue or take the one that is there."""
     from iqmpc import checkpoint
+    from iqmpc.agent import prepare_torch
 
     resume = (run / "config.yaml").exists()
     if resume:
@@ -294,7 +355,7 @@ def _train_demonstrator(config: Any, run: Path) -> None:
         if done >= config.train.steps:
             return
         config = there.replace({"train.steps": config.train.steps})
-    _prepare_torch(config)
+    prepare_torch(config)
     _train(config, run, resume=resume)
 
 
@@ -335,22 +396,6 @@ def _run_demonstrator(run: Path, agent: Any, planner: bool) -> Any:
         "actor": "planner" if planner else "policy prior",
         "objective": agent.config.learner.objective, "trained_steps": str(agent.facts["env_steps"]),
     })
-
-
-def _prepare_torch(config: Any) -> None:
-    import torch
-
-    from iqmpc.agent import resolve_device
-    from iqmpc.threads import set_threads
-
-    count = config.threads or torch.get_num_threads()
-    set_threads(count)
-    # Where the C++ library both plans and learns, torch has only trifles to do.
-    idle = (resolve_device(config.device) == "cpu" and config.task.obs == "state"
-            and config.learner.mode in ("auto", "fused")
-            and config.planner.backend in ("auto", "cpu"))
-    torch.set_num_threads(1 if idle else count)
-    torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
 
 
 def _rendering(task: Any) -> str:
@@ -399,18 +444,6 @@ def _resumed(run: Path, changes: dict[str, Any]) -> Any:
     return load_config(run).replace(changes)
 
 
-def _load(
-    run: Path, changes: dict[str, Any], *, seed: int | None, render: bool = False
-) -> tuple[Any, Any]:
-    import iqmpc
-    from iqmpc.checkpoint import load_config
-
-    config = load_config(run).replace(changes)
-    _prepare_torch(config)
-    env = iqmpc.make_env(config.task, render_mode="rgb_array" if render else None)
-    return iqmpc.Agent.load(run, changes=changes, seed=seed), env
-
-
 def _print_summary(summary: dict[str, Any], run: Path) -> None:
     table = Table(title=f"{summary['task']}  ({run})", show_header=False)
     for key, value in summary.items():
@@ -424,6 +457,11 @@ def _print_summary(summary: dict[str, Any], run: Path) -> None:
             f"return {summary['return_mean']:.1f} beside the demonstrator's "
             f"{summary['demonstrator_return']:.1f} ({100 * summary['ratio']:.0f} %)",
             style="bold", highlight=False)
+
+
+def _print_error(error: Exception | str) -> None:
+    _console.print(f"iqmpc: {error}", style="bold red", markup=False, highlight=False,
+                   soft_wrap=True)
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:

@@ -272,7 +272,10 @@ class DemosConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that defines a run; written to the run folder as `config.yaml`."""
+    """Everything that defines a run; written to the run folder as `config.yaml`.
+
+    `preset` says which preset `compose` started from, and sets nothing by itself.
+    """
 
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -285,6 +288,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     run_dir: str | None = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:

@@ -25,9 +25,11 @@ from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.evaluation import Evaluation, evaluate, ratio
 from iqmpc.frames import is_image, unstacked
 from iqmpc.learner import Learner
+from iqmpc.provenance import commit, machine
 from iqmpc.replay import SliceReplay
-from iqmpc.runlog import RunLog, write_summary
+from iqmpc.runlog import RunLog, last_evaluations, write_summary
 from iqmpc.seeding import stream_seed
+from iqmpc.threads import threads
 
 Environment = gymnasium.Env | Callable[[], gymnasium.Env]
 _REPORT_EVERY = 25  # steps between progress reports; metrics are fetched no oftener
@@ -139,6 +141,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Train to `config.train.steps`, evaluate, write summary.json and return it."""
         c = self.config.train
+        self._commit = commit()  # now: the files may change while this runs
         self.run.mkdir(parents=True, exist_ok=True)
         try:
             checkpoint.save_config(self.run, self.config, new=not self._resumed)
@@ -322,16 +325,21 @@ class Trainer:
             "updates": self.learner.updates,
             "skipped_updates": self.learner.skipped_updates,
             "wall_s": round(trained_s, 1),
+            "episodes": len(result.episodes),
             "return_mean": result.return_mean,
             "return_std": result.return_std,
             "success_rate": result.success_rate,
             "success_any_rate": result.success_any_rate,
             "demonstrator_return": self.demonstrator_return,
             "ratio": ratio(result.return_mean, self.demonstrator_return),
+            **last_evaluations(self.run, before=self.env_steps),
             "backend": self.agent.planner.backend,
             "nonfinite_plans": self.agent.planner.nonfinite_plans,
             "missed_plans": self.agent.planner.missed_plans,
             "env_restarts": self.envs.restarts,
+            "threads": threads(),
+            "machine": machine(self.device),
+            "commit": self._commit,
         }
         write_summary(self.run, summary)
         return summary

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import yaml
 
-from iqmpc.compose import compose, options
+from iqmpc.compose import ablation, compose, departures, options
 from iqmpc.config import Config, all_keys
 from iqmpc.envs import TASKS
 from iqmpc.errors import ConfigError
@@ -142,3 +142,35 @@ def test_the_task_decides_on_the_termination_head():
     assert compose(["task=walker-walk", "model.termination=true"]).termination
     with pytest.raises(ConfigError, match="learner.termination_weight must be positive, got 0"):
         gym.replace({"learner.termination_weight": 0})
+
+
+def test_a_run_knows_its_preset():
+    assert compose().preset == "cpu" and compose(["preset=pixels"]).preset == "pixels"
+    assert Config().preset is None
+
+
+@pytest.mark.parametrize(("words", "text"), [
+    ([], ""),
+    (["task=dog-run", "preset=paper", "seed=3", "train.steps=7", "threads=1"], ""),
+    (["preset=pixels", "task=cheetah-run"], ""),
+    (["task=gym", "env_id=HalfCheetah-v4"], ""),
+    (["task=gym", "env_id=my.module:make", "task.terminates=false"], "task.terminates=false"),
+    (["learner.batch=128", "learner.lr=1e-3", "learner.gradient_penalty=null"],
+     "learner.batch=128 learner.lr=0.001"),
+    (["learner=td", "planner.iterations=null"], "planner.iterations=null learner.objective=td"),
+    (["demos.path=/data/mine.h5", "demos.episodes=5"], "demos.path=mine.h5 demos.episodes=5"),
+    (["task.name=own", "task.suite=own", "task.episode_length=9", "model.critics=3"],
+     "model.critics=3"),
+])
+def test_what_departs_from_task_and_preset(words, text):
+    assert ablation(compose(words)) == text
+    if "demos.path" not in text and "terminates" not in text:
+        again = compose(text.split())
+        assert departures(again) == departures(compose(words))
+
+
+def test_departures_are_from_the_default_preset_where_none_is_named():
+    config = compose(["learner.batch=128"]).replace({"preset": None})
+    assert departures(config) == {"learner.batch": 128}
+    with pytest.raises(ConfigError, match="unknown preset 'gone'"):
+        departures(config.replace({"preset": "gone"}))

@@ -40,9 +40,11 @@ def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demon
         "config.yaml", "metrics.csv", "tensorboard", "checkpoints", "summary.json"}
     assert json.loads((run / "summary.json").read_text()) == summary
     assert list(summary) == [
-        "task", "seed", "env_steps", "updates", "skipped_updates", "wall_s", "return_mean",
-        "return_std", "success_rate", "success_any_rate", "demonstrator_return", "ratio", "backend",
-        "nonfinite_plans", "missed_plans", "env_restarts"]
+        "task", "seed", "env_steps", "updates", "skipped_updates", "wall_s", "episodes",
+        "return_mean", "return_std", "success_rate", "success_any_rate", "demonstrator_return",
+        "ratio", "last5_return_mean", "last5_return_min", "last5_success_mean",
+        "last5_success_min", "backend", "nonfinite_plans", "missed_plans", "env_restarts",
+        "threads", "machine", "commit"]
     assert summary["env_steps"] == 100 and summary["updates"] == 5 + 60
     assert summary["demonstrator_return"] == point_demonstrations.return_mean
     assert summary["ratio"] == summary["return_mean"] / summary["demonstrator_return"]
@@ -51,6 +53,10 @@ def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demon
     rows = list(csv.DictReader(open(run / "metrics.csv", newline="")))
     assert [int(r["env_steps"]) for r in rows if r["return"]] == [20, 40, 60, 80, 100]
     assert [int(r["env_steps"]) for r in rows if r["eval_return_mean"]] == [40, 80, 100]
+    on_the_way = [float(r["eval_return_mean"]) for r in rows if r["eval_return_mean"]][:2]
+    assert summary["last5_return_mean"] == pytest.approx(np.mean(on_the_way))
+    assert summary["last5_return_min"] == min(on_the_way)
+    assert summary["episodes"] == 2 and summary["threads"] == 1
     assert all(r["consistency"] for r in rows if r["return"] and int(r["env_steps"]) > 40)
     assert list((run / "tensorboard").glob("events.*"))
     assert any("demonstrator" in m for m in messages) and progress[-1]["env_steps"] == 100
