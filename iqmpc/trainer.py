@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -55,7 +56,8 @@ class Trainer:
     is exact.
 
     A tick is one step of every environment; `train.updates_per_step` updates are due for each of
-    its steps. `train.overlap` says when they are made:
+    its steps, counted from the first: ⌊steps · 1/4⌋ in all, exactly, for one update on every fourth
+    step. `train.overlap` says when they are made:
 
     - `off`: at the tick's end. The next plan acts on weights with every update that is due.
     - `async`: beside the next tick, on a thread (and CUDA stream) of the learner's own, while the
@@ -222,12 +224,12 @@ class Trainer:
         if self._exploring_at_random:
             return 0
         since = self.env_steps - c.random_steps
-        return c.train.demo_updates + c.initial_updates + since * c.train.updates_per_step
+        return c.train.demo_updates + c.initial_updates + math.floor(since * c.train.update_rate)
 
     def _learn(self, *, at_once: bool) -> None:
         """Make the updates that are due, or leave them to the next tick unless they are many."""
         missing = self._due() - self.learner.updates
-        many = missing > len(self.envs) * self.config.train.updates_per_step
+        many = missing > math.ceil(len(self.envs) * self.config.train.update_rate)
         if many:
             self._on_message(f"{missing} updates on the first {self.env_steps} steps")
         if missing > 0 and (at_once or many):
