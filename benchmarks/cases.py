@@ -84,6 +84,17 @@ class UpdateCase:
         )
 
 
+@dataclass(frozen=True)
+class PublishCase:
+    """New weights for a planner: the model of a plan's case, where a learner would have it."""
+
+    plan: PlanCase
+
+    @property
+    def name(self) -> str:
+        return f"publish/{self.plan.model}/{self.plan.obs_dim}x{self.plan.action_dim}"
+
+
 # `compose` costs tens of milliseconds and the properties above ask often.
 @functools.cache
 def _compose(*overrides: str) -> Config:
@@ -100,6 +111,7 @@ PLAN_CASES = [
     PlanCase("paper", "paper", 91, 39, 1),
     PlanCase("paper", "paper", 91, 39, 8),
 ]
+PUBLISH_CASES = [PublishCase(PLAN_CASES[i]) for i in (0, 2, 6)]
 UPDATE_CASES = [
     UpdateCase("tiny", 24, 6, 64),
     UpdateCase("small", 17, 6, 256),

@@ -28,15 +28,16 @@ class Measurement:
     seconds: Sequence[float]
 
     @property
-    def gflops(self) -> float:
-        """The rate achieved in the median round, 1e9 operations a second."""
-        return self.flops / statistics.median(self.seconds) / 1e9
+    def gflops(self) -> float | None:
+        """The rate achieved in the median round, 1e9 operations a second; None without any."""
+        return self.flops / statistics.median(self.seconds) / 1e9 if self.flops else None
 
 
 def records(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     """The report of one run; `docs/benchmarks.md` names the fields.
 
-    `share_of_matmul` is None where the run has no matrix product of the same dtype.
+    `share_of_matmul` is None where the run has no matrix product of the same dtype, and so are it
+    and `gflops` of what has no operations.
     """
     baseline = {m.dtype: m.gflops for m in measurements if m.case.startswith("matmul/")}
     common = {
@@ -55,9 +56,9 @@ def records(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
             "p99_ms": round(1e3 * _percentile(m.seconds, 99), 4),
             "p99.9_ms": round(1e3 * _percentile(m.seconds, 99.9), 4),
             "max_ms": round(1e3 * max(m.seconds), 4),
-            "gflops": round(m.gflops, 2),
-            "share_of_matmul":
-                round(m.gflops / baseline[m.dtype], 4) if m.dtype in baseline else None,
+            "gflops": None if m.gflops is None else round(m.gflops, 2),
+            "share_of_matmul": None if m.gflops is None or m.dtype not in baseline else
+                round(m.gflops / baseline[m.dtype], 4),
             **common,
         }
         for m in measurements

@@ -110,70 +110,100 @@ void forward(const iqmpc::NormedLinear& layer, const py::object& x, const py::ob
 
 using Model = std::shared_ptr<iqmpc::WorldModel>;
 
-// (weight, bias) or (weight, bias, gamma, beta) as a view; `arrays` keeps them alive.
-iqmpc::LinearView linear_view(const py::handle& layer, const std::string& name,
-                              std::vector<py::array>& arrays) {
+// A model's layers where they lie, in arrays that are kept alive.
+struct ModelView {
+  iqmpc::WorldModelView view;
+  std::vector<py::array> arrays;
+};
+
+// (weight, bias) or (weight, bias, gamma, beta) as views: of one layer, or of those of `members`
+// that the arrays have in front.
+std::vector<iqmpc::LinearView> linear_views(const py::handle& layer, const std::string& name,
+                                            py::ssize_t members, std::vector<py::array>& arrays) {
   const auto parts = py::cast<py::sequence>(layer);
   if (parts.size() != 2 && parts.size() != 4) {
     throw py::value_error(name + " must be (weight, bias) or (weight, bias, gamma, beta), got " +
                           std::to_string(parts.size()) + " arrays");
   }
-  arrays.push_back(checked(parts[0], (name + " weight").c_str(), {"O", "I"}));
-  const py::ssize_t out = arrays.back().shape(0), in = arrays.back().shape(1);
-  iqmpc::LinearView view;
-  view.weight = data(arrays.back());
-  view.out = out;
-  view.in = in;
-  const float** fields[] = {nullptr, &view.bias, &view.gamma, &view.beta};
-  const char* names[] = {"", " bias", " gamma", " beta"};
-  for (std::size_t i = 1; i < parts.size(); ++i) {
-    arrays.push_back(checked(parts[i], (name + names[i]).c_str(), {out}));
-    *fields[i] = data(arrays.back());
+  std::vector<Side> shape{"O", "I"};
+  if (members >= 0) shape.insert(shape.begin(), Side(members));
+  const py::array weight = checked(parts[0], (name + " weight").c_str(), shape);
+  arrays.push_back(weight);
+  const py::ssize_t out = weight.shape(weight.ndim() - 2), in = weight.shape(weight.ndim() - 1);
+  std::vector<iqmpc::LinearView> views(static_cast<std::size_t>(members < 0 ? 1 : members));
+  for (std::size_t k = 0; k < views.size(); ++k) {
+    views[k].weight = data(weight) + static_cast<py::ssize_t>(k) * out * in;
+    views[k].out = out;
+    views[k].in = in;
   }
-  return view;
+  const float* iqmpc::LinearView::*fields[] = {nullptr, &iqmpc::LinearView::bias,
+                                               &iqmpc::LinearView::gamma,
+                                               &iqmpc::LinearView::beta};
+  const char* names[] = {"", " bias", " gamma", " beta"};
+  shape.pop_back();
+  shape.back() = Side(out);
+  for (std::size_t i = 1; i < parts.size(); ++i) {
+    const py::array values = checked(parts[i], (name + names[i]).c_str(), shape);
+    arrays.push_back(values);
+    for (std::size_t k = 0; k < views.size(); ++k) {
+      views[k].*fields[i] = data(values) + static_cast<py::ssize_t>(k) * out;
+    }
+  }
+  return views;
 }
 
 std::vector<iqmpc::LinearView> stack_view(const py::sequence& layers, const std::string& name,
                                           std::vector<py::array>& arrays) {
   std::vector<iqmpc::LinearView> views;
   for (std::size_t i = 0; i < layers.size(); ++i) {
-    views.push_back(linear_view(layers[i], name + " layer " + std::to_string(i), arrays));
+    views.push_back(linear_views(layers[i], name + " layer " + std::to_string(i), -1, arrays)[0]);
   }
   return views;
 }
 
-// A model as a view; `arrays` keeps its weights alive.
-iqmpc::WorldModelView model_view(const py::sequence& encoder, const py::sequence& dynamics,
-                                 const py::sequence& policy, const py::sequence& critics,
-                                 py::ssize_t simnorm_dim, float log_std_min, float log_std_max,
-                                 std::vector<py::array>& arrays) {
-  iqmpc::WorldModelView view;
-  view.encoder = stack_view(encoder, "encoder", arrays);
-  view.dynamics = stack_view(dynamics, "dynamics", arrays);
-  view.policy = stack_view(policy, "policy", arrays);
-  for (std::size_t k = 0; k < critics.size(); ++k) {
-    view.critics.push_back(stack_view(py::cast<py::sequence>(critics[k]),
-                                      "critic " + std::to_string(k), arrays));
+// Stacked critics, one by one. How many there are is the first weight's to say.
+std::vector<std::vector<iqmpc::LinearView>> critic_views(const py::sequence& layers,
+                                                         std::vector<py::array>& arrays) {
+  std::vector<std::vector<iqmpc::LinearView>> critics;
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    const std::string name = "critics layer " + std::to_string(i);
+    if (i == 0) {
+      const auto parts = py::cast<py::sequence>(layers[0]);
+      if (parts.size() > 0) {
+        critics.resize(static_cast<std::size_t>(
+            checked(parts[0], (name + " weight").c_str(), {"K", "O", "I"}).shape(0)));
+      }
+    }
+    const auto members = static_cast<py::ssize_t>(critics.size());
+    const auto views = linear_views(layers[i], name, members, arrays);
+    for (std::size_t k = 0; k < critics.size(); ++k) critics[k].push_back(views[k]);
   }
-  view.simnorm_dim = simnorm_dim;
-  view.log_std_min = log_std_min;
-  view.log_std_max = log_std_max;
+  return critics;
+}
+
+std::unique_ptr<ModelView> model_view(const py::sequence& encoder, const py::sequence& dynamics,
+                                      const py::sequence& policy, const py::sequence& critics,
+                                      const py::sequence& termination, py::ssize_t simnorm_dim,
+                                      float log_std_min, float log_std_max) {
+  auto view = std::make_unique<ModelView>();
+  iqmpc::WorldModelView& model = view->view;
+  model.encoder = stack_view(encoder, "encoder", view->arrays);
+  model.dynamics = stack_view(dynamics, "dynamics", view->arrays);
+  model.policy = stack_view(policy, "policy", view->arrays);
+  model.critics = critic_views(critics, view->arrays);
+  model.termination = stack_view(termination, "termination", view->arrays);
+  model.simnorm_dim = simnorm_dim;
+  model.log_std_min = log_std_min;
+  model.log_std_max = log_std_max;
   return view;
 }
 
-Model world_model(const py::sequence& encoder, const py::sequence& dynamics,
-                  const py::sequence& policy, const py::sequence& critics,
-                  const py::sequence& termination, py::ssize_t simnorm_dim, float log_std_min,
-                  float log_std_max, const std::string& precision,
+Model world_model(const ModelView& view, const std::string& precision,
                   const std::optional<std::string>& isa) {
-  std::vector<py::array> arrays;
-  iqmpc::WorldModelView view = model_view(encoder, dynamics, policy, critics, simnorm_dim,
-                                          log_std_min, log_std_max, arrays);
-  view.termination = stack_view(termination, "termination", arrays);
   const iqmpc::Precision operands = iqmpc::precision_from_name(precision);
   const iqmpc::Isa level = isa ? iqmpc::isa_from_name(*isa, "isa") : iqmpc::active_isa();
   py::gil_scoped_release release;
-  return std::make_shared<iqmpc::WorldModel>(view, operands, level);
+  return std::make_shared<iqmpc::WorldModel>(view.view, operands, level);
 }
 
 iqmpc::Score score_from_name(const std::string& name) {
@@ -213,9 +243,8 @@ void rollout(const Model& model, const py::object& z0, const py::object& actions
 py::tuple plan(iqmpc::Planner& planner, const py::object& obs, bool explore,
                const py::object& action) {
   const py::ssize_t envs = planner.settings().num_envs;
-  const auto model = planner.model();
-  const py::array input = checked(obs, "obs", {envs, model->obs_dim()});
-  float* output = writeable(action, "action", {envs, model->action_dim()});
+  const py::array input = checked(obs, "obs", {envs, planner.obs_dim()});
+  float* output = writeable(action, "action", {envs, planner.action_dim()});
   iqmpc::PlanResult result;
   {
     py::gil_scoped_release release;
@@ -228,16 +257,10 @@ py::tuple plan(iqmpc::Planner& planner, const py::object& obs, bool explore,
 
 using CudaModel = std::shared_ptr<iqmpc::CudaWorldModel>;
 
-CudaModel cuda_world_model(const py::sequence& encoder, const py::sequence& dynamics,
-                           const py::sequence& policy, const py::sequence& critics,
-                           py::ssize_t simnorm_dim, float log_std_min, float log_std_max,
-                           const std::string& precision, int device) {
-  std::vector<py::array> arrays;
-  const iqmpc::WorldModelView view = model_view(encoder, dynamics, policy, critics, simnorm_dim,
-                                                log_std_min, log_std_max, arrays);
+CudaModel cuda_world_model(const ModelView& view, const std::string& precision, int device) {
   const iqmpc::Precision operands = iqmpc::precision_from_name(precision);
   py::gil_scoped_release release;
-  return std::make_shared<iqmpc::CudaWorldModel>(view, operands, device);
+  return std::make_shared<iqmpc::CudaWorldModel>(view.view, operands, device);
 }
 
 // Pointers into device memory come as integers: what they point to is the caller's to check.
@@ -527,7 +550,7 @@ py::list gradients(const BoundLearner& bound) {
 
 py::dict draws(const iqmpc::Planner& planner, std::uint64_t step) {
   const iqmpc::PlannerSettings& s = planner.settings();
-  const py::ssize_t a = planner.model()->action_dim(), e = s.num_envs, h = s.horizon;
+  const py::ssize_t a = planner.action_dim(), e = s.num_envs, h = s.horizon;
   const py::ssize_t p = s.policy_trajectories, rest = s.samples - p, i = s.iterations;
   py::array_t<float> prior({e, h, p, a}), samples({i, e, h, rest, a});
   py::array_t<float> prior_score({e, h - 1, p, a}), score({i, e, h - 1, rest, a});
@@ -584,18 +607,24 @@ PYBIND11_MODULE(_C, module) {
         return std::string(iqmpc::isa_name(layer.isa()));
       });
 
+  py::class_<ModelView>(
+      module, "ModelView",
+      "A world model's layers where they lie: packing one reads what the arrays hold then.")
+      .def(py::init(&model_view), py::kw_only(), py::arg("encoder"), py::arg("dynamics"),
+           py::arg("policy"), py::arg("critics"), py::arg("termination") = py::tuple(),
+           py::arg("simnorm_dim"), py::arg("log_std_min"), py::arg("log_std_max"),
+           "Each part is a sequence of layers (weight [O, I], bias [O], gamma [O], beta [O]), the "
+           "last one of policy, critics and termination without gamma and beta; arrays of critics "
+           "are stacked, [K, ...], and termination is empty where there is none. Without encoder "
+           "layers observations are latents. The arrays are kept, not copied. Raises ValueError "
+           "for wrong shapes, dtypes and layouts.");
+
   py::class_<iqmpc::WorldModel, Model>(
       module, "WorldModel",
       "An immutable copy of a world model, packed for one instruction-set level and precision.")
-      .def(py::init(&world_model), py::kw_only(), py::arg("encoder"), py::arg("dynamics"),
-           py::arg("policy"), py::arg("critics"), py::arg("termination") = py::tuple(),
-           py::arg("simnorm_dim"), py::arg("log_std_min"), py::arg("log_std_max"),
+      .def(py::init(&world_model), py::arg("view"), py::kw_only(),
            py::arg("precision") = "float32", py::arg("isa") = py::none(),
-           "Each part is a sequence of layers (weight [O, I], bias [O], gamma [O], beta [O]), the "
-           "last one of policy, critics and termination without gamma and beta; critics is a "
-           "sequence of such parts, termination empty where there is none. Without encoder layers "
-           "observations are latents. precision is float32 or bf16. Raises ValueError for what does "
-           "not fit.")
+           "precision is float32 or bf16. Raises ValueError for sizes that do not fit together.")
       .def_property_readonly("obs_dim", &iqmpc::WorldModel::obs_dim)
       .def_property_readonly("action_dim", &iqmpc::WorldModel::action_dim)
       .def_property_readonly("latent_dim", &iqmpc::WorldModel::latent_dim)
@@ -626,11 +655,10 @@ PYBIND11_MODULE(_C, module) {
       module, "CudaWorldModel",
       "An immutable copy of a world model in the memory of one CUDA device. Only in builds with "
       "CUDA.")
-      .def(py::init(&cuda_world_model), py::kw_only(), py::arg("encoder"), py::arg("dynamics"),
-           py::arg("policy"), py::arg("critics"), py::arg("simnorm_dim"), py::arg("log_std_min"),
-           py::arg("log_std_max"), py::arg("precision") = "float32", py::arg("device") = 0,
-           "Weights as WorldModel takes them, in NumPy arrays. Raises ValueError for what does not "
-           "fit and RuntimeError, with CUDA's own words, where the device cannot be used.")
+      .def(py::init(&cuda_world_model), py::arg("view"), py::kw_only(),
+           py::arg("precision") = "float32", py::arg("device") = 0,
+           "Raises ValueError for what does not fit and RuntimeError, with CUDA's own words, where "
+           "the device cannot be used.")
       .def_property_readonly("action_dim", &iqmpc::CudaWorldModel::action_dim)
       .def_property_readonly("latent_dim", &iqmpc::CudaWorldModel::latent_dim)
       .def_property_readonly("num_critics", &iqmpc::CudaWorldModel::num_critics)
@@ -672,7 +700,14 @@ PYBIND11_MODULE(_C, module) {
       .def("plan", &plan, py::arg("obs"), py::arg("explore"), py::arg("action"),
            "Write the actions for float32 obs [E, O] into float32 action [E, A]; returns "
            "(iterations, nonfinite problems, missed, elapsed_us).")
-      .def("publish", &iqmpc::Planner::publish, py::arg("model"))
+      .def("publish",
+           py::overload_cast<std::shared_ptr<const iqmpc::WorldModel>>(&iqmpc::Planner::publish),
+           py::arg("model"), "Plan with this model from now on.")
+      .def(
+          "publish",
+          [](iqmpc::Planner& planner, const ModelView& view) { planner.publish(view.view); },
+          py::arg("view"), py::call_guard<py::gil_scoped_release>(),
+          "Plan from now on with what the view shows now.")
       .def("warm_up", &iqmpc::Planner::warm_up, py::call_guard<py::gil_scoped_release>())
       .def("reset", py::overload_cast<>(&iqmpc::Planner::reset),
            py::call_guard<py::gil_scoped_release>())
@@ -683,7 +718,7 @@ PYBIND11_MODULE(_C, module) {
           [](py::object self) {
             auto& planner = self.cast<iqmpc::Planner&>();
             const iqmpc::PlannerSettings& s = planner.settings();
-            return py::array_t<float>({s.num_envs, s.horizon, planner.model()->action_dim()},
+            return py::array_t<float>({s.num_envs, s.horizon, planner.action_dim()},
                                       planner.mean(), self);
           },
           "The last plan's mean [E, H, A], the planner's own memory. Not to be touched while a "

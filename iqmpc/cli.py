@@ -73,10 +73,10 @@ def _train(config: Any, run: Path, *, resume: bool) -> dict[str, Any]:
     from iqmpc.envs import check_spaces
 
     make = partial(iqmpc.make_env, config.task, seed=config.seed)
-    env, count = make(), config.train.num_envs
-    apart = count > 1 or config.train.workers  # `env` is then for evaluation alone
-    demonstrations = _demonstrations(config, *check_spaces(env, config.task.name))
     with TrainingDisplay(config.train.steps, _console) as display:
+        env, count = make(), config.train.num_envs
+        apart = count > 1 or config.train.workers  # `env` is then for evaluation alone
+        demonstrations = _demonstrations(config, *check_spaces(env, config.task.name))
         trainer = iqmpc.Trainer(
             config, [make] * count if apart else env, demonstrations, run=run,
             eval_env=env if apart else None, resume=resume, on_progress=display.update,

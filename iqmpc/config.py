@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from iqmpc.errors import ConfigError
@@ -217,7 +219,8 @@ class TrainConfig:
     """How long a run is and how it is spent. All counts are control steps of the environment.
 
     `num_envs` environments are stepped together, their actions planned in one call; counts are
-    over all of them, and `updates_per_step` updates follow for the step of each.
+    over all of them, and `updates_per_step` updates follow for the step of each; a fraction, such
+    as 0.25, is one update for every fourth step.
     `random_steps: null` means max(1000, 5 episodes); `initial_updates: null` as many as those.
     `demo_updates` are updates before any interaction, with demonstrations on both sides.
     `overlap: async` makes a step's updates beside the next step, `sync` makes the same ones one
@@ -235,7 +238,7 @@ class TrainConfig:
     random_steps: int | None = None
     initial_updates: int | None = None
     demo_updates: int = 0
-    updates_per_step: int = 1
+    updates_per_step: int | float = 1
     capacity: int = 1_000_000
     eval_every: int = 10_000
     eval_episodes: int = 3
@@ -244,13 +247,18 @@ class TrainConfig:
     overlap: Literal["off", "sync", "async"] | None = None
 
     def __post_init__(self) -> None:
-        _at_least("train", self, 1, "steps", "num_envs", "updates_per_step", "capacity",
-                  "eval_every", "eval_episodes", "final_episodes", "checkpoint_every")
+        _at_least("train", self, 1, "steps", "num_envs", "capacity", "eval_every",
+                  "eval_episodes", "final_episodes", "checkpoint_every")
         _at_least("train", self, 0, "demo_updates", "env_restarts")
-        _positive("train", self, "env_timeout_s")
+        _positive("train", self, "env_timeout_s", "updates_per_step")
         for key in ("random_steps", "initial_updates"):
             if getattr(self, key) is not None:
                 _at_least("train", self, 0, key)
+
+    @functools.cached_property
+    def update_rate(self) -> Fraction:
+        """`updates_per_step` as it is written: 0.1 is a tenth, not the float nearest to that."""
+        return Fraction(str(self.updates_per_step))
 
     @property
     def workers(self) -> bool:
@@ -417,6 +425,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         inner = [h for h in get_args(hint) if h is not type(None)]
+        if inner == [int, float]:  # a number, kept as it is written
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            return _convert(int if whole else float, value, path)
         return None if value is None else _convert(inner[0], value, path)
     if origin is Literal:
         choices = get_args(hint)

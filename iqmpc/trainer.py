@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 import warnings
@@ -32,7 +33,8 @@ from iqmpc.seeding import stream_seed
 from iqmpc.threads import threads
 
 Environment = gymnasium.Env | Callable[[], gymnasium.Env]
-_REPORT_EVERY = 25  # steps between progress reports; metrics are fetched no oftener
+_REPORT_EVERY = 25  # steps or updates between progress reports, and no more
+_REPORT_EVERY_S = 2.0  # seconds; metrics are fetched no oftener than either
 
 Metrics = tuple[tuple[str, ...], torch.Tensor]  # names and, on the learner's device, values
 
@@ -48,8 +50,10 @@ class Trainer:
     process; where that is absent it is `env` itself, if that is one environment, or is made by the
     first function. `run` is the folder that receives config, metrics and checkpoints; a folder that
     holds a run already is refused unless `resume` continues it. `on_progress(values)` is called now
-    and then with the
-    current figures (`return` is the last episode's), `on_message(text)` with events in words.
+    and then with the current figures (`return` is the last episode's), `on_message(text)` with
+    events in words. While steps wait for something long, `values` has its `phase`: its name
+    (`demo updates`, `initial updates`, `updates` that were missing, `evaluation`), how much of it
+    is done, and of how much.
 
     Evaluations and checkpoints come after ticks at which an episode ended. A checkpoint holds no
     unfinished episode: where other environments were inside theirs, a resumed run has lost those
@@ -58,7 +62,8 @@ class Trainer:
     is exact.
 
     A tick is one step of every environment; `train.updates_per_step` updates are due for each of
-    its steps. `train.overlap` says when they are made:
+    its steps, counted from the first: ⌊steps · 1/4⌋ in all, exactly, for one update on every fourth
+    step. `train.overlap` says when they are made:
 
     - `off`: at the tick's end. The next plan acts on weights with every update that is due.
     - `async`: beside the next tick, on a thread (and CUDA stream) of the learner's own, while the
@@ -123,7 +128,8 @@ class Trainer:
         self._stream = torch.cuda.Stream(self.device) if cuda and self.overlap == "async" else None
         self._stop = threading.Event()  # ends updates that nobody waits for any more
         self.env_steps = self.episodes = 0
-        self._resumed = False
+        self._resumed = self._learnt = False
+        self._reported = 0.0  # when, on the monotonic clock
         self._wall_before, self._started = 0.0, time.monotonic()
         self._metrics: Metrics | None = None  # the last update's
         self._last_return: float | None = None
@@ -155,8 +161,8 @@ class Trainer:
             self._worker = ThreadPoolExecutor(1, "iqmpc-learner")
         try:
             if self.learner.updates == 0 and c.demo_updates:
-                self._on_message(f"{c.demo_updates} updates on the demonstrations alone")
-                self._join(self._start_updates(c.demo_updates, self.experts, report=True))
+                self._wait_for_updates("demo updates", c.demo_updates, self.experts,
+                                       "on the demonstrations alone")
             while self.env_steps < c.steps:
                 if self._tick() and self.env_steps < c.steps:
                     if self.env_steps - self._evaluated_at >= c.eval_every:
@@ -197,7 +203,7 @@ class Trainer:
                   for x in (episode.actions, episode.rewards)),
                 terminated=episode.terminated)
         self._learn(at_once=self.overlap == "off" or bool(ended))
-        if self.env_steps % _REPORT_EVERY < len(actions):
+        if self._report_is_due(self.env_steps, len(actions)):
             self._report()
         for episode in ended:
             self.episodes += 1
@@ -227,31 +233,40 @@ class Trainer:
         if self._exploring_at_random:
             return 0
         since = self.env_steps - c.random_steps
-        return c.train.demo_updates + c.initial_updates + since * c.train.updates_per_step
+        return c.train.demo_updates + c.initial_updates + math.floor(since * c.train.update_rate)
 
     def _learn(self, *, at_once: bool) -> None:
         """Make the updates that are due, or leave them to the next tick unless they are many."""
         missing = self._due() - self.learner.updates
-        many = missing > len(self.envs) * self.config.train.updates_per_step
+        many = missing > math.ceil(len(self.envs) * self.config.train.update_rate)
         if many:
-            self._on_message(f"{missing} updates on the first {self.env_steps} steps")
-        if missing > 0 and (at_once or many):
-            self._join(self._start_updates(self._due(), self.behaviour, report=True))
+            first = self.learner.updates <= self.config.train.demo_updates
+            self._wait_for_updates("initial updates" if first else "updates", missing,
+                                   self.behaviour, f"on the first {self.env_steps} steps")
+        elif missing > 0 and at_once:
+            self._join(self._start_updates(self._due(), self.behaviour))
+
+    def _wait_for_updates(self, name: str, count: int, behaviour: SliceReplay, on: str) -> None:
+        """Make `count` updates while nothing else happens, and say so."""
+        compiled = self.config.learner.mode in ("compile", "graph") and not self._learnt
+        self._on_message(
+            f"{count} {name} {on}" + (", compiled before the first: a minute" if compiled else ""))
+        self._join(self._start_updates(self.learner.updates + count, behaviour, phase=name))
 
     def _start_updates(
-        self, updates: int, behaviour: SliceReplay, *, report: bool = False
+        self, updates: int, behaviour: SliceReplay, *, phase: str | None = None
     ) -> Future[Metrics | None]:
         """Update until `updates` have been made in all, on the learner's thread if it has one.
 
-        `report` allows progress reports, where the caller does nothing but wait.
+        With a `phase` progress is reported, where the caller does nothing but wait.
         """
         if self._worker is None:
             done: Future[Metrics | None] = Future()
-            done.set_result(self._update_to(updates, behaviour, report))
+            done.set_result(self._update_to(updates, behaviour, phase))
             return done
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        return self._worker.submit(self._update_to, updates, behaviour, report)
+        return self._worker.submit(self._update_to, updates, behaviour, phase)
 
     def _join(self, learning: Future[Metrics | None]) -> None:
         """Wait for updates and publish the weights that act to the planner."""
@@ -260,20 +275,26 @@ class Trainer:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
         self.agent.publish(self.learner.acting_weights())
 
-    def _update_to(self, updates: int, behaviour: SliceReplay, report: bool) -> Metrics | None:
-        metrics = None
+    def _update_to(
+        self, updates: int, behaviour: SliceReplay, phase: str | None
+    ) -> Metrics | None:
+        metrics, first = None, self.learner.updates
         stream = contextlib.nullcontext() if self._stream is None else \
             torch.cuda.stream(self._stream)
+        if phase is not None:
+            self._report(phase=(phase, 0, updates - first))
         with stream:
             while self.learner.updates < updates and not self._stop.is_set():
                 latest = self.learner.learn(self.experts, behaviour)
-                left = updates - self.learner.updates
-                shown = report and left > 1 and self.learner.updates % _REPORT_EVERY == 0
-                if shown or left == 0:  # a copy: the next update may overwrite them
+                self._learnt = True
+                last = self.learner.updates == updates
+                shown = phase is not None and (
+                    last or self._report_is_due(self.learner.updates, 1))
+                if shown or last:  # a copy: the next update may overwrite them
                     metrics = tuple(latest), torch.stack(list(latest.values()))
                 if shown:
                     self._metrics = metrics
-                    self._report()
+                    self._report(phase=(phase, self.learner.updates - first, updates - first))
         return metrics
 
     def _fetched(self) -> dict[str, float]:
@@ -295,8 +316,10 @@ class Trainer:
         before = planner.state_dict()
         self._evaluator.publish(self.learner.evaluation_weights())
         planner.step = 0
+        self._report(phase=("evaluation", 0, episodes))
         result = evaluate(
-            self._evaluator, self.eval_env, episodes=episodes, seed=self.config.seed)
+            self._evaluator, self.eval_env, episodes=episodes, seed=self.config.seed,
+            progress=lambda done, _: self._report(phase=("evaluation", done, episodes)))
         counted = {k: getattr(planner, k) - int(before[k])
                    for k in ("nonfinite_plans", "missed_plans")}
         planner.load_state_dict(before)
@@ -348,9 +371,15 @@ class Trainer:
         return {"env_steps": self.env_steps, "updates": self.learner.updates,
                 "episodes": self.episodes, "wall_s": round(self.wall_s, 1)}
 
-    def _report(self) -> None:
+    def _report_is_due(self, count: int, new: int) -> bool:
+        """After so many steps or updates in all, of which `new` have just been made."""
+        return count % _REPORT_EVERY < new or \
+            time.monotonic() - self._reported > _REPORT_EVERY_S
+
+    def _report(self, phase: tuple[str, int, int] | None = None) -> None:
+        self._reported = time.monotonic()
         self._on_progress({**self._progress(), "return": self._last_return,
-                           **self._fetched()})
+                           **({} if phase is None else {"phase": phase}), **self._fetched()})
 
     def _save(self) -> None:
         tensors = {

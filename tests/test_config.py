@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import yaml
@@ -36,6 +37,12 @@ from iqmpc.errors import ConfigError
     (["learner.entropy=squash"], "learner.entropy must be one of exact, presquash, got 'squash'"),
     (["learner.dropout=never"], "learner.dropout must be one of regression, always, got 'never'"),
     (["learner.lr=0"], "learner.lr must be positive, got 0.0"),
+    (["train.updates_per_step=0"], "train.updates_per_step must be positive, got 0"),
+    (["train.updates_per_step=-0.5"], "train.updates_per_step must be positive, got -0.5"),
+    (["train.updates_per_step=inf"], "train.updates_per_step must be finite, got inf"),
+    (["train.updates_per_step=nan"], "train.updates_per_step must be finite, got nan"),
+    (["train.updates_per_step=true"], "train.updates_per_step must be float, got True (bool)"),
+    (["train.updates_per_step=few"], "train.updates_per_step must be float, got 'few' (str)"),
     (["steps"], "expected key=value, got 'steps'"),
     (["+train.steps=3"], "expected key=value, got '+train.steps=3'"),
     (["seed=1,2"], "expected key=value, got 'seed=1,2'"),
@@ -73,6 +80,28 @@ def test_every_task_file_is_a_task():
     assert set(options("task")) == set(TASKS) | {"gym"}
     for name in TASKS:
         assert compose([f"task={name}"]).task == TASKS[name]
+
+
+@pytest.mark.parametrize(("word", "value", "kind", "rate"), [
+    ("2", 2, int, (2, 1)), ("0.25", 0.25, float, (1, 4)), ("0.1", 0.1, float, (1, 10)),
+    ("1e-3", 1e-3, float, (1, 1000)), ("1.5", 1.5, float, (3, 2)), ("3.0", 3.0, float, (3, 1)),
+])
+def test_updates_per_step_is_a_number_as_it_is_written(word, value, kind, rate):
+    config = compose([f"train.updates_per_step={word}"])
+    again = Config.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict())))
+    for train in (config.train, again.train):
+        assert train.updates_per_step == value and type(train.updates_per_step) is kind
+        assert train.update_rate.as_integer_ratio() == rate
+    assert again == config
+
+
+def test_a_tenth_of_a_million_steps_is_a_hundred_thousand_updates():
+    """Where floats would be one short now and then, as 0.29 · 100 is."""
+    rate = compose(["train.updates_per_step=0.1"]).train.update_rate
+    assert all(math.floor(steps * rate) == steps // 10 for steps in range(0, 1_000_001, 7))
+    assert math.floor(1_000_000 * rate) == 100_000
+    rate = compose(["train.updates_per_step=0.29"]).train.update_rate
+    assert math.floor(100 * rate) == 29 != math.floor(100 * 0.29)
 
 
 def test_off_is_a_word_and_not_a_boolean():

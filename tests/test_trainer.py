@@ -4,12 +4,14 @@ import csv
 import dataclasses
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 
 import gymnasium
 import numpy as np
@@ -804,6 +806,31 @@ def test_overlapped_is_the_same_schedule_with_three_environments(
         train(config, marked(), point_demonstrations, tmp_path / name, eval_env=point_env)
     assert_same_state(tmp_path / "sync", tmp_path / "async")
     assert rows_of(tmp_path / "sync") == rows_of(tmp_path / "async")
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.3, 1.5])
+def test_a_fraction_of_an_update_for_each_step(
+        tmp_path, small_config, point_env, point_demonstrations, rate):
+    """As many as are due at each tick, by each schedule, resumed or not."""
+    for schedule in ("off", "sync", "async"):
+        config = overlapping(small_config, schedule, **{"train.updates_per_step": rate})
+        trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / schedule)
+        tick, made, messages = trainer._tick, [], []
+        trainer._on_message = messages.append
+        trainer._tick = lambda tick=tick, made=made, trainer=trainer: (
+            tick(), made.append(trainer.learner.updates))[0]
+        trainer.train()
+        # 40 random steps, then 5 updates and those for each step since
+        due = [0] * 39 + [5 + math.floor((n - 40) * Fraction(str(rate))) for n in range(40, 101)]
+        late = [n for n, (d, m) in enumerate(zip(due, made, strict=True), 1) if d != m]
+        assert all(due[n - 1] - made[n - 1] <= math.ceil(rate) and n % 20 for n in late)
+        assert bool(late) == (schedule != "off") and made[-1] == due[-1]
+        assert len([m for m in messages if "updates on the first" in m]) == 1
+        first = config.replace({"train.steps": 60})
+        train(first, point_env, point_demonstrations, tmp_path / f"{schedule}-parts")
+        train(config, point_env, point_demonstrations, tmp_path / f"{schedule}-parts", resume=True)
+        assert_same_state(tmp_path / schedule, tmp_path / f"{schedule}-parts")
+    assert_same_state(tmp_path / "sync", tmp_path / "async")
 
 
 @pytest.mark.parametrize("schedule", ["off", "sync", "async"])
