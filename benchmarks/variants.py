@@ -84,4 +84,7 @@ PUBLISH_VARIANTS = {  # no matrix product, and so no operations to count
 UPDATE_VARIANTS = {
     "eager": Variant(functools.partial(learner, mode="eager"), flops.update),
     "compile": Variant(functools.partial(learner, mode="compile"), flops.update),
+    "fused": Variant(functools.partial(learner, mode="fused"), flops.update_floor),
+    "fused-bf16": Variant(functools.partial(learner, mode="fused", precision="bf16"),
+                          flops.update_floor, "bfloat16"),
 }
