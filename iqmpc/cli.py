@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -33,6 +34,11 @@ _OVERRIDES_HELP = "Settings as key=value: task=cheetah-run train.steps=50000 lea
 
 def main() -> None:
     """Entry point: an error that is the input's fault is one message and exit code 2."""
+    # torch's threads spin after each operation, by default for milliseconds: on a machine with as
+    # many cores as threads, a plan after an update then finds no core for its own. So many spins,
+    # some 0.2 ms, still bridge what lies between two operations. Read when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warnings.showwarning = _show_warning
     try:
         app()
@@ -85,6 +91,9 @@ def _train(config: Any, run: Path, *, resume: bool) -> dict[str, Any]:
         display.message(
             f"{config.task.name}: {parameters:,} parameters on {trainer.device}, planner "
             f"{trainer.agent.planner.backend}, run folder {run}")
+        hint = _busy_hint(config)
+        if hint is not None:
+            display.message(hint)
         try:
             summary = trainer.train()
         except KeyboardInterrupt:
@@ -396,6 +405,24 @@ def _run_demonstrator(run: Path, agent: Any, planner: bool) -> Any:
         "actor": "planner" if planner else "policy prior",
         "objective": agent.config.learner.objective, "trained_steps": str(agent.facts["env_steps"]),
     })
+
+
+def _busy_hint(config: Any) -> str | None:
+    """What to say where others leave fewer cores than the default number of threads wants.
+
+    Only said: a number of threads that followed the load would make results depend on it.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    except (AttributeError, OSError):  # not Linux
+        return None
+    if config.threads is not None or threads == 1 or cores - load > threads - 0.5:
+        return None
+    return (f"the machine is busy (load {load:.1f} on {cores} cores): threads=1 may be faster here "
+            f"than the default of {threads}")
 
 
 def _rendering(task: Any) -> str:

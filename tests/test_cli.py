@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from iqmpc import Demonstrations
+from iqmpc import Config, Demonstrations, cli
 from iqmpc.cli import main
 
 TINY = [
@@ -102,6 +102,34 @@ def test_table_measures_what_is_there_and_names_what_is_not(run, tmp_path):
     done = iqmpc("table", "runs/one", "runs/two", "--episodes", 3, cwd=tmp_path)
     assert done.returncode == 2 and "runs/two is left out: runs/one has the same" in done.stderr
     assert "walker-walk" in done.stdout and record["commit"] in done.stderr
+@pytest.mark.parametrize(("threads", "load", "said"), [
+    (None, 0.2, False), (None, 0.6, True), (None, 3.0, True), (2, 3.0, False)])
+def test_a_busy_machine_is_said_and_changes_nothing(monkeypatch, threads, load, said):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0), raising=False)
+    hint = cli._busy_hint(Config(threads=threads))
+    assert hint == (f"the machine is busy (load {load} on 2 cores): threads=1 may be faster here "
+                    "than the default of 2" if said else None)
+
+
+@pytest.mark.parametrize(("given", "spins"), [
+    ({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)])
+def test_torchs_threads_do_not_keep_the_cores(monkeypatch, given, spins):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what follows is undone
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    run_main(monkeypatch, "--help")
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+def test_the_command_line_loads_torch_after_that():
+    done = subprocess.run(
+        [sys.executable, "-c", "import iqmpc.cli, sys; assert 'torch' not in sys.modules"],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_resume_continues(run, tmp_path):

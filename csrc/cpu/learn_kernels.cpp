@@ -261,6 +261,12 @@ struct RowSums {
   float second() const { return sum_lanes(b[0] + b[1]); }
 };
 
+constexpr Index kWidest = 8192;  // of a layer: what lies between two passes over a row fits this
+
+constexpr Index round_up_to(Index n, Index multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
 constexpr float kEps = 1e-5f;
 constexpr float kMax = 3.402823466e38f;
 
@@ -268,34 +274,60 @@ struct Moments {
   float mean, scale;
 };
 
-// Of one row, which is multiplied by the mask first; the scale is NaN where the variance overflows.
-Moments moments(float* y, const float* mask, const NormParameters& norm) {
+// Rows whose sums are taken together, so that none waits for another's last addition.
+constexpr Index kTogether = 4;
+
+// Of `Rows` rows, which are multiplied by the mask first; a scale is NaN where the variance
+// overflows.
+template <int Rows>
+void moments(float* y, Index ld, const float* mask, const NormParameters& norm, Moments* result) {
   const Index padded = norm.padded;
   const float inverse = 1.0f / static_cast<float>(norm.features);
-  Vec sum[kVecs] = {};
-  for (Index i = 0; i < padded; i += kPanel) {
-    for (int v = 0; v < kVecs; ++v) {
-      Vec x = load(y + i + v * kWidth);
+  Vec sum[Rows] = {};
+  for (Index i = 0; i < padded; i += kWidth) {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      Vec x = load(y + r * ld + i);
       if (mask) {
-        x *= load(mask + i + v * kWidth);
-        store(y + i + v * kWidth, x);
+        x *= load(mask + r * ld + i);
+        store(y + r * ld + i, x);
       }
-      sum[v] += x;
+      sum[r] += x;
     }
   }
-  const float mean = sum_lanes(sum[0] + sum[1]) * inverse;
-  Vec square[kVecs] = {};
-  for (Index i = 0; i < padded; i += kPanel) {
-    for (int v = 0; v < kVecs; ++v) {
-      const Vec x = load(y + i + v * kWidth) - splat(mean);
-      square[v] += x * x;
+  Vec mean[Rows], square[Rows] = {};
+  for (int r = 0; r < Rows; ++r) mean[r] = splat(sum_lanes(sum[r]) * inverse);
+  for (Index i = 0; i < padded; i += kWidth) {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const Vec x = load(y + r * ld + i) - mean[r];
+      square[r] += x * x;
     }
   }
-  // Padding is zero before the mean is taken off.
-  const float beyond = static_cast<float>(padded - norm.features) * mean * mean;
-  const float variance = (sum_lanes(square[0] + square[1]) - beyond) * inverse;
-  if (!(variance <= kMax)) return {mean, __builtin_nanf("")};
-  return {mean, 1.0f / __builtin_sqrtf((variance > 0 ? variance : 0) + kEps)};
+  for (int r = 0; r < Rows; ++r) {
+    const float m = mean[r][0];
+    // Padding is zero before the mean is taken off.
+    const float beyond = static_cast<float>(padded - norm.features) * m * m;
+    const float variance = (sum_lanes(square[r]) - beyond) * inverse;
+    const float scale = 1.0f / __builtin_sqrtf((variance > 0 ? variance : 0) + kEps);
+    result[r] = {m, variance <= kMax ? scale : __builtin_nanf("")};
+  }
+}
+
+// Calls row(r, moments) for every row.
+template <class Row>
+void each_normed(float* y, Index ld, Index rows, const float* mask, const NormParameters& norm,
+                 Row&& row) {
+  Moments m[kTogether];
+  Index r = 0;
+  for (; r + kTogether <= rows; r += kTogether) {
+    moments<kTogether>(y + r * ld, ld, mask ? mask + r * ld : nullptr, norm, m);
+    for (Index j = 0; j < kTogether; ++j) row(r + j, m[j]);
+  }
+  for (; r < rows; ++r) {
+    moments<1>(y + r * ld, ld, mask ? mask + r * ld : nullptr, norm, m);
+    row(r, m[0]);
+  }
 }
 
 // mish(u) and its derivative share their exponential: with e = e^u, n = e (e + 2), t = n / (n + 2),
@@ -326,9 +358,8 @@ template <class Ops>
 void norm_mish(float* y, Index rows, const float* mask, const NormTrace& trace,
                const NormParameters& norm, Unit* out, Index ld_out) {
   const Index ld = trace.ld;
-  for (Index r = 0; r < rows; ++r) {
+  each_normed(y, ld, rows, mask, norm, [&](Index r, Moments m) {
     float* row = y + r * ld;
-    const Moments m = moments(row, mask ? mask + r * ld : nullptr, norm);
     trace.scale[r] = m.scale;
     for (Index i = 0; i < norm.padded; i += kWidth) {
       const Vec normed = (load(row + i) - splat(m.mean)) * splat(m.scale);
@@ -339,21 +370,20 @@ void norm_mish(float* y, Index rows, const float* mask, const NormTrace& trace,
       store(trace.slope + r * ld + i, slope);
       Ops::store_numbers(out + r * ld_out, i, h);
     }
-  }
+  });
 }
 
 template <class Ops>
 void norm_mish_only(float* y, Index ld, Index rows, const float* mask, const NormParameters& norm,
                     Unit* out, Index ld_out) {
-  for (Index r = 0; r < rows; ++r) {
-    float* row = y + r * ld;
-    const Moments m = moments(row, mask ? mask + r * ld : nullptr, norm);
+  each_normed(y, ld, rows, mask, norm, [&](Index r, Moments m) {
+    const float* row = y + r * ld;
     for (Index i = 0; i < norm.padded; i += kWidth) {
       const Vec normed = (load(row + i) - splat(m.mean)) * splat(m.scale);
       const Vec u = normed * load(norm.gamma + i) + load(norm.beta + i);
       Ops::store_numbers(out + r * ld_out, i, mish<Ops::kAccuracy>(u));
     }
-  }
+  });
 }
 
 // The end of every backward pass through a LayerNorm. On entry `x_bar` holds dL/dx̂ of one row, m
@@ -371,9 +401,6 @@ void finish_row(const float* x_bar, float m, float mx, float scale, float throug
     if (bias_sum) store(bias_sum + i, load(bias_sum + i) + dy);
   }
 }
-
-// A row of the widest layer, for what lies between two passes over it.
-constexpr Index kWidest = 8192;
 
 template <class Ops>
 void norm_mish_backward(const float* g, Index ldg, Index rows, const std::int32_t* rows_of,
@@ -408,37 +435,57 @@ void norm_mish_backward(const float* g, Index ldg, Index rows, const std::int32_
   }
 }
 
+// Member v of every group of a row in the v-th stretch of `out`, each padded to whole vectors: then
+// a group's numbers lie one below the other and no lane meets another. And back.
+void by_member(const float* row, Index group, Index groups, Index ld, float* out) {
+  for (Index g = 0; g < groups; ++g) {
+    for (Index v = 0; v < group; ++v) out[v * ld + g] = row[g * group + v];
+  }
+}
+
+void by_group(const float* row, Index group, Index groups, Index ld, float* out) {
+  for (Index g = 0; g < groups; ++g) {
+    for (Index v = 0; v < group; ++v) out[g * group + v] = row[v * ld + g];
+  }
+}
+
 void norm_simnorm(float* y, Index ld, Index rows, const NormParameters& norm, Index group,
                   float* scale, float* z, Index ldz) {
-  for (Index r = 0; r < rows; ++r) {
-    float* row = y + r * ld;
-    float* target = z + r * ldz;
-    const Moments m = moments(row, nullptr, norm);
+  alignas(64) float members[kWidest];
+  const Index groups = norm.features / group, stretch = round_up_to(groups, kWidth);
+  for (Index i = 0; i < group * stretch; ++i) members[i] = 0;
+  each_normed(y, ld, rows, nullptr, norm, [&](Index r, Moments m) {
+    float *row = y + r * ld, *target = z + r * ldz;
     scale[r] = m.scale;
     for (Index i = 0; i < norm.padded; i += kWidth) {
       const Vec normed = (load(row + i) - splat(m.mean)) * splat(m.scale);
       store(row + i, normed);
       store(target + i, normed * load(norm.gamma + i) + load(norm.beta + i));
     }
-    for (Index i = 0; i < norm.features; i += group) {
-      float highest = target[i];
-      for (Index j = 1; j < group; ++j) {
-        highest = target[i + j] > highest ? target[i + j] : highest;
+    by_member(target, group, groups, stretch, members);
+    for (Index g = 0; g < stretch; g += kWidth) {
+      Vec highest = load(members + g);
+      for (Index v = 1; v < group; ++v) {
+        const Vec x = load(members + v * stretch + g);
+        highest = highest > x ? highest : x;
       }
-      for (Index j = 0; j < group; ++j) target[i + j] -= highest;
+      Vec sum{};
+      for (Index v = 0; v < group; ++v) {
+        float* at = members + v * stretch + g;
+        const Vec e =
+            exp_in_range<Accuracy::exact>(at_least(at_most(load(at) - highest, 0.0f), -87.0f));
+        store(at, e);
+        sum += e;
+      }
+      const Vec share = reciprocal<Accuracy::exact>(sum);
+      for (Index v = 0; v < group; ++v) {
+        float* at = members + v * stretch + g;
+        store(at, load(at) * share);
+      }
     }
-    for (Index i = 0; i < norm.padded; i += kWidth) {
-      store(target + i, exp_in_range<Accuracy::exact>(at_least(at_most(load(target + i), 0.0f),
-                                                               -87.0f)));
-    }
-    for (Index i = 0; i < norm.features; i += group) {
-      float sum = 0;
-      for (Index j = 0; j < group; ++j) sum += target[i + j];
-      const float share = 1.0f / sum;
-      for (Index j = 0; j < group; ++j) target[i + j] *= share;
-    }
+    by_group(members, group, groups, stretch, target);
     for (Index i = norm.features; i < norm.padded; ++i) target[i] = 0;
-  }
+  });
 }
 
 template <class Ops>

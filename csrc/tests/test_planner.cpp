@@ -196,7 +196,7 @@ void a_running_plan_keeps_its_model() {
       for (int i = p; !stop; ++i) planner.publish(i % 2 ? other.view : model.view);
     });
   }
-  for (int i = 0; i < 200; ++i) {
+  for (int i = 0; i < 60; ++i) {
     const Floats action = plan(planner);
     CHECK(action == possible[0] || action == possible[1]);
   }
