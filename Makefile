@@ -4,11 +4,15 @@ BIN := .venv/bin
 READY := .venv/.ready
 TRAIN := .venv/.ready-train
 
-.PHONY: train test test-newest benchmark cpp-test cpp-test-asan cpp-test-tsan clean
+.PHONY: train results test test-newest benchmark cpp-test cpp-test-asan cpp-test-tsan clean
 .DELETE_ON_ERROR:
 
 train: $(TRAIN)
 	$(BIN)/iqmpc train $(ARGS)
+
+# The runs of docs/results, hours; goes on where it was stopped: make results ARGS="--jobs 2"
+results: $(READY)
+	$(BIN)/python docs/results/run.py $(ARGS)
 
 test: cpp-test cpp-test-asan cpp-test-tsan
 	$(BIN)/ruff check .

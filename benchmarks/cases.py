@@ -57,20 +57,26 @@ class PlanCase:
 
 @dataclass(frozen=True)
 class UpdateCase:
-    """One update on `batch` slices of demonstrations and as many of behaviour."""
+    """One update on `batch` slices of demonstrations and as many of behaviour.
+
+    `penalty`: with the gradient penalty.
+    """
 
     model: str
     obs_dim: int
     action_dim: int
     batch: int
+    penalty: bool = False
 
     @property
     def name(self) -> str:
-        return f"update/{self.model}/{self.obs_dim}x{self.action_dim}/{self.batch}+{self.batch}"
+        return (f"update/{self.model}/{self.obs_dim}x{self.action_dim}/{self.batch}+{self.batch}"
+                + ("/penalty" if self.penalty else ""))
 
     @property
     def config(self) -> Config:
-        return _compose(f"model={self.model}", f"learner.batch={self.batch}")
+        return _compose(f"model={self.model}", f"learner.batch={self.batch}",
+                        f"learner.gradient_penalty={str(self.penalty).lower()}")
 
     def slices(self) -> Batch:
         horizon, rows = self.config.learner.horizon, 2 * self.batch
@@ -82,6 +88,17 @@ class UpdateCase:
             terminated=torch.zeros(horizon, rows),
             experts=self.batch,
         )
+
+
+@dataclass(frozen=True)
+class PublishCase:
+    """New weights for a planner: the model of a plan's case, where a learner would have it."""
+
+    plan: PlanCase
+
+    @property
+    def name(self) -> str:
+        return f"publish/{self.plan.model}/{self.plan.obs_dim}x{self.plan.action_dim}"
 
 
 # `compose` costs tens of milliseconds and the properties above ask often.
@@ -100,8 +117,10 @@ PLAN_CASES = [
     PlanCase("paper", "paper", 91, 39, 1),
     PlanCase("paper", "paper", 91, 39, 8),
 ]
+PUBLISH_CASES = [PublishCase(PLAN_CASES[i]) for i in (0, 2, 6)]
 UPDATE_CASES = [
     UpdateCase("tiny", 24, 6, 64),
+    UpdateCase("tiny", 24, 6, 64, penalty=True),
     UpdateCase("small", 17, 6, 256),
     UpdateCase("paper", 91, 39, 256),
 ]

@@ -92,17 +92,52 @@ def update(case: UpdateCase) -> int:
       critics    3 K R Q
       V(z_0)     B (π + 3·2 Q)                           experts only, π fixed
       policy     2B (H+1) (3 π - π_1 + 2·2 Q)            latents and critics fixed
+      penalty    K B H (6 Q - Q_1 - 3 Q_3)               where there is one: Q, its gradient, and of
+                                                         both the gradient by the weights
     """
     m, horizon = Macs.of(case), case.config.learner.horizon
     columns, members = 2 * case.batch, case.config.model.critics
     rows = columns * horizon
+    first = m.critic - case.config.model.hidden_dim * (case.config.model.hidden_dim + 1)
+    hidden = case.config.model.hidden_dim
+    penalty = (members * case.batch * horizon * (6 * m.critic - first - 3 * hidden)
+               if case.penalty else 0)
     macs = (
         rows * (m.encoder + m.policy + 2 * m.critic)
         + columns * (3 * m.encoder - m.encoder_first) + 3 * rows * m.dynamics
         + 3 * members * rows * m.critic
         + case.batch * (m.policy + 6 * m.critic)
         + columns * (horizon + 1) * (3 * m.policy - m.z_part + 4 * m.critic)
+        + penalty
     )
+    return 2 * macs
+
+
+def update_floor(case: UpdateCase) -> int:
+    """What the C++ update computes: gradients that nobody reads are left out.
+
+    As `update`, but of a critic's first layer the gradient goes to z alone (data, V(z_0)) or to a
+    alone (policy); the policy's step goes back through the smaller critic of each row; one neuron
+    takes no matrix product on its way back; the encoder's first layer none for its input.
+    """
+    m, c, horizon = Macs.of(case), case.config, case.config.learner.horizon
+    columns, members = 2 * case.batch, c.model.critics
+    rows, hid = columns * horizon, c.model.hidden_dim
+    square = hid * hid
+    first = (c.model.latent_dim + case.action_dim) * hid
+    critic_back = first + square + square + m.z_part  # weights, then inputs
+    dynamics_back = 2 * m.dynamics - case.action_dim * hid
+    macs = (
+        rows * (m.encoder + m.policy + 2 * m.critic)
+        + columns * (3 * m.encoder - m.encoder_first) + rows * (m.dynamics + dynamics_back)
+        + members * rows * (m.critic + critic_back)
+        + case.batch * (m.policy + 2 * (m.critic + critic_back))
+        + columns * (horizon + 1) * (3 * m.policy - m.z_part + 2 * m.critic
+                                     + square + case.action_dim * hid)
+    )
+    if case.penalty:
+        # Q, its gradient, up with the bars, down to the first layer, and twice the weights
+        macs += members * case.batch * horizon * (5 * first + 6 * square)
     return 2 * macs
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from iqmpc.provenance import processor
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,21 @@ class Measurement:
     seconds: Sequence[float]
 
     @property
-    def gflops(self) -> float:
-        """The rate achieved in the median round, 1e9 operations a second."""
-        return self.flops / statistics.median(self.seconds) / 1e9
+    def gflops(self) -> float | None:
+        """The rate achieved in the median round, 1e9 operations a second; None without any."""
+        return self.flops / statistics.median(self.seconds) / 1e9 if self.flops else None
 
 
 def records(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     """The report of one run; `docs/benchmarks.md` names the fields.
 
-    `share_of_matmul` is None where the run has no matrix product of the same dtype.
+    `share_of_matmul` is None where the run has no matrix product of the same dtype, and so are it
+    and `gflops` of what has no operations.
     """
     baseline = {m.dtype: m.gflops for m in measurements if m.case.startswith("matmul/")}
     common = {
         "threads": torch.get_num_threads(),
-        "device": device_name(),
+        "device": processor(),
         "torch": torch.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
@@ -54,9 +56,9 @@ def records(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
             "p99_ms": round(1e3 * _percentile(m.seconds, 99), 4),
             "p99.9_ms": round(1e3 * _percentile(m.seconds, 99.9), 4),
             "max_ms": round(1e3 * max(m.seconds), 4),
-            "gflops": round(m.gflops, 2),
-            "share_of_matmul":
-                round(m.gflops / baseline[m.dtype], 4) if m.dtype in baseline else None,
+            "gflops": None if m.gflops is None else round(m.gflops, 2),
+            "share_of_matmul": None if m.gflops is None or m.dtype not in baseline else
+                round(m.gflops / baseline[m.dtype], 4),
             **common,
         }
         for m in measurements
@@ -70,17 +72,6 @@ def write(path: Path, report: list[dict[str, Any]]) -> None:
     lines = ",\n".join(json.dumps(record) for record in report)
     partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def device_name() -> str:
-    """The processor's model name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _percentile(seconds: Sequence[float], percent: float) -> float:

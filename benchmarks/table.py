@@ -32,11 +32,12 @@ def results(report: Sequence[dict[str, Any]]) -> str:
 
     def row(r: dict[str, Any]) -> list[str]:
         baseline = medians.get((r["case"], BASELINES.get(r["case"].split("/")[0])))
-        share = r["share_of_matmul"]
+        rate, share = r["gflops"], r["share_of_matmul"]
         return [
             f"`{r['case']}`", f"`{r['variant']}`",
             *(f"{r[key]:.2f}" for key in ("median_ms", "p99_ms", "p99.9_ms", "max_ms")),
-            str(r["rounds"]), f"{r['gflops']:.1f}", "" if share is None else f"{share:.0%}",
+            str(r["rounds"]), "" if rate is None else f"{rate:.1f}",
+            "" if share is None else f"{share:.0%}",
             "" if baseline is None else f"{baseline / r['median_ms']:.2f}×",
         ]
 

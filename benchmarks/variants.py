@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import flops
-from benchmarks.cases import PlanCase, UpdateCase
+from benchmarks.cases import PlanCase, PublishCase, UpdateCase
 from benchmarks.eager_unrolled import EagerUnrolled
 from iqmpc.kernels.weights import snapshot
 from iqmpc.learner import Learner
@@ -46,6 +46,15 @@ def package(case: PlanCase, **settings: Any) -> Callable[[], object]:
     return functools.partial(planner.plan, case.observations())
 
 
+def publish(case: PublishCase, **settings: Any) -> Callable[[], object]:
+    """Publishing one set of weights again and again, as a learner does that changes them in place.
+    """
+    weights, config = case.plan.world_model().weights(), case.plan.config
+    planner = Planner(weights, dataclasses.replace(config.planner, threads=1, **settings),
+                      discount=config.discount)
+    return functools.partial(planner.publish, weights)
+
+
 def learner(case: UpdateCase, **settings: Any) -> Callable[[], object]:
     """The package's learner with `settings` of its configuration replaced."""
     config = case.config
@@ -67,7 +76,15 @@ PLAN_VARIANTS = {
     "cpu-bf16": Variant(
         functools.partial(package, backend="cpu", precision="bf16"), flops.plan_floor, "bfloat16"),
 }
+PUBLISH_VARIANTS = {  # no matrix product, and so no operations to count
+    "cpu": Variant(functools.partial(publish, backend="cpu"), lambda case: 0),
+    "cpu-bf16": Variant(
+        functools.partial(publish, backend="cpu", precision="bf16"), lambda case: 0, "bfloat16"),
+}
 UPDATE_VARIANTS = {
     "eager": Variant(functools.partial(learner, mode="eager"), flops.update),
     "compile": Variant(functools.partial(learner, mode="compile"), flops.update),
+    "fused": Variant(functools.partial(learner, mode="fused"), flops.update_floor),
+    "fused-bf16": Variant(functools.partial(learner, mode="fused", precision="bf16"),
+                          flops.update_floor, "bfloat16"),
 }

@@ -15,9 +15,11 @@ from iqmpc.config import Config
 from iqmpc.errors import BackendError, CheckpointError, ConfigError
 from iqmpc.frames import is_image
 from iqmpc.kernels import layers
+from iqmpc.kernels.weights import Weights
 from iqmpc.model import WorldModel
 from iqmpc.planner import Planner
 from iqmpc.seeding import stream_seed
+from iqmpc.threads import set_threads
 
 
 def resolve_device(name: str) -> str:
@@ -30,9 +32,12 @@ def resolve_device(name: str) -> str:
 
 
 def prepare_torch(config: Config) -> None:
-    """Set this process's torch to the run's `threads`, and to flush denormal numbers to zero."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    """Set the process to the run's `threads`, and torch to flush denormal numbers to zero."""
+    # Where the C++ library both plans and learns, torch has only trifles to do.
+    idle = ((config.device == "cpu" or not torch.cuda.is_available())
+            and config.task.obs == "state" and config.learner.mode in ("auto", "fused")
+            and config.planner.backend in ("auto", "cpu"))
+    set_threads(config.threads, torch_idle=idle)
     torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
 
 
@@ -47,10 +52,11 @@ class Agent:
         self, model: WorldModel, config: Config, *, seed: int = 0, num_envs: int = 1
     ):
         self.model, self.config = model, config
+        self.weights = model.weights()  # what decodes rewards; the planner has a snapshot of them
         self.device = next(model.parameters()).device
         self.beta = config.entropy_coefficient(model.action_dim)
         self.planner = Planner(
-            model.weights(), config.planner, discount=config.discount, beta=self.beta,
+            self.weights, config.planner, discount=config.discount, beta=self.beta,
             num_envs=num_envs, seed=stream_seed(seed, "planner"))
         # What training says of the checkpoint: env_steps, updates, wall_s, demonstrator_return.
         self.facts: dict[str, Any] = {}
@@ -60,7 +66,8 @@ class Agent:
         cls, run: str | Path, *, changes: Mapping[str, Any] | None = None,
         seed: int | None = None, num_envs: int = 1,
     ) -> Agent:
-        """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there.
+        """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there:
+        with the average of the weights, unless `agent.average` is off.
 
         `changes` replaces settings, such as {"planner.enabled": False} to act with the policy
         prior or {"device": "cpu"}. `seed` is the run's own by default. It acts on `num_envs`
@@ -82,10 +89,13 @@ class Agent:
         model = WorldModel(
             meta.get("obs_shape") or int(meta["obs_dim"]), int(meta["action_dim"]), config.model,
             termination=config.termination)
-        prefix = "learner.model."
+        prefix = "learner.model." if config.agent.average == "off" else "learner.average."
+        held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if not held:
+            raise CheckpointError(
+                f"{path} holds no average of the weights, agent.average={config.agent.average}")
         try:
-            model.load_state_dict(
-                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            model.load_state_dict(held)
         except RuntimeError as error:
             raise CheckpointError(f"{path} does not fit the run's config.yaml: {error}") from error
         seed = config.seed if seed is None else seed
@@ -102,6 +112,11 @@ class Agent:
         agent.facts = {k: meta[k] for k in ("env_steps", "updates", "wall_s",
                                             "demonstrator_return")}
         return agent
+
+    def publish(self, weights: Weights) -> None:
+        """Plan on a copy of `weights` from now on, and decode rewards with `weights` themselves."""
+        self.weights = weights
+        self.planner.publish(weights)
 
     def reset(self, env: int | None = None) -> None:
         """An episode starts, in one environment or in all."""
@@ -143,12 +158,13 @@ class Agent:
                 raise ValueError(f"{name} must be {expected}, got {list(tensor.shape)}")
             if is_image(shape) and tensor is not action_ and tensor.dtype != torch.uint8:
                 raise ValueError(f"{name} must be uint8, got {tensor.dtype}")
-        w = self.model.weights()
+        w = self.weights
         z = layers.encode(w, next_).expand(samples, -1, -1)
         generator = torch.Generator(self.device).manual_seed(0)
         noise = torch.randn(
             samples, 1, self.model.action_dim, generator=generator, device=self.device)
-        prior, log_prob = layers.policy_sample(w, z, noise.expand(-1, n, -1))
+        prior, log_prob = layers.policy_sample(
+            w, z, noise.expand(-1, n, -1), self.config.learner.entropy)
         value = (layers.critics(w.critics, z, prior).mean(0) - self.beta * log_prob).mean(0)
         q = layers.critics(w.critics, layers.encode(w, obs_), action_).mean(0)
         alive = 1 - torch.as_tensor(terminated, dtype=torch.float32, device=self.device)

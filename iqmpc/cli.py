@@ -1,8 +1,9 @@
-"""The command line: `iqmpc train | eval | plot | demos | doctor`."""
+"""The command line: `iqmpc train | eval | table | plot | demos | doctor`."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 import signal
 import sys
@@ -37,12 +38,16 @@ _OVERRIDES_HELP = "Settings as key=value: task=cheetah-run train.steps=50000 lea
 
 def main() -> None:
     """Entry point: an error that is the input's fault is one message and exit code 2."""
+    # torch's threads spin after each operation, by default for milliseconds: on a machine with as
+    # many cores as threads, a plan after an update then finds no core for its own. So many spins,
+    # some 0.2 ms, still bridge what lies between two operations. Read when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warnings.showwarning = _show_warning
     try:
         app()
     except (IqmpcError, OSError) as error:
-        _console.print(printable(f"iqmpc: {error}"), style="bold red", markup=False,
-                       highlight=False, soft_wrap=True)
+        _print_error(error)
         sys.exit(2)
 
 
@@ -54,7 +59,8 @@ def train(
 
     `resume=RUN` continues a run. What it learns may then not be changed: only train.* (but not
     train.num_envs), where the data lie (demos.path), and how it is computed (threads, device,
-    learner.mode, and the planner's backend, precision, mode, capture and threads).
+    learner.mode, learner.precision, and the planner's backend, precision, mode, capture and
+    threads).
     """
     from iqmpc.compose import compose, parse
 
@@ -79,11 +85,13 @@ def _train(config: Any, run: Path | None, *, resume: bool) -> tuple[dict[str, An
     from iqmpc.envs import check_spaces
 
     make = partial(iqmpc.make_env, config.task, seed=config.seed)
-    env, count = make(), config.train.num_envs
-    apart = count > 1 or config.train.workers  # `env` is then for evaluation alone
-    demonstrations = _demonstrations(config, *check_spaces(env, config.task.name))
-    named = run or _unused(config, claim=False)
     with TrainingDisplay(config.train.steps, _console) as display:
+        env, count = make(), config.train.num_envs
+        apart = count > 1 or config.train.workers  # `env` is then for evaluation alone
+        if config.demos.path is not None:
+            display.message(f"reading {config.demos.path}")
+        demonstrations = _demonstrations(config, *check_spaces(env, config.task.name))
+        named = run or _unused(config, claim=False)
         trainer = iqmpc.Trainer(
             config, [make] * count if apart else env, demonstrations, run=named,
             eval_env=env if apart else None, resume=resume, on_progress=display.update,
@@ -94,6 +102,9 @@ def _train(config: Any, run: Path | None, *, resume: bool) -> tuple[dict[str, An
         display.message(
             f"{config.task.name}: {parameters:,} parameters on {trainer.device}, planner "
             f"{trainer.agent.planner.backend}, run folder {run}")
+        hint = _busy_hint(config)
+        if hint is not None:
+            display.message(hint)
         try:
             return trainer.train(), run
         except KeyboardInterrupt as error:
@@ -130,6 +141,9 @@ def evaluate_run(
     video: Annotated[Path | None, typer.Option(help="Write the first episode as MP4.")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the episodes; the run's own by default.")] = None,
+    correlation: Annotated[bool, typer.Option(
+        "--correlation", help="Correlate decoded with true rewards too, over 18 further episodes: "
+        "the agent, the agent with noise, random actions.")] = False,
     device: Device = None,
     backend: Backend = None,
 ) -> None:
@@ -140,9 +154,9 @@ def evaluate_run(
         from iqmpc.video import Recorder
 
         recorder = Recorder(video)
-    agent, env = _load(run, changes, seed=seed, render=video is not None)
-    from iqmpc.evaluation import evaluate, ratio, reward_correlation
+    from iqmpc.evaluation import evaluate, mixed_correlation, open_run, ratio
 
+    agent, env = open_run(run, changes, seed=seed, render=video is not None)
     seed = agent.config.seed if seed is None else seed
     with _console.status("evaluating") as status:
         result = evaluate(
@@ -154,11 +168,16 @@ def evaluate_run(
         "success_rate": result.success_rate,
         "success_any_rate": result.success_any_rate,
         "ratio": ratio(result.return_mean, agent.facts["demonstrator_return"]),
-        "reward_correlation": reward_correlation(agent, result.episodes),
+        "reward_correlation": None,
         "planner": planner, "backend": agent.planner.backend,
         "nonfinite_plans": agent.planner.nonfinite_plans,
         "missed_plans": agent.planner.missed_plans,
     }
+    if correlation:
+        with _console.status("correlating") as status:
+            summary["reward_correlation"] = mixed_correlation(
+                agent, env, seed=seed,
+                progress=lambda n, g: status.update(f"correlating, episode {n}: return {g:.1f}"))
     if as_json:
         from iqmpc.runlog import strict_json
 
@@ -189,6 +208,7 @@ def record(
     """Roll out a trained run and keep the episodes as demonstrations."""
     from iqmpc.demos import DemonstrationError, make
     from iqmpc.envs.pixels import FrameRecorder
+    from iqmpc.evaluation import open_run
 
     _check_target(out, force)
     if obs not in (None, "pixels"):
@@ -198,7 +218,7 @@ def record(
     changes = _acting(planner, device, backend)
     if fast_render:
         changes["task.fast_render"] = True
-    agent, env = _load(run, changes, seed=seed, render=obs is not None)
+    agent, env = open_run(run, changes, seed=seed, render=obs is not None)
     task = agent.config.task
     if obs is not None:
         if task.suite != "dmcontrol" or task.obs == "pixels":
@@ -276,6 +296,56 @@ def make_demonstrations(
             episode_length=config.task.episode_length,
             provenance=_drawn(config.task), progress=display.update)
     _save(demonstrations, out)
+
+
+@app.command("table")
+def table_of_runs(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or globs.")],
+    out: Annotated[Path | None, typer.Option(
+        metavar="FILE.json", help="Merge the records into this file.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    episodes: Annotated[int, typer.Option(
+        min=1, help="Evaluate anew where summary.json has fewer.")] = 20,
+    planner: Annotated[
+        bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
+) -> None:
+    """What runs reached at their last checkpoint: a table, and records in JSON.
+
+    A run that cannot be read is named, and the exit code is then 2; the others are reported.
+    """
+    from iqmpc import table
+
+    if out is not None:
+        table.read_records(out)  # an error now, not after the evaluations
+        if not out.resolve().parent.is_dir():
+            raise IqmpcError(f"{out} is in no folder that exists")
+    records: dict[Path, dict[str, Any]] = {}
+    failed = False
+    for run in table.find_runs(runs):
+        try:
+            with _console.status(f"{run}: evaluating"):
+                new = table.record(
+                    run, episodes=episodes, planner=planner,
+                    on_message=partial(_console.print, markup=False))
+            same = [other for other, r in records.items() if table.key(r) == table.key(new)]
+            if same:
+                raise IqmpcError(f"{run} is left out: {same[0]} has the same task, agent, seed "
+                                 "and settings")
+            records[run] = new
+        except (IqmpcError, OSError) as error:
+            _print_error(error if str(run) in str(error) else f"{run}: {error}")
+            failed = True
+    if records:
+        found = list(records.values())
+        if out is not None:
+            table.merge_records(out, found)
+        if markdown:
+            print(table.to_markdown(found))
+        else:
+            Console(width=None if sys.stdout.isatty() else 160).print(table.to_rich(found))
+        _console.print(table.made_on(found), highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -387,6 +457,24 @@ def _run_demonstrator(run: Path, agent: Any, planner: bool) -> Any:
     })
 
 
+def _busy_hint(config: Any) -> str | None:
+    """What to say where others leave fewer cores than the default number of threads wants.
+
+    Only said: a number of threads that followed the load would make results depend on it.
+    """
+    from iqmpc.threads import threads
+
+    count = threads()
+    try:
+        cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    except (AttributeError, OSError):  # not Linux
+        return None
+    if config.threads is not None or count == 1 or cores - load > count - 0.5:
+        return None
+    return (f"the machine is busy (load {load:.1f} on {cores} cores): threads=1 may be faster here "
+            f"than the default of {count}")
+
+
 def _rendering(task: Any) -> str:
     return "fast" if task.fast_render else "full"
 
@@ -411,10 +499,9 @@ def _demonstrations(config: Any, obs_shape: tuple[int, ...], action_dim: int) ->
                 "record RUN FILE --obs pixels makes them from a run on the state)")
         found = Demonstrations.packaged(task)
     else:
-        with _console.status(f"reading {config.demos.path}"):
-            found = Demonstrations.load(
-                config.demos.path, task=task, obs_dim=None if images else obs_shape[0],
-                action_dim=action_dim, facts=_task_facts(config))
+        found = Demonstrations.load(
+            config.demos.path, task=task, obs_dim=None if images else obs_shape[0],
+            action_dim=action_dim, facts=_task_facts(config))
     # Images drawn otherwise could be told apart by that alone.
     drawn = found.provenance.get("render")
     if images and drawn not in (None, _rendering(config.task)):
@@ -435,27 +522,15 @@ def _task_facts(config: Any) -> Any:
 
 def _resumed(run: Path, changes: dict[str, Any]) -> Any:
     from iqmpc.checkpoint import load_config
+    from iqmpc.compose import GROUPS
     from iqmpc.config import may_change
 
     for key in changes:
-        if not may_change(key):
+        if key in GROUPS or not may_change(key):
             raise ConfigError(
                 f"{key} cannot change when a run is resumed (only train.* and what iqmpc train "
                 "--help names)")
     return load_config(run).replace(changes)
-
-
-def _load(
-    run: Path, changes: dict[str, Any], *, seed: int | None, render: bool = False
-) -> tuple[Any, Any]:
-    import iqmpc
-    from iqmpc.agent import prepare_torch
-    from iqmpc.checkpoint import load_config
-
-    config = load_config(run).replace(changes)
-    prepare_torch(config)
-    env = iqmpc.make_env(config.task, render_mode="rgb_array" if render else None)
-    return iqmpc.Agent.load(run, changes=changes, seed=seed), env
 
 
 def _print_summary(summary: dict[str, Any], run: Path) -> None:
@@ -472,6 +547,11 @@ def _print_summary(summary: dict[str, Any], run: Path) -> None:
         _console.print(
             f"return {summary['return_mean']:.1f} beside the demonstrator's "
             f"{demonstrator:.1f}{share}", style="bold", highlight=False)
+
+
+def _print_error(error: Exception | str) -> None:
+    _console.print(printable(f"iqmpc: {error}"), style="bold red", markup=False, highlight=False,
+                   soft_wrap=True)
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:

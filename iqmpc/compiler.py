@@ -14,10 +14,13 @@ def cpp_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "").split(" ")[0] or "g++")
 
 
-def check_compiler(config: Config, device: str) -> None:
-    """`ConfigError`, where settings ask for torch.compile on a CPU without a C++ compiler."""
-    asked = [f"{section}.mode=compile" for section in ("learner", "planner")
-             if getattr(config, section).mode == "compile"]
+def check_compiler(config: Config, device: str, learner: str) -> None:
+    """`ConfigError`, where torch.compile would run on a CPU without a C++ compiler.
+
+    `learner` is the mode that `learner.mode` comes to.
+    """
+    modes = {"learner": learner, "planner": config.planner.mode}
+    asked = [f"{section}.mode=compile" for section, mode in modes.items() if mode == "compile"]
     if asked and device == "cpu" and cpp_compiler() is None:
         raise ConfigError(
             f"{' and '.join(asked)} needs a C++ compiler while it runs, and neither CXX nor g++ is "

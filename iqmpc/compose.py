@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -25,6 +28,12 @@ _SHORT = {"env_id": "task.env_id"}
 # Whose values are text, taken as they stand unless they are quoted or null.
 _TEXTS = {*GROUPS, *text_keys(), "resume"}
 _LONGEST = 100  # characters of any other value, each a number or a word
+# What changes how a run is computed or watched, or is told beside its figures.
+_NO_DEPARTURES = {
+    "seed", "device", "threads", "run_dir", "preset", "train.steps", "train.eval_every",
+    "train.eval_episodes", "train.final_episodes", "train.checkpoint_every", "train.env_workers",
+    "train.env_restarts", "train.env_timeout_s", "planner.threads",
+}
 
 
 def options(group: str) -> list[str]:
@@ -82,6 +91,37 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         config = config.replace(
             {"task.action_repeat": 1, "task.gradient_penalty": False, "task.terminates": False})
     return config.replace(keys)
+
+
+def departures(config: Config) -> dict[str, Any]:
+    """The settings, by dotted key, in which a run departs from its task under its preset.
+
+    They are compared with what the groups say now; the default preset where `config` names none,
+    and without the settings of a task that has no group. Of `demos.path` the file's name. Left out:
+    seed and steps, which are told beside them, and what changes how a run is computed or watched
+    but not what it learns (`_NO_DEPARTURES`).
+    Raises `ConfigError` where the preset is unknown.
+    """
+    known = "gym" if config.task.suite == "gym" else config.task.name
+    grouped = known in options("task")
+    base = compose([*([f"task={known}"] if grouped else []),
+                    *([f"preset={config.preset}"] if config.preset else [])])
+    if known == "gym":
+        base = base.replace({"task.env_id": config.task.env_id})
+    found = {}
+    for key in all_keys():
+        if key in _NO_DEPARTURES or (key.startswith("task.") and not grouped):
+            continue
+        value = attrgetter(key)(config)
+        if value != attrgetter(key)(base):
+            found[key] = Path(value).name if key == "demos.path" else value
+    return found
+
+
+def ablation(config: Config) -> str:
+    """`departures` as words of the command line, such as "learner.batch=128"; "" for none."""
+    return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+                    for key, value in departures(config).items())
 
 
 @contextmanager

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from iqmpc.errors import ConfigError
@@ -159,11 +161,17 @@ class LearnerConfig:
     """The losses and the optimiser. Symbols as in the paper.
 
     `objective`: `iq` (inverse soft-Q, initial-state form), `v_diff` (the original form with the
-    value difference on behaviour) or `td` (regression on the environment's reward). `mode: graph`
-    makes an update one CUDA graph and needs a CUDA device.
-    `entropy_scale`: β·A (`action_dim`) or β (`one`). `gradient_penalty: null` follows the task;
-    `discount: null` derives γ from the episode length. `termination_weight` is how many times a
-    terminal latent counts in the termination head's loss.
+    value difference on behaviour) or `td` (regression on the environment's reward).
+    `mode`: `fused` (one call of the C++ library: on a CPU, of flat observations), `compile`
+    (torch.compile), `eager` (plain torch) or `graph` (one CUDA graph); `auto` is `fused` or `graph`
+    where they can be, else `compile`. `precision` is that of the fused update's matrix products.
+    `entropy_scale`: β·A (`action_dim`) or β (`one`). `entropy` is the form of log π: `exact`, the
+    squashed Gaussian's density, or `presquash`, in which the squashing counts 1/A of the rest (the
+    released code's: `iqmpc.kernels.layers.policy_sample`). `dropout` is where the critics'
+    `model.dropout` acts: where they are regressed (`regression`), or in V, V̄, the policy's loss
+    and the gradient penalty too (`always`, as in the released code). `gradient_penalty: null`
+    follows the task; `discount: null` derives γ from the episode length. `termination_weight` is
+    how many times a terminal latent counts in the termination head's loss.
     """
 
     objective: Literal["iq", "v_diff", "td"] = "iq"
@@ -174,6 +182,8 @@ class LearnerConfig:
     alpha: float = 0.5
     beta: float = 1e-4
     entropy_scale: Literal["action_dim", "one"] = "action_dim"
+    entropy: Literal["exact", "presquash"] = "exact"
+    dropout: Literal["regression", "always"] = "regression"
     c_cons: float = 20.0
     c_iq: float = 0.1
     c_gp: float = 1.0
@@ -184,7 +194,8 @@ class LearnerConfig:
     encoder_lr_scale: float = 0.3
     grad_clip: float = 20.0
     tau: float = 0.01
-    mode: Literal["eager", "compile", "graph"] = "compile"
+    mode: Literal["auto", "fused", "compile", "eager", "graph"] = "auto"
+    precision: Literal["float32", "bf16"] = "float32"
 
     def __post_init__(self) -> None:
         _at_least("learner", self, 1, "batch", "horizon")
@@ -197,11 +208,28 @@ class LearnerConfig:
 
 
 @dataclass(frozen=True)
+class AgentConfig:
+    """Which weights act: the live ones, or an exponential average of all of the world model's.
+
+    `average`: `off`, in `evaluation` (of a run and of whoever loads it) or `always` (in training
+    too). After each update the average moves by `average_rate` of its distance to the live weights.
+    """
+
+    average: Literal["off", "evaluation", "always"] = "off"
+    average_rate: float = 0.005
+
+    def __post_init__(self) -> None:
+        _positive("agent", self, "average_rate")
+        _in_range("agent", self, 0.0, 1.0, "average_rate")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How long a run is and how it is spent. All counts are control steps of the environment.
 
     `num_envs` environments are stepped together, their actions planned in one call; counts are
-    over all of them, and `updates_per_step` updates follow for the step of each.
+    over all of them, and `updates_per_step` updates follow for the step of each; a fraction, such
+    as 0.25, is one update for every fourth step.
     `random_steps: null` means max(1000, 5 episodes); `initial_updates: null` as many as those.
     `demo_updates` are updates before any interaction, with demonstrations on both sides.
     `overlap: async` makes a step's updates beside the next step, `sync` makes the same ones one
@@ -219,7 +247,7 @@ class TrainConfig:
     random_steps: int | None = None
     initial_updates: int | None = None
     demo_updates: int = 0
-    updates_per_step: int = 1
+    updates_per_step: int | float = 1
     capacity: int = 1_000_000
     eval_every: int = 10_000
     eval_episodes: int = 3
@@ -228,13 +256,18 @@ class TrainConfig:
     overlap: Literal["off", "sync", "async"] | None = None
 
     def __post_init__(self) -> None:
-        _at_least("train", self, 1, "steps", "num_envs", "updates_per_step", "capacity",
-                  "eval_every", "eval_episodes", "final_episodes", "checkpoint_every")
+        _at_least("train", self, 1, "steps", "num_envs", "capacity", "eval_every",
+                  "eval_episodes", "final_episodes", "checkpoint_every")
         _at_least("train", self, 0, "demo_updates", "env_restarts")
-        _positive("train", self, "env_timeout_s")
+        _positive("train", self, "env_timeout_s", "updates_per_step")
         for key in ("random_steps", "initial_updates"):
             if getattr(self, key) is not None:
                 _at_least("train", self, 0, key)
+
+    @functools.cached_property
+    def update_rate(self) -> Fraction:
+        """`updates_per_step` as it is written: 0.1 is a tenth, not the float nearest to that."""
+        return Fraction(str(self.updates_per_step))
 
     @property
     def workers(self) -> bool:
@@ -256,18 +289,23 @@ class DemosConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that defines a run; written to the run folder as `config.yaml`."""
+    """Everything that defines a run; written to the run folder as `config.yaml`.
+
+    `preset` says which preset `compose` started from, and sets nothing by itself.
+    """
 
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     run_dir: str | None = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -346,10 +384,11 @@ class Config:
         return self.task.terminates
 
 
-# Besides train.*: where things lie, and how the same numbers are computed.
+# Besides train.*: where things lie, how the same numbers are computed, and a name.
 _CHANGEABLE = {
-    "threads", "device", "run_dir", "demos.path", "learner.mode", "planner.backend",
-    "planner.precision", "planner.mode", "planner.capture", "planner.threads",
+    "threads", "device", "run_dir", "demos.path", "learner.mode", "learner.precision",
+    "planner.backend", "planner.precision", "planner.mode", "planner.capture", "planner.threads",
+    "preset",
 }
 
 
@@ -439,6 +478,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         inner = [h for h in get_args(hint) if h is not type(None)]
+        if inner == [int, float]:  # a number, kept as it is written
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            return _convert(int if whole else float, value, path)
         return None if value is None else _convert(inner[0], value, path)
     if origin is Literal:
         choices = get_args(hint)

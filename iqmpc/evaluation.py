@@ -3,18 +3,78 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
 
-from iqmpc.agent import Agent
+from iqmpc.agent import Agent, prepare_torch
+from iqmpc.checkpoint import load_config
 from iqmpc.demos import Episode
-from iqmpc.envs import interface
+from iqmpc.envs import interface, make_env
 from iqmpc.frames import is_image, stacked, unstacked
 from iqmpc.seeding import stream_seed
+
+# Standard deviations of the noise in `mixed_episodes`: little, much, and hardly the agent any more.
+NOISES = (0.25, 0.5, 1.0)
+
+
+class Actor(Protocol):
+    """Who acts in a rollout: an `Agent`, or what else has these two."""
+
+    def reset(self) -> None:
+        """An episode starts."""
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """obs [O] -> action [A] in [-1, 1]."""
+
+
+class Noisy:
+    """An actor with Gaussian noise of standard deviation `noise` on its actions, then clipped."""
+
+    def __init__(self, actor: Actor, noise: float, seed: int):
+        self._actor, self._noise = actor, noise
+        self._random = np.random.default_rng(seed)
+
+    def reset(self) -> None:
+        self._actor.reset()
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        action = np.asarray(self._actor.act(obs), np.float32)
+        if self._noise:
+            action = action + self._noise * self._random.standard_normal(action.shape)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+
+class Random:
+    """Acts uniformly at random, with `action_dim` actions."""
+
+    def __init__(self, action_dim: int, seed: int):
+        self._action_dim, self._random = action_dim, np.random.default_rng(seed)
+
+    def reset(self) -> None:
+        pass
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        return self._random.uniform(-1, 1, self._action_dim).astype(np.float32)
+
+
+def open_run(
+    run: str | Path, changes: Mapping[str, Any], *, seed: int | None = None, render: bool = False
+) -> tuple[Agent, gymnasium.Env]:
+    """The agent of a run folder, as `Agent.load` gives it, and an environment of its task.
+
+    Sets torch's threads as the run asks for. `render` makes an environment that draws frames.
+    Raises `CheckpointError` for what is no run or has no checkpoint, `TaskError` where the
+    environment cannot be made here.
+    """
+    config = load_config(run).replace(changes)
+    prepare_torch(config)
+    env = make_env(config.task, render_mode="rgb_array" if render else None)
+    return Agent.load(run, changes=changes, seed=seed), env
 
 
 @dataclass(frozen=True)
@@ -74,7 +134,7 @@ class _Watched(gymnasium.Wrapper):
 
 
 def rollout(
-    agent: Agent,
+    actor: Actor,
     env: gymnasium.Env,
     *,
     seed: int,
@@ -91,12 +151,12 @@ def rollout(
     with interface.at("its reset"):
         obs, info = interface.reset(env, seed=seed)
         observations, actions, rewards = [interface.observation(obs, space)], [], []
-    agent.reset()
+    actor.reset()
     terminated = truncated = False
     while not (terminated or truncated or len(actions) == episode_length):
         if on_step is not None:
             on_step(env)
-        action = agent.act(observations[-1])
+        action = actor.act(observations[-1])
         with interface.at(f"step {len(actions) + 1}"):
             obs, reward, terminated, truncated, info = interface.step(env, action)
             observations.append(interface.observation(obs, space))
@@ -135,10 +195,53 @@ def evaluate(
     return Evaluation(tuple(done), tuple(solved))
 
 
+def mixed_episodes(
+    agent: Agent,
+    env: gymnasium.Env,
+    *,
+    each: int = 6,
+    noises: Sequence[float] = NOISES,
+    seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> list[Episode]:
+    """Episodes from poor to good, in three equal parts of `each` episodes.
+
+    The agent as it is evaluated; the agent with Gaussian noise on its actions, its standard
+    deviation one of `noises` after the other; uniform random actions. Episodes are reset from seeds
+    of a stream of their own under `seed`, and noise follows from it too.
+    `progress(done, return)` is called after each.
+    """
+    action_dim, task = env.action_space.shape[0], agent.config.task
+    episodes = []
+    for index in range(3 * each):
+        draws = stream_seed(seed, "correlation-actions", index)
+        actor: Actor = agent
+        if index >= 2 * each:
+            actor = Random(action_dim, draws)
+        elif index >= each:
+            actor = Noisy(agent, noises[index % len(noises)], draws)
+        with interface.at(f"{task.name}, correlation episode {index}"):
+            episodes.append(rollout(actor, env, seed=stream_seed(seed, "correlation", index),
+                                    episode_length=task.episode_length))
+        if progress is not None:
+            progress(index + 1, float(episodes[-1].rewards.sum()))
+    return episodes
+
+
+def mixed_correlation(
+    agent: Agent, env: gymnasium.Env, *, seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> float | None:
+    """`reward_correlation` over `mixed_episodes`, the same whatever was planned before."""
+    agent.planner.step = 0
+    return reward_correlation(agent, mixed_episodes(agent, env, seed=seed, progress=progress))
+
+
 def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | None:
     """Pearson correlation of the decoded reward with the true one, over all steps (paper, Table 7).
 
-    None where either does not vary.
+    Good episodes alone say little, since the true reward hardly varies in them: take those of
+    `mixed_episodes`. None where either does not vary or is not finite.
     """
     def decoded_rewards(e: Episode) -> np.ndarray:
         obs = e.observations
@@ -150,6 +253,8 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
 
     decoded = np.concatenate([decoded_rewards(e) for e in episodes]).astype(np.float64)
     true = np.concatenate([e.rewards for e in episodes]).astype(np.float64)
+    if not (np.isfinite(decoded).all() and np.isfinite(true).all()):
+        return None
     if not decoded.std() or not true.std():
         return None
     return float(np.corrcoef(decoded, true)[0, 1])

@@ -6,7 +6,7 @@ on the same draws. Batches are time-major; the first `batch.experts` columns are
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,11 @@ class ModelNoise(NamedTuple):
     keep [K, H·B, hidden] are dropout multipliers or None; mix [H, B_E, 1] ~ U(0, 1) or None;
     pair [2] int64 are the critics drawn for Q_min; shift [H+1, B, 2] int64 moves each observation,
     where they are images, by so many rows and columns, or is None.
+
+    The others are dropout multipliers of `learner.dropout: always`, else None: keep_target
+    [2, H·B, hidden] in V̄, keep_value in the value term's V ([2, B_E, hidden] for V(z_0),
+    [2, H·B_π, hidden] for `v_diff`, None for `td`), both in the order of `pair`, and keep_penalty
+    [K, H·B_E, hidden]. Rows are time-major, t·B + b, as everywhere.
     """
 
     target: Tensor
@@ -49,13 +54,20 @@ class ModelNoise(NamedTuple):
     mix: Tensor | None
     pair: Tensor
     shift: Tensor | None = None
+    keep_target: Tensor | None = None
+    keep_value: Tensor | None = None
+    keep_penalty: Tensor | None = None
 
 
 class PolicyNoise(NamedTuple):
-    """Draws of one policy step: action [H+1, B, A] standard normal, pair [2] int64."""
+    """Draws of one policy step: action [H+1, B, A] standard normal, pair [2] int64.
+
+    keep [2, (H+1)·B, hidden] are dropout multipliers of `learner.dropout: always`, else None.
+    """
 
     action: Tensor
     pair: Tensor
+    keep: Tensor | None = None
 
 
 def horizon_weights(rho: float, steps: int, like: Tensor) -> Tensor:
@@ -64,12 +76,16 @@ def horizon_weights(rho: float, steps: int, like: Tensor) -> Tensor:
 
 
 def soft_value(
-    weights: Weights, pair: Critics, z: Tensor, noise: Tensor, beta: float
+    weights: Weights, pair: Critics, z: Tensor, noise: Tensor, beta: float,
+    form: Literal["exact", "presquash"] = "exact", keep: Tensor | None = None,
 ) -> Tensor:
-    """V(z) = Q_min(z, a) - β log π(a|z), a ~ π(·|z), with π held fixed: z [..., Z] -> [...]."""
+    """V(z) = Q_min(z, a) - β log π(a|z), a ~ π(·|z), with π held fixed: z [..., Z] -> [...].
+
+    `form` of log π as in `layers.policy_sample`, `keep` as in `layers.q_min`.
+    """
     with torch.no_grad():
-        action, log_prob = layers.policy_sample(weights, z, noise)
-    return layers.q_min(pair, z, action) - beta * log_prob
+        action, log_prob = layers.policy_sample(weights, z, noise, form)
+    return layers.q_min(pair, z, action, keep) - beta * log_prob
 
 
 def consistency_loss(predicted: Tensor, target: Tensor, rho: float) -> Tensor:
@@ -119,20 +135,22 @@ def termination_loss(
 
 
 def gradient_penalty(
-    critics: Critics, z: Tensor, action: Tensor, mix: Tensor, rho: float
+    critics: Critics, z: Tensor, action: Tensor, mix: Tensor, rho: float,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """(1/(H K)) Σ_k Σ_t λ^t mean (‖∇_(z,a) Q_k‖₂ - 1)² between expert and behaviour rows.
 
     z [H, 2·B_E, Z] and action [H, 2·B_E, A], experts first, the second half their partners;
-    mix [H, B_E, 1] in [0, 1] is the expert's share. Latents are taken as given: the penalty shapes
-    the critics, not the encoder.
+    mix [H, B_E, 1] in [0, 1] is the expert's share; keep [K, H·B_E, hidden] are dropout multipliers
+    or None. Latents are taken as given: the penalty shapes the critics, not the encoder.
     """
     horizon, experts = mix.shape[:2]
     x = torch.cat([z, action], dim=-1).detach()
     x = (mix * x[:, :experts] + (1 - mix) * x[:, experts:]).flatten(0, 1)
     # A copy of the rows for each critic: then the gradient of one sum is every row's own gradient.
     x = x.repeat(critics[0].weight.shape[0], 1, 1)
-    slopes = torch.func.grad(lambda x: layers.ensemble(critics, x).sum())(x)  # [K, H·B_E, Z+A]
+    gradient = torch.func.grad(lambda x: layers.ensemble(critics, x, keep).sum())
+    slopes = gradient(x)  # [K, H·B_E, Z+A]
     # The root's gradient is infinite at 0, and the critics start there (zero last layer).
     error = (slopes.square().sum(-1).clamp_min(1e-12).sqrt() - 1).square()
     error = error.unflatten(1, (horizon, experts)).mean(-1)
@@ -159,7 +177,8 @@ def model_loss(
     with torch.no_grad():
         encoded = layers.encode(weights, obs[1:])
         target_value = soft_value(
-            weights, layers.draw_pair(targets, noise.pair), encoded, noise.target, beta)
+            weights, layers.draw_pair(targets, noise.pair), encoded, noise.target, beta,
+            config.entropy, noise.keep_target)
         backup = discount * (1 - batch.terminated) * target_value
     rollout = [layers.encode(weights, obs[0])]
     for t in range(horizon):
@@ -177,10 +196,12 @@ def model_loss(
         n = batch.experts
         pair = layers.draw_pair(weights.critics, noise.pair)
         if config.objective == "iq":
-            value = soft_value(weights, pair, latents[0, :n], noise.initial[0, :n], beta)
+            value = soft_value(weights, pair, latents[0, :n], noise.initial[0, :n], beta,
+                               config.entropy, noise.keep_value)
             value_term = (1 - discount) * value.mean()
         else:
-            value = soft_value(weights, pair, latents[:-1, n:], noise.initial[:, n:], beta)
+            value = soft_value(weights, pair, latents[:-1, n:], noise.initial[:, n:], beta,
+                               config.entropy, noise.keep_value)
             value_term = (value - backup[:, n:]).mean(-1)
         critic = iq_loss(residual, value_term, n, config.alpha, config.rho)
         metrics |= {
@@ -192,7 +213,8 @@ def model_loss(
         }
         if penalise:
             penalty = gradient_penalty(
-                weights.critics, latents[:-1], batch.action, noise.mix, config.rho)
+                weights.critics, latents[:-1], batch.action, noise.mix, config.rho,
+                noise.keep_penalty)
             critic = critic + config.c_gp * penalty
             metrics["gradient_penalty"] = penalty
     metrics["critic_loss"] = critic
@@ -207,15 +229,17 @@ def model_loss(
 
 
 def policy_loss(
-    weights: Weights, latents: Tensor, noise: PolicyNoise, rho: float, beta: float
+    weights: Weights, latents: Tensor, noise: PolicyNoise, rho: float, beta: float,
+    form: Literal["exact", "presquash"] = "exact",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Σ_{t=0..H} λ^t mean[β log π(a|z_t) - Q_min(z_t, a)] / (H+1); critics and latents fixed.
 
-    latents [H+1, B, Z].
+    latents [H+1, B, Z]; `form` of log π as in `layers.policy_sample`. Returns the loss and metrics;
+    `entropy` is -mean log π of that form.
     """
     pair = layers.draw_pair(frozen(weights.critics), noise.pair)
-    action, log_prob = layers.policy_sample(weights, latents.detach(), noise.action)
-    q = layers.q_min(pair, latents.detach(), action)
+    action, log_prob = layers.policy_sample(weights, latents.detach(), noise.action, form)
+    q = layers.q_min(pair, latents.detach(), action, noise.keep)
     loss = (beta * log_prob - q).mean(1)
     loss = (horizon_weights(rho, len(loss), loss) * loss).mean()
     return loss, {"policy_loss": loss.detach(), "entropy": -log_prob.detach().mean(),

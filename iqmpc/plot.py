@@ -6,17 +6,22 @@ import csv
 import importlib.util
 import io
 import json
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from iqmpc.checkpoint import load_config
+from iqmpc.compose import ablation
 from iqmpc.errors import CheckpointError, IqmpcError
 from iqmpc.files import write_atomically
 from iqmpc.runlog import read_rows
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -31,8 +36,27 @@ class Point(NamedTuple):
     value: float
 
 
-def read_curve(run: Path) -> tuple[list[Point], float | None]:
-    """The points of a run and its demonstrator's return (None while the run has not ended)."""
+class Curve(NamedTuple):
+    """The points of a run, what it departs from its preset in, and its demonstrator's return.
+
+    The latter is None where there is none or the run has not ended.
+    """
+
+    points: list[Point]
+    task: str
+    seed: int
+    ablation: str
+    demonstrator: float | None
+
+    def along(self, x: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """(x, value), each [N], of the points of a kind; `x` is env_steps or minutes."""
+        chosen = [p for p in self.points if p.kind == kind]
+        return (np.array([getattr(p, x) for p in chosen], np.float64),
+                np.array([p.value for p in chosen], np.float64))
+
+
+def read_curve(run: Path) -> Curve:
+    """Raises `CheckpointError` for what is no run folder or has no metrics.csv."""
     config = load_config(run)
     path = run / "metrics.csv"
     if not path.exists():
@@ -56,7 +80,20 @@ def read_curve(run: Path) -> tuple[list[Point], float | None]:
         except (ValueError, TypeError, KeyError, RecursionError):
             warnings.warn(f"{summary} cannot be read: no demonstrator is drawn", RuntimeWarning,
                           stacklevel=2)
-    return points, demonstrator
+    return Curve(points, config.task.name, config.seed, ablation(config), demonstrator)
+
+
+def over_seeds(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
+    """Curves (x [N], y [N]) of several seeds -> x, mean, least and greatest y, each [M].
+
+    M counts the different x that lie within all curves; between its points a curve is a straight
+    line. Empty where the curves have no x in common.
+    """
+    low, high = max(x.min() for x, _ in curves), min(x.max() for x, _ in curves)
+    grid = np.unique(np.concatenate([x for x, _ in curves]))
+    grid = grid[(low <= grid) & (grid <= high)]
+    values = np.stack([np.interp(grid, x, y) for x, y in curves])
+    return grid, values.mean(0), values.min(0), values.max(0)
 
 
 def new_figure(out: Path, **options: Any) -> Figure:
@@ -80,31 +117,51 @@ def save_figure(figure: Figure, out: Path) -> None:
 def plot(runs: Sequence[Path], out: Path) -> None:
     """Draw the curves of `runs` into `out` (.png, .pdf or .svg) and write their points beside it.
 
-    The CSV has the columns task, seed, env_steps, minutes, kind, return.
+    Runs of a task that differ only in their seed are drawn as one: the mean of their evaluations,
+    its range over seeds as a band, every evaluation as a dot. A run without others of its kind
+    shows its training episodes too. The CSV has the columns task, seed, env_steps, minutes, kind,
+    return.
     """
     figure = new_figure(out, figsize=(10, 3.8))
     curves = [read_curve(run) for run in runs]
+    groups: dict[tuple[str, str], list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault((curve.task, curve.ablation), []).append(curve)
     axes = figure.subplots(1, 2, sharey=True)
-    for index, (points, demonstrator) in enumerate(curves):
+    for index, ((task, settings), group) in enumerate(groups.items()):
         colour = f"C{index}"
-        label = f"{points[0].task}, seed {points[0].seed}" if points else runs[index].name
+        seeds = f"{len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
+        label = textwrap.fill(", ".join(filter(None, [task, settings, seeds])), 50)
+        demonstrators = {c.demonstrator for c in group} - {None}
         for axis, x in zip(axes, ("env_steps", "minutes"), strict=True):
-            for kind, style in (("training", dict(alpha=0.35, lw=1)),
-                                ("evaluation", dict(marker="o", ms=4, label=label))):
-                chosen = [p for p in points if p.kind == kind]
-                axis.plot([getattr(p, x) for p in chosen], [p.value for p in chosen],
-                          color=colour, **style)
-            if demonstrator is not None:
+            _draw(axis, group, x, colour, label)
+            for demonstrator in demonstrators:
                 axis.axhline(demonstrator, color=colour, ls="--", lw=1)
     axes[0].set(xlabel="environment steps", ylabel="return")
     axes[1].set(xlabel="minutes")
-    axes[0].legend(title="dots: evaluations; pale: training\ndashed: the demonstrator",
-                   title_fontsize="small", fontsize="small")
+    axes[0].legend(
+        title="dots: evaluations; pale: training, or range over seeds\ndashed: the demonstrator",
+        title_fontsize="small", fontsize="small")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["task", "seed", "env_steps", "minutes", "kind", "return"])
-    for points, _ in curves:
+    for curve in curves:
         writer.writerows(
-            p._replace(minutes=round(p.minutes, 2), value=round(p.value, 1)) for p in points)
+            p._replace(minutes=round(p.minutes, 2), value=round(p.value, 1)) for p in curve.points)
     save_figure(figure, out)
     write_atomically(out.with_suffix(".csv"), text.getvalue().encode())
+
+
+def _draw(axis: Axes, group: Sequence[Curve], x: str, colour: str, label: str) -> None:
+    """Runs that differ in their seed alone, along `x`."""
+    evaluations = [c.along(x, "evaluation") for c in group]
+    if len(group) == 1:
+        axis.plot(*group[0].along(x, "training"), color=colour, alpha=0.35, lw=1)
+        axis.plot(*evaluations[0], color=colour, marker="o", ms=4, label=label)
+        return
+    for steps, values in evaluations:
+        axis.plot(steps, values, color=colour, ls="", marker="o", ms=3, alpha=0.6)
+    started = [e for e in evaluations if len(e[0])]
+    grid, mean, least, greatest = over_seeds(started) if started else np.empty((4, 0))
+    axis.plot(grid, mean, color=colour, label=label)
+    axis.fill_between(grid, least, greatest, color=colour, alpha=0.2, lw=0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from iqmpc.frames import STACK, is_image
+from iqmpc.kernels.iq_update import Rows
 from iqmpc.losses import Batch
 
 
@@ -101,6 +102,13 @@ class SliceReplay:
         r = self._rows
         return Batch(self._stacked(rows) if self._images else r["obs"][rows], r["action"][inner],
                      r["reward"][inner], r["terminated"][inner], 0)
+
+    def rows(self) -> Rows:
+        """The memory that slices are drawn from, of flat observations; valid until an episode is
+        added. Raises `ValueError` where there is nothing to draw."""
+        self.require_slices()
+        r = self._rows
+        return Rows(r["obs"], r["action"], r["reward"], r["terminated"], self._starts)
 
     def _stacked(self, rows: Tensor) -> Tensor:
         """What was observed at rows [H+1, B]: uint8 [H+1, B, 3C, 64, 64]."""

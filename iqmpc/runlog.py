@@ -19,10 +19,11 @@ RESULTS = ("return", "eval_return_mean", "eval_return_std", "eval_success_rate",
 LEARNING = (
     "consistency", "critic_loss", "q_expert", "q_behaviour", "q_difference", "reward_expert",
     "reward_behaviour", "target_value", "value_term", "gradient_penalty", "policy_loss",
-    "q_policy", "entropy", "model_grad_norm", "policy_grad_norm", "termination_loss",
-    "termination_recall", "termination_precision",
+    "q_policy", "entropy", "model_grad_norm", "policy_grad_norm", "skipped_updates",
+    "termination_loss", "termination_recall", "termination_precision",
 )
 COLUMNS = PROGRESS + RESULTS + LEARNING
+_LAST = 5
 
 
 class RunLog:
@@ -141,6 +142,27 @@ def strict_json(values: Mapping[str, Any]) -> str:
 
 def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
     write_atomically(run / "summary.json", (strict_json(summary) + "\n").encode())
+
+
+def last_evaluations(run: Path, *, before: int) -> dict[str, float | None]:
+    """Mean and minimum over the last five evaluations on the way, or all where there were fewer.
+
+    They are those of metrics.csv before step `before`: the evaluation that ends a run is not among
+    them, given the run's last step. Keys: last5_return_mean, last5_return_min, last5_success_mean
+    and last5_success_min, the latter of success rates; None where there is no such figure, or one
+    that is not finite.
+    """
+    rows = []
+    if (run / "metrics.csv").exists():
+        rows = [r for r in read_rows(run / "metrics.csv")[0]
+                if _kept(r, before - 1, before - 1) and r["eval_return_mean"]][-_LAST:]
+    result: dict[str, float | None] = {}
+    for name, column in (("return", "eval_return_mean"), ("success", "eval_success_rate")):
+        values = [float(r[column]) for r in rows if r[column]]
+        usable = bool(values) and all(map(math.isfinite, values))
+        result[f"last{_LAST}_{name}_mean"] = sum(values) / len(values) if usable else None
+        result[f"last{_LAST}_{name}_min"] = min(values) if usable else None
+    return result
 
 
 def _kept(row: Mapping[str, str], since: int, evaluated: int) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,12 +29,15 @@ from iqmpc.evaluation import Evaluation, evaluate, ratio
 from iqmpc.frames import is_image, unstacked
 from iqmpc.interrupts import Interrupts
 from iqmpc.learner import Learner
+from iqmpc.provenance import commit, machine
 from iqmpc.replay import SliceReplay
-from iqmpc.runlog import RunLog, write_summary
+from iqmpc.runlog import RunLog, last_evaluations, write_summary
 from iqmpc.seeding import stream_seed
+from iqmpc.threads import threads
 
 Environment = gymnasium.Env | Callable[[], gymnasium.Env]
-_REPORT_EVERY = 25  # steps between progress reports; metrics are fetched no oftener
+_REPORT_EVERY = 25  # steps or updates between progress reports, and no more
+_REPORT_EVERY_S = 2.0  # seconds; metrics are fetched no oftener than either
 
 Metrics = tuple[tuple[str, ...], torch.Tensor]  # names and, on the learner's device, values
 _SHORT_ENOUGH = 10  # episodes, all too short to learn from, after which a run gives up
@@ -70,8 +75,10 @@ class Trainer:
     process; where that is absent it is `env` itself, if that is one environment, or is made by the
     first function. `run` is the folder that receives config, metrics and checkpoints; a folder that
     holds a run already is refused unless `resume` continues it. `on_progress(values)` is called now
-    and then with the
-    current figures (`return` is the last episode's), `on_message(text)` with events in words.
+    and then with the current figures (`return` is the last episode's), `on_message(text)` with
+    events in words. While steps wait for something long, `values` has its `phase`: its name
+    (`demo updates`, `initial updates`, `updates` that were missing, `evaluation`), how much of it
+    is done, and of how much.
 
     Evaluations and checkpoints come after ticks at which an episode ended. A checkpoint holds no
     unfinished episode: where other environments were inside theirs, a resumed run has lost those
@@ -80,7 +87,8 @@ class Trainer:
     is exact.
 
     A tick is one step of every environment; `train.updates_per_step` updates are due for each of
-    its steps. `train.overlap` says when they are made:
+    its steps, counted from the first: ⌊steps · 1/4⌋ in all, exactly, for one update on every fourth
+    step. `train.overlap` says when they are made:
 
     - `off`: at the tick's end. The next plan acts on weights with every update that is due.
     - `async`: beside the next tick, on a thread (and CUDA stream) of the learner's own, while the
@@ -122,13 +130,13 @@ class Trainer:
         self.envs, self.eval_env = _environments(config, env, eval_env, self._on_message)
         obs_shape, action_dim, count = self.envs.obs_shape, self.envs.action_dim, len(self.envs)
         self.device = resolve_device(config.device)
-        check_compiler(config, self.device)
         prepare_torch(config)
         # Of the random actions, and later of the batches.
         self.generator = torch.Generator(self.device).manual_seed(
             stream_seed(config.seed, "trainer"))
         self.learner = Learner(
             obs_shape, action_dim, config, self.device, sampler=self.generator)
+        check_compiler(config, self.device, self.learner.mode)
         self.agent = Agent(self.learner.model, config, seed=config.seed, num_envs=count)
         # Evaluation plans for one environment; a single agent does both (and is compiled once).
         self._evaluator = self.agent if count == 1 else Agent(
@@ -157,12 +165,14 @@ class Trainer:
         self._short = 0  # episodes of fewer steps than the horizon, since this process began
         self._whole: _State | None = None  # at the last tick at which an episode ended
         self._interrupts = Interrupts(self._interrupted)
-        self._resumed = False
+        self._resumed = self._learnt = False
+        self._reported = 0.0  # when, on the monotonic clock
         self._restored: Path | None = None  # the checkpoint that is continued from
         self._unusable: list[Path] = []  # checkpoints newer than the one that is continued from
         self._wall_before, self._started = 0.0, time.monotonic()
         self._metrics: Metrics | None = None  # the last update's
         self._last_return: float | None = None
+        self._warned = False  # of skipped updates
         self._evaluated_at = self._saved_at = 0
         if resume:
             self._restore()
@@ -175,6 +185,7 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Train to `config.train.steps`, evaluate, write summary.json and return it."""
+        self._commit = commit()  # now: the files may change while this runs
         self.run.mkdir(parents=True, exist_ok=True)
         with checkpoint.locked(self.run):
             return self._train()
@@ -196,8 +207,8 @@ class Trainer:
         try:
             with self._interrupts:
                 if self.learner.updates == 0 and c.demo_updates:
-                    self._on_message(f"{c.demo_updates} updates on the demonstrations alone")
-                    self._join(self._start_updates(c.demo_updates, self.experts, report=True))
+                    self._wait_for_updates("demo updates", c.demo_updates, self.experts,
+                                           "on the demonstrations alone")
                 while self.env_steps < c.steps:
                     ended = self._tick()
                     self._interrupts.check()
@@ -241,7 +252,7 @@ class Trainer:
         for episode in ended:
             self._keep(episode)
         self._learn(at_once=self.overlap == "off" or bool(ended))
-        if self.env_steps % _REPORT_EVERY < len(actions):
+        if self._report_is_due(self.env_steps, len(actions)):
             self._report()
         for episode in ended:
             self.episodes += 1
@@ -294,53 +305,68 @@ class Trainer:
         if self._exploring_at_random:
             return 0
         since = self.env_steps - c.random_steps
-        return c.train.demo_updates + c.initial_updates + since * c.train.updates_per_step
+        return c.train.demo_updates + c.initial_updates + math.floor(since * c.train.update_rate)
 
     def _learn(self, *, at_once: bool) -> None:
         """Make the updates that are due, or leave them to the next tick unless they are many."""
         missing = self._due() - self.learner.updates
-        many = missing > len(self.envs) * self.config.train.updates_per_step
+        many = missing > math.ceil(len(self.envs) * self.config.train.update_rate)
         if many:
-            self._on_message(f"{missing} updates on the first {self.env_steps} steps")
-        if missing > 0 and (at_once or many):
-            self._join(self._start_updates(self._due(), self.behaviour, report=True))
+            first = self.learner.updates <= self.config.train.demo_updates
+            self._wait_for_updates("initial updates" if first else "updates", missing,
+                                   self.behaviour, f"on the first {self.env_steps} steps")
+        elif missing > 0 and at_once:
+            self._join(self._start_updates(self._due(), self.behaviour))
+
+    def _wait_for_updates(self, name: str, count: int, behaviour: SliceReplay, on: str) -> None:
+        """Make `count` updates while nothing else happens, and say so."""
+        compiled = self.learner.mode in ("compile", "graph") and not self._learnt
+        self._on_message(
+            f"{count} {name} {on}" + (", compiled before the first: a minute" if compiled else ""))
+        self._join(self._start_updates(self.learner.updates + count, behaviour, phase=name))
 
     def _start_updates(
-        self, updates: int, behaviour: SliceReplay, *, report: bool = False
+        self, updates: int, behaviour: SliceReplay, *, phase: str | None = None
     ) -> Future[Metrics | None]:
         """Update until `updates` have been made in all, on the learner's thread if it has one.
 
-        `report` allows progress reports, where the caller does nothing but wait.
+        With a `phase` progress is reported, where the caller does nothing but wait.
         """
         if self._worker is None:
             done: Future[Metrics | None] = Future()
-            done.set_result(self._update_to(updates, behaviour, report))
+            done.set_result(self._update_to(updates, behaviour, phase))
             return done
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        return self._worker.submit(self._update_to, updates, behaviour, report)
+        return self._worker.submit(self._update_to, updates, behaviour, phase)
 
     def _join(self, learning: Future[Metrics | None]) -> None:
-        """Wait for updates and publish the weights to the planner."""
+        """Wait for updates and publish the weights that act to the planner."""
         self._metrics = learning.result() or self._metrics
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        self.agent.planner.publish(self.learner.weights)
+        self.agent.publish(self.learner.acting_weights())
 
-    def _update_to(self, updates: int, behaviour: SliceReplay, report: bool) -> Metrics | None:
-        metrics = None
+    def _update_to(
+        self, updates: int, behaviour: SliceReplay, phase: str | None
+    ) -> Metrics | None:
+        metrics, first = None, self.learner.updates
         stream = contextlib.nullcontext() if self._stream is None else \
             torch.cuda.stream(self._stream)
+        if phase is not None:
+            self._report(phase=(phase, 0, updates - first))
         with stream:
             while self.learner.updates < updates and not self._stop.is_set():
                 latest = self.learner.learn(self.experts, behaviour)
-                left = updates - self.learner.updates
-                shown = report and left > 1 and self.learner.updates % _REPORT_EVERY == 0
-                if shown or left == 0:  # a copy: the next update may overwrite them
+                self._learnt = True
+                last = self.learner.updates == updates
+                shown = phase is not None and (
+                    last or self._report_is_due(self.learner.updates, 1))
+                if shown or last:  # a copy: the next update may overwrite them
                     metrics = tuple(latest), torch.stack(list(latest.values()))
                 if shown:
                     self._metrics = metrics
-                    self._report()
+                    self._report(phase=(phase, self.learner.updates - first, updates - first))
         return metrics
 
     def _fetched(self) -> dict[str, float]:
@@ -348,20 +374,29 @@ class Trainer:
         if self._metrics is None:
             return {}
         names, values = self._metrics
-        return dict(zip(names, values.tolist(), strict=True))
+        fetched = dict(zip(names, values.tolist(), strict=True))
+        if fetched["skipped_updates"] and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "an update had a loss or a gradient that is not finite and was left out (counted "
+                "as skipped_updates, said once)", RuntimeWarning, stacklevel=2)
+        return fetched
 
     def _evaluate(self, episodes: int) -> Evaluation:
         """Without exploration, and without a trace in the state of training."""
         planner, at = self._evaluator.planner, self._progress()
         before = planner.state_dict()
-        planner.publish(self.learner.weights)
+        self._evaluator.publish(self.learner.evaluation_weights())
         planner.step = 0
+        self._report(phase=("evaluation", 0, episodes))
         result = evaluate(
             self._evaluator, _Watched(self.eval_env, self._interrupts.check), episodes=episodes,
-            seed=self.config.seed)
+            seed=self.config.seed,
+            progress=lambda done, _: self._report(phase=("evaluation", done, episodes)))
         counted = {k: getattr(planner, k) - int(before[k])
                    for k in ("nonfinite_plans", "missed_plans")}
         planner.load_state_dict(before)
+        self.agent.publish(self.learner.acting_weights())  # the evaluator may be this agent
         for key, count in counted.items():
             setattr(self.agent.planner, key, getattr(self.agent.planner, key) + count)
         self._evaluated_at = self.env_steps
@@ -385,17 +420,23 @@ class Trainer:
             "seed": self.config.seed,
             "env_steps": self.env_steps,
             "updates": self.learner.updates,
+            "skipped_updates": self.learner.skipped_updates,
             "wall_s": round(trained_s, 1),
+            "episodes": len(result.episodes),
             "return_mean": result.return_mean,
             "return_std": result.return_std,
             "success_rate": result.success_rate,
             "success_any_rate": result.success_any_rate,
             "demonstrator_return": self.demonstrator_return,
             "ratio": ratio(result.return_mean, self.demonstrator_return),
+            **last_evaluations(self.run, before=self.env_steps),
             "backend": self.agent.planner.backend,
             "nonfinite_plans": self.agent.planner.nonfinite_plans,
             "missed_plans": self.agent.planner.missed_plans,
             "env_restarts": self.envs.restarts,
+            "threads": threads(),
+            "machine": machine(self.device),
+            "commit": self._commit,
         }
         write_summary(self.run, summary)
         if self._short:
@@ -408,9 +449,15 @@ class Trainer:
         return {"env_steps": self.env_steps, "updates": self.learner.updates,
                 "episodes": self.episodes, "wall_s": round(self.wall_s, 1)}
 
-    def _report(self) -> None:
+    def _report_is_due(self, count: int, new: int) -> bool:
+        """After so many steps or updates in all, of which `new` have just been made."""
+        return count % _REPORT_EVERY < new or \
+            time.monotonic() - self._reported > _REPORT_EVERY_S
+
+    def _report(self, phase: tuple[str, int, int] | None = None) -> None:
+        self._reported = time.monotonic()
         self._on_progress({**self._progress(), "return": self._last_return,
-                           **self._fetched()})
+                           **({} if phase is None else {"phase": phase}), **self._fetched()})
 
     def _state(self) -> _State:
         """What a continuation needs, as it is now, after a tick at which an episode ended.
@@ -430,7 +477,7 @@ class Trainer:
             "evaluated_at": self._evaluated_at,
             "demonstrator_return": self.demonstrator_return,
             "demonstrations": self._demonstrations_digest,
-            "device": torch.device(self.device).type,
+            "device": torch.device(self.device).type, "mode": self.learner.mode,
             "settings": self.config.to_dict()}
         return _State(self.env_steps, tensors, meta, self.behaviour.overwritten)
 
@@ -505,7 +552,7 @@ class Trainer:
                 tensors["trainer.generator"], self.generator, "trainer", meta))
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this run's settings: {error}") from error
-        self.agent.planner.publish(self.learner.weights)
+        self.agent.publish(self.learner.acting_weights())
         self.env_steps, self.episodes = meta["env_steps"], meta["episodes"]
         self.envs.started = meta.get("started", self.episodes)  # absent: of one environment
         self.envs.restarts = meta.get("env_restarts", 0)
@@ -522,6 +569,12 @@ class Trainer:
         if changed:
             raise ConfigError("what a run learns cannot change when it is resumed: "
                               + "; ".join(changed))
+        made = {"mode": meta.get("mode"), "precision": settings.get("learner", {}).get("precision")}
+        now = {"mode": self.learner.mode, "precision": self.config.learner.precision}
+        for key, old in made.items():
+            if old not in (None, now[key]):
+                self._on_message(f"the run was made with learner.{key}={old} and goes on with "
+                                 f"{now[key]}: not bit for bit")
         for key, text in differences(settings, found.to_dict()):
             if key.startswith("train."):
                 self._on_message(f"config.yaml differs from the checkpoint's settings: {text}")

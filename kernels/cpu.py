@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,15 +25,7 @@ class PackedWeights:
         # Here, so that the package can be imported, and the reference used, without the extension.
         from iqmpc import _C
 
-        self.native = _C.WorldModel(
-            encoder=flat_encoder(weights),
-            dynamics=layer_arrays("dynamics", weights.dynamics),
-            policy=layer_arrays("policy", weights.policy),
-            critics=[layer_arrays(f"critic {k}", weights.critics, k)
-                     for k in range(weights.num_critics)],
-            termination=layer_arrays("termination", weights.termination),
-            simnorm_dim=weights.simnorm_dim, log_std_min=weights.log_std_min,
-            log_std_max=weights.log_std_max, precision=precision, isa=isa)
+        self.native = _C.WorldModel(model_view(weights), precision=precision, isa=isa)
         self.obs_dim: int = self.native.obs_dim
         self.action_dim: int = self.native.action_dim
         self.latent_dim: int = self.native.latent_dim
@@ -60,22 +54,50 @@ def refuse_grad(**tensors: Tensor) -> None:
             )
 
 
-def flat_encoder(weights: Weights) -> list[tuple[np.ndarray, ...]]:
-    """The encoder's layers; none of an encoder of images, which the C++ library does not know."""
-    return [] if weights.encodes_images else layer_arrays("encoder", weights.encoder)
+class LiveView:
+    """The view of weights that are packed again and again: made anew only where they have moved."""
+
+    def __init__(self) -> None:
+        self._view: Any = None
+        self._key: tuple | None = None
+
+    def of(self, weights: Weights) -> Any:
+        """`model_view(weights)`, or the one of the call before if it shows the same memory.
+
+        That it does is asked of every tensor, since a tensor's memory may be exchanged. No other
+        tensor can have come to lie there, because a view keeps what it shows.
+        """
+        tensors = weights.tensors()
+        key = (weights.simnorm_dim, weights.log_std_min, weights.log_std_max,
+               *(len(part) for part in weights[:4]), [t.data_ptr() for t in tensors],
+               [t.shape for t in tensors], [t.dtype for t in tensors])
+        contiguous = all(t.is_contiguous() for t in tensors)
+        if self._key is None or key != self._key or not contiguous:
+            self._view = model_view(weights)
+            self._key = key if contiguous else None  # else it shows a copy
+        return self._view
 
 
-def layer_arrays(
-    part: str, layers: tuple[Layer, ...], member: int | None = None
-) -> list[tuple[np.ndarray, ...]]:
-    """(weight, bias[, gamma, beta]) of each layer; of one member of stacked ones."""
+def model_view(weights: Weights) -> Any:
+    """The weights as an `iqmpc._C.ModelView`, without a copy of those that are contiguous.
 
-    def array(name: str, tensor: Tensor) -> np.ndarray:
-        one = tensor if member is None else tensor[member]
-        return as_array(f"{part} {name}", one.contiguous())
+    An encoder of images, which the C++ library does not know, is left out. Raises `ValueError` for
+    tensors that are not float32 on the CPU and for layers that are none.
+    """
+    from iqmpc import _C
 
+    return _C.ModelView(
+        encoder=[] if weights.encodes_images else layer_arrays("encoder", weights.encoder),
+        **{part: layer_arrays(part, getattr(weights, part))
+           for part in ("dynamics", "policy", "critics", "termination")},
+        simnorm_dim=weights.simnorm_dim, log_std_min=weights.log_std_min,
+        log_std_max=weights.log_std_max)
+
+
+def layer_arrays(part: str, layers: tuple[Layer, ...]) -> list[tuple[np.ndarray, ...]]:
+    """(weight, bias[, gamma, beta]) of each layer."""
     return [
-        tuple(array(f"layer {i} {name}", t)
+        tuple(as_array(f"{part} layer {i} {name}", t.contiguous())
               for name, t in zip(Layer._fields, layer, strict=True) if t is not None)
         for i, layer in enumerate(layers)
     ]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from iqmpc.errors import BackendError
 from iqmpc.kernels.backends import available_backends
-from iqmpc.kernels.cpu import flat_encoder, layer_arrays
+from iqmpc.kernels.cpu import model_view
 from iqmpc.kernels.weights import Layer, Weights, map_layers
 
 
@@ -40,14 +40,10 @@ class CudaWeights:
                 raise ValueError(
                     f"weights must be float32 for the cuda backend, got {_name(tensor.dtype)}")
         self.device = _cuda_device(device, weights.encoder[0].weight.device)
-        critics = _host(weights.critics)
+        host = weights._replace(**{part: _host(getattr(weights, part))
+                                   for part in ("encoder", "dynamics", "policy", "critics")})
         self.native = _C.CudaWorldModel(
-            encoder=flat_encoder(weights._replace(encoder=_host(weights.encoder))),
-            dynamics=layer_arrays("dynamics", _host(weights.dynamics)),
-            policy=layer_arrays("policy", _host(weights.policy)),
-            critics=[layer_arrays(f"critic {k}", critics, k) for k in range(weights.num_critics)],
-            simnorm_dim=weights.simnorm_dim, log_std_min=weights.log_std_min,
-            log_std_max=weights.log_std_max, precision=precision, device=self.device.index)
+            model_view(host), precision=precision, device=self.device.index)
         self.action_dim: int = self.native.action_dim
         self.latent_dim: int = self.native.latent_dim
         self.num_critics: int = self.native.num_critics

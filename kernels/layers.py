@@ -7,6 +7,7 @@ reference (on a snapshot). Leading dimensions are free; the last is the feature 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -108,14 +109,25 @@ def policy_action(w: Weights, z: Tensor, noise: Tensor) -> Tensor:
     return torch.tanh(mean + log_std.exp() * noise)
 
 
-def policy_sample(w: Weights, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The action and its exact squashed-Gaussian log-density [...], summed over its dimensions."""
+def policy_sample(
+    w: Weights, z: Tensor, noise: Tensor, form: Literal["exact", "presquash"] = "exact"
+) -> tuple[Tensor, Tensor]:
+    """a = tanh(u), u = μ + σ ε, and log π [...], summed over the action's dimensions.
+
+    z [..., Z] and standard normal noise [..., A]. `exact` is the density of the squashed Gaussian,
+    Σ (-ε²/2 - log σ - ½ log 2π) - Σ log(1 - a²). `presquash` is that of the Gaussian before
+    squashing, with 1/A of the second sum, each term log(max(1 - a², 0) + 1e-6): the released
+    code's log π divided by A. It is no density of a.
+    """
     mean, log_std = policy(w, z)
     u = mean + log_std.exp() * noise
+    action = torch.tanh(u)
     gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    # log(1 - tanh(u)^2), in a form that does not cancel for large |u|
-    squash = 2 * (math.log(2) - u - F.softplus(-2 * u))
-    return torch.tanh(u), (gaussian - squash).sum(-1)
+    if form == "presquash":
+        squash = ((1 - action.square()).clamp_min(0) + 1e-6).log() / action.shape[-1]
+    else:  # log(1 - tanh(u)^2), in a form that does not cancel for large |u|
+        squash = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return action, (gaussian - squash).sum(-1)
 
 
 def ensemble(layers: tuple[Layer, ...], x: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -158,6 +170,11 @@ def draw_pair(layers: tuple[Layer, ...], pair: Tensor) -> tuple[Layer, ...]:
     )
 
 
-def q_min(pair: tuple[Layer, ...], z: Tensor, action: Tensor) -> Tensor:
-    """Q_min: the smaller of the drawn pair. z [..., Z], action [..., A] -> [...]."""
-    return critics(pair, z, action).amin(0)
+def q_min(
+    pair: tuple[Layer, ...], z: Tensor, action: Tensor, keep: Tensor | None = None
+) -> Tensor:
+    """Q_min: the smaller of the drawn pair. z [..., Z], action [..., A] -> [...].
+
+    keep: as in `critics`, [2, N, hidden] in the pair's order.
+    """
+    return critics(pair, z, action, keep).amin(0)

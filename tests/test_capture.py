@@ -135,13 +135,17 @@ def addresses(learner):
                for state in o.state.values() for t in state.values()]
     targets = [t for layer in learner.targets for t in layer if t is not None]
     gradients = [p.grad for p in learner.model.parameters()]
-    return [t.data_ptr() for t in [*learner.model.parameters(), *targets, *moments, *gradients]]
+    averages = [] if learner.averages is None else learner.averages.tensors()
+    return [t.data_ptr() for t in [
+        *learner.model.parameters(), *targets, *averages, *moments, *gradients]]
 
 
 @pytest.mark.parametrize("changes", [
     {"learner.gradient_penalty": True}, {"learner.objective": "v_diff", "model.dropout": 0.1},
-    {"learner.objective": "td"}, {"model.termination": True}],
-    ids=["iq", "v_diff", "td", "termination"])
+    {"learner.objective": "td"}, {"model.termination": True},
+    {"learner.gradient_penalty": True, "learner.dropout": "always",
+     "learner.entropy": "presquash", "agent.average": "always"}],
+    ids=["iq", "v_diff", "td", "termination", "dropout and average"])
 def test_a_recorded_update_is_the_eager_one(small_config, monkeypatch, changes):
     """Same draws: the same metrics and state, bit for bit, in every update, the first included."""
     config = small_config.replace(changes)
@@ -160,6 +164,23 @@ def test_a_recorded_update_is_the_eager_one(small_config, monkeypatch, changes):
         seen.append(one["critic_loss"])
     assert graph._captured.captures == 1 and graph.updates == WARM_UPS + 9
     assert len(set(seen)) == len(seen)
+
+
+def test_a_recorded_update_that_is_not_finite_is_left_out(small_config, monkeypatch):
+    """Found and counted on the device: the host neither waits nor decides."""
+    config = small_config.replace({"agent.average": "evaluation", "learner.batch": 4})
+    eager = learner_of(config, "eager", monkeypatch)
+    graph = learner_of(config, "graph", monkeypatch)
+    experts, behaviour = replays()
+    behaviour.add_episode(torch.full((5, 2), torch.nan), torch.zeros(4, 2), torch.zeros(4))
+    skipped = []
+    for _ in range(WARM_UPS + 30):
+        one = values(eager.learn(experts, behaviour))
+        assert one == values(graph.learn(experts, behaviour)) and same_state(eager, graph)
+        skipped.append(graph.skipped_updates)
+    assert all(t.isfinite().all() for t in graph.weights.tensors())
+    assert 0 < skipped[-1] < graph.updates == len(skipped) and skipped[-1] > skipped[WARM_UPS]
+    assert one["skipped_updates"] == float(skipped[-1]).hex() and graph._captured.captures == 1
 
 
 def test_a_recorded_update_from_images_is_the_eager_one(small_config, monkeypatch):
@@ -199,6 +220,7 @@ def test_a_recorded_update_follows_its_replay(small_config, monkeypatch):
 
 def test_static_tensors_stay_where_they_are(small_config, monkeypatch):
     """Over updates, growth of the replay, load_state_dict and publishing."""
+    small_config = small_config.replace({"agent.average": "always"})
     graph = learner_of(small_config, "graph", monkeypatch)
     experts, behaviour = replays()
     published = snapshot(graph.weights)
@@ -338,7 +360,7 @@ def test_a_capture_is_alone_and_collects_nothing(monkeypatch, fails):
 @pytest.mark.parametrize("penalty", [False, True])
 def test_captured_updates_are_the_uncaptured_ones(small_config, monkeypatch, penalty):
     """The same kernels on the same draws: bit for bit, over growth, a loaded state and warm-ups."""
-    config = small_config.replace({"learner.gradient_penalty": penalty})
+    config = small_config.replace({"learner.gradient_penalty": penalty, "agent.average": "always"})
     plain, graph = (learner_of(config, m, monkeypatch, "cuda") for m in ("compile", "graph"))
     experts, behaviour = replays("cuda")
     for number in range(40):

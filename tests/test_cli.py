@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from iqmpc import Demonstrations
+from iqmpc import Config, Demonstrations, cli
 from iqmpc.cli import main
 
 TINY = [
@@ -68,14 +68,71 @@ def test_eval_prints_the_same_figures(run):
     done = iqmpc("eval", path, "--episodes", 2, "--json")
     assert done.returncode == 0, done.stderr
     figures, summary = json.loads(done.stdout), json.loads((path / "summary.json").read_text())
-    of_training = ("wall_s", "env_restarts")
+    of_training = {"wall_s", "env_restarts", "skipped_updates", "threads", "machine", "commit",
+                   *(k for k in summary if k.startswith("last5_"))}
     assert {k: figures[k] for k in summary if k not in of_training} == {
         k: v for k, v in summary.items() if k not in of_training}
     assert figures["wall_s"] == pytest.approx(summary["wall_s"], abs=5)
     assert figures["env_steps"] == 40 and figures["planner"] is True
-    assert -1 <= figures["reward_correlation"] <= 1
-    prior = json.loads(iqmpc("eval", path, "--episodes", 2, "--json", "--no-planner").stdout)
+    assert figures["reward_correlation"] is None
+    prior = json.loads(iqmpc("eval", path, "--episodes", 2, "--json", "--no-planner",
+                             "--correlation").stdout)
+    assert -1 <= prior["reward_correlation"] <= 1
     assert prior["planner"] is False and prior["return_mean"] != figures["return_mean"]
+
+
+def test_table_measures_what_is_there_and_names_what_is_not(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "runs" / "one")
+    (tmp_path / "runs" / "none").mkdir()
+    out = tmp_path / "table.json"
+    words = ["table", "runs/*", "--out", out, "--markdown", "--episodes", 3]
+    done = iqmpc(*words, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("runs/none is no run folder") == 1
+    (record,) = json.loads(out.read_text())
+    assert (record["task"], record["agent"], record["seed"]) == ("walker-walk", "planner", 0)
+    assert (record["steps"], record["episodes"], record["threads"]) == (40, 3, 1)
+    assert "train.initial_updates=2" in record["ablation"].split()
+    assert -1 <= record["correlation"] <= 1 and record["commit"] and record["machine"]
+    assert f"| {record['return_mean']:.1f} |" in done.stdout
+    again = iqmpc("eval", tmp_path / "runs" / "one", "--episodes", 3, "--seed", 10_000,
+                  "--correlation", "--json")
+    figures = json.loads(again.stdout)
+    assert figures["return_mean"] == pytest.approx(record["return_mean"], abs=1e-4)
+    assert figures["reward_correlation"] == pytest.approx(record["correlation"], abs=1e-4)
+    # The same settings once more would be two records under one name.
+    shutil.copytree(tmp_path / "runs" / "one", tmp_path / "runs" / "two")
+    done = iqmpc("table", "runs/one", "runs/two", "--episodes", 3, cwd=tmp_path)
+    assert done.returncode == 2 and "runs/two is left out: runs/one has the same" in done.stderr
+    assert "walker-walk" in done.stdout and record["commit"] in done.stderr
+@pytest.mark.parametrize(("threads", "load", "said"), [
+    (None, 0.2, False), (None, 0.6, True), (None, 3.0, True), (2, 3.0, False)])
+def test_a_busy_machine_is_said_and_changes_nothing(monkeypatch, threads, load, said):
+    monkeypatch.setattr("iqmpc.threads.threads", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0), raising=False)
+    hint = cli._busy_hint(Config(threads=threads))
+    assert hint == (f"the machine is busy (load {load} on 2 cores): threads=1 may be faster here "
+                    "than the default of 2" if said else None)
+
+
+@pytest.mark.parametrize(("given", "spins"), [
+    ({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)])
+def test_torchs_threads_do_not_keep_the_cores(monkeypatch, given, spins):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what follows is undone
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    run_main(monkeypatch, "--help")
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+def test_the_command_line_loads_torch_after_that():
+    done = subprocess.run(
+        [sys.executable, "-c", "import iqmpc.cli, sys; assert 'torch' not in sys.modules"],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_resume_continues(run, tmp_path):
@@ -88,6 +145,8 @@ def test_resume_continues(run, tmp_path):
     summaries = [json.loads((p / "summary.json").read_text()) for p in (path, straight)]
     for summary in summaries:
         del summary["wall_s"]
+        # The shorter run ended at step 40 where the longer one evaluated on the way.
+        assert summary.pop("last5_return_mean") and summary.pop("last5_return_min")
     assert summaries[0] == summaries[1] and summaries[0]["env_steps"] == 60
 
 
@@ -187,6 +246,8 @@ def test_doctor_names_backends_and_reasons():
     (["train", "train.capacity=300"], "train.capacity must be above task.episode_length"),
     (["train", "run_dir=/proc/nowhere"], "/proc/nowhere"),
     (["plot", "nowhere", "--out", "a.doc"], "must be a .png, .pdf or .svg file"),
+    (["table", "nowhere"], "nowhere is no run folder"),
+    (["table", "nowhere", "--out", "nowhere/a.json"], "nowhere/a.json is in no folder that exists"),
     (["demos", "record", "nowhere", "nowhere/a.h5"], "in a folder that exists"),
     (["eval", "nowhere"], "nowhere is no run folder"),
     (["eval", "nowhere", "--video", "a.gif"], "--video must name an .mp4 file, got a.gif"),

@@ -21,8 +21,8 @@ def test_compile_is_refused_at_once(without, tmp_path, small_config, point_env,
                                           "give learner.mode=eager$"):
         Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    check_compiler(small_config, "cpu")
-    check_compiler(config, "cuda")
+    check_compiler(small_config, "cpu", "eager")
+    check_compiler(config, "cuda", "compile")
     cells = [cell for table in report() for column in table.columns for cell in column.cells]
     assert any(str(cell).startswith("none: torch.compile") for cell in cells)
 

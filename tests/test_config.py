@@ -1,9 +1,10 @@
 import dataclasses
+import math
 
 import pytest
 import yaml
 
-from iqmpc.compose import SUITES, compose, options, parse
+from iqmpc.compose import SUITES, ablation, compose, departures, options, parse
 from iqmpc.config import Config, all_keys, names_task
 from iqmpc.envs import TASKS
 from iqmpc.errors import ConfigError
@@ -30,7 +31,18 @@ from iqmpc.errors import ConfigError
     (["model.latent_dim=100"], "must be a multiple of model.simnorm_dim, got 100 and 8"),
     (["train.steps=0"], "train.steps must be at least 1, got 0"),
     (["learner.rho=1.5"], "learner.rho must lie in [0, 1], got 1.5"),
+    (["agent.average=ever"], "agent.average must be one of off, evaluation, always, got 'ever'"),
+    (["agent.average_rate=0"], "agent.average_rate must be positive, got 0.0"),
+    (["agent.average_rate=1.5"], "agent.average_rate must lie in [0, 1], got 1.5"),
+    (["learner.entropy=squash"], "learner.entropy must be one of exact, presquash, got 'squash'"),
+    (["learner.dropout=never"], "learner.dropout must be one of regression, always, got 'never'"),
     (["learner.lr=0"], "learner.lr must be positive, got 0.0"),
+    (["train.updates_per_step=0"], "train.updates_per_step must be positive, got 0"),
+    (["train.updates_per_step=-0.5"], "train.updates_per_step must be positive, got -0.5"),
+    (["train.updates_per_step=inf"], "train.updates_per_step must be finite, got inf"),
+    (["train.updates_per_step=nan"], "train.updates_per_step must be finite, got nan"),
+    (["train.updates_per_step=true"], "train.updates_per_step must be float, got True (bool)"),
+    (["train.updates_per_step=few"], "train.updates_per_step must be float, got 'few' (str)"),
     (["steps"], "expected key=value, got 'steps'"),
     (["+train.steps=3"], "expected key=value, got '+train.steps=3'"),
     (["seed=1,2"], "expected key=value, got 'seed=1,2'"),
@@ -70,9 +82,31 @@ def test_every_task_file_is_a_task():
         assert compose([f"task={name}"]).task == TASKS[name]
 
 
+@pytest.mark.parametrize(("word", "value", "kind", "rate"), [
+    ("2", 2, int, (2, 1)), ("0.25", 0.25, float, (1, 4)), ("0.1", 0.1, float, (1, 10)),
+    ("1e-3", 1e-3, float, (1, 1000)), ("1.5", 1.5, float, (3, 2)), ("3.0", 3.0, float, (3, 1)),
+])
+def test_updates_per_step_is_a_number_as_it_is_written(word, value, kind, rate):
+    config = compose([f"train.updates_per_step={word}"])
+    again = Config.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict())))
+    for train in (config.train, again.train):
+        assert train.updates_per_step == value and type(train.updates_per_step) is kind
+        assert train.update_rate.as_integer_ratio() == rate
+    assert again == config
+
+
+def test_a_tenth_of_a_million_steps_is_a_hundred_thousand_updates():
+    """Where floats would be one short now and then, as 0.29 · 100 is."""
+    rate = compose(["train.updates_per_step=0.1"]).train.update_rate
+    assert all(math.floor(steps * rate) == steps // 10 for steps in range(0, 1_000_001, 7))
+    assert math.floor(1_000_000 * rate) == 100_000
+    rate = compose(["train.updates_per_step=0.29"]).train.update_rate
+    assert math.floor(100 * rate) == 29 != math.floor(100 * 0.29)
+
+
 def test_off_is_a_word_and_not_a_boolean():
-    config = compose(["train.overlap=off", "learner.mode=graph"])
-    assert config.train.overlap == "off" and config.learner.mode == "graph"
+    config = compose(["train.overlap=off", "agent.average=off", "learner.mode=graph"])
+    assert config.train.overlap == config.agent.average == "off" and config.learner.mode == "graph"
     assert Config.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
@@ -92,6 +126,22 @@ def test_derived_values():
     assert config.replace({"task.gradient_penalty": True}).gradient_penalty
     assert not config.replace(
         {"task.gradient_penalty": True, "learner.gradient_penalty": False}).gradient_penalty
+
+
+def test_the_entropy_coefficient_grows_with_the_actions():
+    config = Config().replace({"learner.beta": 0.02})
+    assert Config().learner.entropy_scale == "action_dim"
+    assert config.entropy_coefficient(39) == pytest.approx(0.78)
+    one = config.replace({"learner.entropy_scale": "one"})
+    assert one.entropy_coefficient(39) == one.entropy_coefficient(6) == 0.02
+    assert Config().entropy_coefficient(6) == pytest.approx(6e-4)
+
+
+def test_a_configuration_from_before_a_section_is_read():
+    values = Config().to_dict()
+    del values["agent"], values["learner"]["entropy"], values["learner"]["dropout"]
+    assert Config.from_dict(values) == Config()
+    assert Config().agent.average == "off" and Config().agent.average_rate == 0.005
 
 
 def test_compose_inside_a_hydra_program():
@@ -177,3 +227,35 @@ def test_suites_are_those_whose_environments_are_made():
     from iqmpc.envs import _SUITES
 
     assert set(SUITES) == set(_SUITES)
+
+
+def test_a_run_knows_its_preset():
+    assert compose().preset == "cpu" and compose(["preset=pixels"]).preset == "pixels"
+    assert Config().preset is None
+
+
+@pytest.mark.parametrize(("words", "text"), [
+    ([], ""),
+    (["task=dog-run", "preset=paper", "seed=3", "train.steps=7", "threads=1"], ""),
+    (["preset=pixels", "task=cheetah-run"], ""),
+    (["task=gym", "env_id=HalfCheetah-v4"], ""),
+    (["task=gym", "env_id=my.module:make", "task.terminates=false"], "task.terminates=false"),
+    (["learner.batch=128", "learner.lr=1e-3", "learner.gradient_penalty=null"],
+     "learner.batch=128 learner.lr=0.001"),
+    (["learner=td", "planner.iterations=null"], "planner.iterations=null learner.objective=td"),
+    (["demos.path=/data/mine.h5", "demos.episodes=5"], "demos.path=mine.h5 demos.episodes=5"),
+    (["task.name=own", "task.suite=own", "task.episode_length=9", "model.critics=3"],
+     "model.critics=3"),
+])
+def test_what_departs_from_task_and_preset(words, text):
+    assert ablation(compose(words)) == text
+    if "demos.path" not in text and "terminates" not in text:
+        again = compose(text.split())
+        assert departures(again) == departures(compose(words))
+
+
+def test_departures_are_from_the_default_preset_where_none_is_named():
+    config = compose(["learner.batch=128"]).replace({"preset": None})
+    assert departures(config) == {"learner.batch": 128}
+    with pytest.raises(ConfigError, match="unknown preset 'gone'"):
+        departures(config.replace({"preset": "gone"}))

@@ -1,10 +1,11 @@
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from iqmpc import Learner
-from iqmpc.kernels.weights import map_layers
+from iqmpc import Learner, losses
+from iqmpc.kernels.weights import map_layers, snapshot
 from iqmpc.losses import Batch
 from iqmpc.replay import SliceReplay, join
 
@@ -23,6 +24,309 @@ def with_(config, **learner):
 
 def parameters(learner):
     return torch.cat([p.detach().flatten() for p in learner.model.parameters()])
+
+
+def calls_of(monkeypatch, name):
+    """What `losses.model_loss` or `policy_loss` is called with, weights as they were then."""
+    calls, loss = [], getattr(losses, name)
+
+    def called(weights, *args):
+        calls.append((snapshot(weights), *(
+            map_layers(torch.clone, a) if type(a) is tuple else a for a in args)))
+        return loss(weights, *args)
+
+    monkeypatch.setattr(losses, name, called)
+    return calls
+
+
+class Adam:
+    """As in its paper, of one list of tensors, each with its rate; gradients clipped by norm."""
+
+    def __init__(self, rates, clip):
+        self.rates, self.clip, self.steps = rates, clip, 0
+        self.moments = [[0.0, 0.0] for _ in rates]
+
+    def step(self, tensors, gradients):
+        """(The tensors after the step, the norm before the clipping.)"""
+        self.steps += 1
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
+        after = []
+        for x, g, m, rate in zip(tensors, gradients, self.moments, self.rates, strict=True):
+            g = g.double() * min(1.0, self.clip / norm)
+            m[0] = 0.9 * m[0] + 0.1 * g
+            m[1] = 0.999 * m[1] + 0.001 * g**2
+            first, second = m[0] / (1 - 0.9**self.steps), m[1] / (1 - 0.999**self.steps)
+            after.append(x.double() - rate * first / (second.sqrt() + 1e-8))
+        return after, norm
+
+
+def parts(weights):
+    """The tensors that the model's step moves (with their number in the encoder), and the policy's.
+    """
+    encoder, rest, policy = (weights._replace(**{p: () for p in absent}).tensors() for absent in (
+        ("dynamics", "critics", "termination", "policy"), ("encoder", "policy"),
+        ("encoder", "dynamics", "critics", "termination")))
+    return [*encoder, *rest], len(encoder), policy
+
+
+def copies(weights):
+    """Leaves of a graph of their own."""
+    weights = snapshot(weights)
+    for t in weights.tensors():
+        t.requires_grad_()
+    return weights
+
+
+@pytest.mark.parametrize(("settings", "clips"), [
+    ({"grad_clip": 0.01}, True),
+    ({"objective": "td", "entropy_scale": "one", "dropout": "always"}, False),
+    ({"objective": "v_diff", "gradient_penalty": True, "dropout": "always", "c_gp": 3.0}, False)])
+def test_an_update_by_hand(small_config, monkeypatch, settings, clips):
+    """Two steps of Adam, each on its own parameters and clipped by their norm alone; the policy's
+    with the new critics on the old latents; then targets and average. No setting at its default.
+    """
+    model_calls, policy_calls = (
+        calls_of(monkeypatch, name) for name in ("model_loss", "policy_loss"))
+    model_loss, policy_loss = losses.model_loss, losses.policy_loss
+    config = with_(small_config, **{
+        "lr": 2e-3, "encoder_lr_scale": 0.7, "tau": 0.3, "discount": 0.9, "beta": 0.03,
+        "entropy": "presquash", "rho": 0.7, "c_iq": 0.4, **settings}).replace(
+            {"agent.average": "evaluation", "agent.average_rate": 0.2})
+    learner = Learner(2, 2, config)
+    average = [t.clone() for t in learner.averages.tensors()]
+    assert all(torch.equal(a, b) for a, b in zip(average, learner.weights.tensors(), strict=True))
+    targets = map_layers(torch.clone, learner.targets)
+    tensors, encoder, policy = parts(learner.weights)
+    clip = config.learner.grad_clip
+    adam = Adam([0.7 * 2e-3] * encoder + [2e-3] * (len(tensors) - encoder), clip)
+    policy_adam = Adam([2e-3] * len(policy), clip)
+    beta = 0.03 if config.learner.entropy_scale == "one" else 0.06  # twice, for two actions
+    for number in range(3):
+        data = batch(seed=number)
+        if config.learner.objective == "td":
+            data = data._replace(experts=0)
+        metrics = learner.update(data)
+
+        before, of, drawn_for, noise, given, discount, *last = model_calls.pop(0)
+        assert drawn_for is data and given == config.learner
+        assert discount == 0.9 and last == [beta, bool(config.learner.gradient_penalty)]
+        for x, y in zip(of, targets, strict=True):
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(x, y, strict=True))
+        before = copies(before)
+        loss, latents, expected = model_loss(before, of, data, noise, given, discount, *last)
+        model_calls.clear()
+        for name, value in expected.items():
+            assert metrics[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+        was, _, policy_was = parts(before)
+        after, norm = adam.step(
+            [t.detach() for t in was], torch.autograd.grad(loss, was))
+        assert metrics["model_grad_norm"].item() == pytest.approx(norm, rel=1e-4)
+        assert (norm > clip) == clips
+
+        between, old_latents, policy_noise, *last = policy_calls.pop(0)
+        assert last == [0.7, beta, "presquash"] and torch.allclose(old_latents, latents, atol=1e-5)
+        between = copies(between)
+        now, _, policy_now = parts(between)
+        for a, b in zip(now, after, strict=True):  # the critics have moved, the policy has not
+            torch.testing.assert_close(a.detach().double(), b, rtol=0, atol=2e-5)
+        assert all(torch.equal(a, b) for a, b in zip(policy_now, policy_was, strict=True))
+        loss, _ = policy_loss(between, latents, policy_noise, *last)
+        policy_calls.clear()
+        after, norm = policy_adam.step(
+            [t.detach() for t in policy_now], torch.autograd.grad(loss, policy_now))
+        assert metrics["policy_grad_norm"].item() == pytest.approx(norm, rel=1e-4)
+        assert (norm > clip) == clips
+        moved, _, policy_moved = parts(learner.weights)
+        for a, b in zip(policy_moved, after, strict=True):
+            torch.testing.assert_close(a.detach().double(), b, rtol=0, atol=2e-5)
+        assert all(torch.equal(a, b) for a, b in zip(moved, now, strict=True))
+
+        targets = tuple(type(x)(*(None if a is None else a + 0.3 * (b.detach() - a)
+                                  for a, b in zip(x, y, strict=True)))
+                        for x, y in zip(targets, learner.weights.critics, strict=True))
+        for x, y in zip(targets, learner.targets, strict=True):
+            torch.testing.assert_close(list(x), list(y))
+        targets = map_layers(torch.clone, learner.targets)
+        average = [a + 0.2 * (w.detach() - a)
+                   for a, w in zip(average, learner.weights.tensors(), strict=True)]
+        torch.testing.assert_close(average, learner.averages.tensors())
+    assert learner.skipped_updates == metrics["skipped_updates"] == 0
+
+
+@pytest.mark.parametrize("objective", ["iq", "v_diff", "td"])
+@pytest.mark.parametrize("dropout", ["regression", "always"])
+@pytest.mark.parametrize("penalty", [False, True])
+def test_what_an_update_draws(small_config, monkeypatch, objective, dropout, penalty):
+    """Shapes and distributions, and everything anew in the next update."""
+    model_calls, policy_calls = (
+        calls_of(monkeypatch, name) for name in ("model_loss", "policy_loss"))
+    config = with_(small_config, objective=objective, dropout=dropout, gradient_penalty=penalty)
+    learner = Learner(2, 2, config.replace({"model.dropout": 0.2}))
+    experts, rows = (0 if objective == "td" else 40), 80
+    data = batch(40)._replace(experts=experts)
+    for _ in range(2):
+        learner.update(data)
+    (noise, later), (policy, policy_later) = (
+        [call[i] for call in calls] for i, calls in ((3, model_calls), (2, policy_calls)))
+    always, penalised = dropout == "always", penalty and objective != "td"
+    value = {"iq": experts, "v_diff": 3 * (rows - experts), "td": None}[objective]
+    shapes = {
+        "target": [3, rows, 2], "initial": [3 if objective == "v_diff" else 1, rows, 2],
+        "keep": [3, 3 * rows, 32], "mix": [3, experts, 1] if penalised else None, "pair": [2],
+        "shift": None, "keep_target": [2, 3 * rows, 32] if always else None,
+        "keep_value": [2, value, 32] if always and value else None,
+        "keep_penalty": [3, 3 * experts, 32] if always and penalised else None}
+    assert shapes == {k: None if t is None else list(t.shape)
+                      for k, t in noise._asdict().items()}
+    assert {"action": [4, rows, 2], "pair": [2], "keep": [2, 4 * rows, 32] if always else None} == {
+        k: None if t is None else list(t.shape) for k, t in policy._asdict().items()}
+    for draws, then in ((noise, later), (policy, policy_later)):
+        for name, drawn in draws._asdict().items():
+            if drawn is None or name == "pair":
+                continue
+            assert not torch.equal(drawn, getattr(then, name))
+            rows_of = drawn.flatten(0, -2)
+            assert len(rows_of.unique(dim=0)) > 0.99 * len(rows_of)  # but for chance all differ
+            deviation, count = drawn.std().item(), drawn.numel()
+            if name.startswith("keep"):
+                assert drawn.unique().tolist() == [0, 1.25]
+                mean, std = 1.0, 0.5  # sqrt(0.2 / 0.8)
+            elif name == "mix":
+                assert 0 <= drawn.min() < 0.1 and 0.9 < drawn.max() < 1
+                mean, std = 0.5, math.sqrt(1 / 12)
+            else:
+                mean, std = 0.0, 1.0
+            assert drawn.mean().item() == pytest.approx(mean, abs=5 * std / math.sqrt(count))
+            assert deviation == pytest.approx(std, rel=5 / math.sqrt(count))
+
+
+def test_without_dropout_nothing_is_dropped(small_config, monkeypatch):
+    model_calls, policy_calls = (
+        calls_of(monkeypatch, name) for name in ("model_loss", "policy_loss"))
+    config = with_(small_config, dropout="always", gradient_penalty=True)
+    Learner(2, 2, config.replace({"model.dropout": 0.0})).update(batch())
+    for noise in (model_calls[0][3], policy_calls[0][2]):
+        assert all(t is None for name, t in noise._asdict().items() if name.startswith("keep"))
+
+
+def unlike(before, after):
+    """Names of a state that differ; a NaN differs from everything."""
+    assert before.keys() == after.keys()
+    return {k for k in after if not torch.equal(before[k], after[k])}
+
+
+def state_of(learner):
+    return {k: v.clone() for k, v in learner.state_dict().items()}
+
+
+def spoil(monkeypatch, name, how):
+    """From now on a loss that is, or whose gradient is, not finite."""
+    loss = getattr(losses, name)
+
+    def spoilt(weights, *args):
+        value, *rest = loss(weights, *args)
+        stack = weights.policy if name == "policy_loss" else weights.dynamics
+        zero = stack[0].bias.sum() - stack[0].bias.sum().detach()
+        value = value + {"nan": math.nan * zero, "inf": zero + math.inf,
+                         "gradient inf": zero.sqrt(),  # its slope at 0
+                         "gradient nan": (zero * 0).sqrt()}[how]
+        return value, *rest
+
+    monkeypatch.setattr(losses, name, spoilt)
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "gradient nan", "gradient inf"])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_update_that_is_not_finite_changes_nothing(small_config, monkeypatch, how, first):
+    config = small_config.replace({"agent.average": "always"})
+    good = Learner(2, 2, config)
+    if not first:
+        good.update(batch(seed=1))
+    with monkeypatch.context() as spoiling:
+        spoil(spoiling, "model_loss", how)
+        bad = Learner(2, 2, config)
+    bad.load_state_dict(state_of(good))
+    before = state_of(bad)
+    metrics = bad.update(batch(seed=2))
+    changed = {k for k in unlike({k: before.get(k, torch.zeros_like(v)) for k, v in
+                                  state_of(bad).items()}, state_of(bad))}
+    assert changed == {"generator", "updates", "skipped_updates"}  # moments may appear, as zeros
+    assert bad.updates == good.updates + 1 and bad.skipped_updates == 1
+    assert metrics["skipped_updates"] == 1 and metrics["skipped_updates"].is_floating_point()
+    bad.update(batch(seed=3))
+    assert bad.skipped_updates == 2
+    # The next that is finite is as if there had been none before.
+    good.generator.set_state(bad.generator.get_state())
+    after = Learner(2, 2, config)
+    after.load_state_dict(state_of(bad))
+    assert after.skipped_updates == 2
+    for learner in (good, after):
+        learner.update(batch(seed=4))
+    assert unlike(state_of(good), state_of(after)) == {"updates", "skipped_updates"}
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "gradient nan", "gradient inf"])
+def test_a_policy_step_that_is_not_finite_is_left_out_alone(small_config, monkeypatch, how):
+    config = small_config.replace({"agent.average": "evaluation"})
+    good = Learner(2, 2, config)
+    for seed in range(2):
+        good.update(batch(seed=seed))
+    with monkeypatch.context() as spoiling:
+        spoil(spoiling, "policy_loss", how)
+        bad = Learner(2, 2, config)
+    bad.load_state_dict(state_of(good))
+    before = state_of(bad)
+    for learner in (good, bad):
+        metrics = learner.update(batch(seed=2))
+    assert metrics["skipped_updates"] == bad.skipped_updates == 1 and good.skipped_updates == 0
+    policy = {k for k in before if k.startswith(("model.policy", "policy_adam"))}
+    averages = {k for k in before if k.startswith("average.policy")}
+    assert len(policy) == 4 * len(averages)  # three values of Adam's for each
+    assert not policy & unlike(before, state_of(bad))
+    assert unlike(state_of(good), state_of(bad)) == policy | averages | {"skipped_updates"}
+
+
+def test_data_that_are_not_finite_are_survived(small_config):
+    learner = Learner(2, 2, small_config)
+    learner.update(batch())
+    before = parameters(learner)
+    data = batch(seed=1)
+    data.obs[0, 3] = math.nan
+    learner.update(data)
+    assert torch.equal(parameters(learner), before) and learner.skipped_updates == 1
+    assert all(v.isfinite() for v in learner.update(batch(seed=2)).values())
+    assert not torch.equal(parameters(learner), before) and learner.skipped_updates == 1
+
+
+def test_who_acts(small_config):
+    for average, acts, evaluates in (("off", "live", "live"), ("evaluation", "live", "average"),
+                                     ("always", "average", "average")):
+        learner = Learner(2, 2, small_config.replace({"agent.average": average}))
+        assert (learner.averages is None) == (average == "off")
+        weights = {"live": learner.weights, "average": learner.averages}
+        assert learner.acting_weights() is weights[acts]
+        assert learner.evaluation_weights() is weights[evaluates]
+        learner.update(batch())
+        kept = {k.removeprefix("average."): v for k, v in learner.state_dict().items()
+                if k.startswith("average.")}
+        assert kept.keys() == (set() if average == "off" else learner.model.state_dict().keys())
+        if kept:
+            assert not any(t.requires_grad for t in learner.averages.tensors())
+            by_name = dict(learner.average.named_parameters())
+            assert all(torch.equal(v, by_name[k]) for k, v in kept.items())
+            assert all(t.data_ptr() == p.data_ptr() for t, p in zip(
+                learner.averages.tensors(), by_name.values(), strict=True))
+
+
+def test_learning_is_the_same_whoever_acts(small_config):
+    """The average is beside it."""
+    states = []
+    for average in ("off", "always"):
+        learner = Learner(2, 2, small_config.replace({"agent.average": average}))
+        for seed in range(3):
+            learner.update(batch(seed=seed))
+        states.append({k: v for k, v in state_of(learner).items() if not k.startswith("average.")})
+    assert not unlike(*states)
 
 
 @pytest.mark.parametrize("objective", ["iq", "v_diff", "td"])
@@ -47,12 +351,16 @@ def test_the_critics_learn_to_tell_experts_from_behaviour(small_config):
     assert gaps[0] == 0 and gaps[-1] > 0.2
 
 
-def test_td_regresses_on_the_reward(small_config):
-    """With γ = 0 the critic's target is the reward itself."""
-    learner = Learner(2, 2, with_(small_config, objective="td", discount=0.0, lr=3e-3))
-    data = batch()._replace(experts=0)
-    losses = [learner.update(data)["critic_loss"].item() for _ in range(150)]
-    assert losses[-1] < 0.3 * losses[0]
+@pytest.mark.parametrize("discount", [0.0, 0.5])
+def test_td_regresses_on_the_return(small_config, discount):
+    """A reward of 1 for ever is worth 1 / (1 - γ): with γ = 0 the target is the reward itself."""
+    learner = Learner(2, 2, with_(
+        small_config, objective="td", discount=discount, beta=0.0, lr=3e-3, tau=1.0))
+    data = batch()._replace(experts=0, reward=torch.ones(3, 16))
+    for _ in range(150):
+        metrics = learner.update(data)
+    assert metrics["q_behaviour"].item() == pytest.approx(1 / (1 - discount), rel=0.1)
+    assert metrics["critic_loss"] < 0.02
 
 
 def test_targets_move_by_tau(small_config):
@@ -99,7 +407,9 @@ def test_same_seed_same_updates(small_config):
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
-def test_state_round_trip_continues_exactly(small_config):
+@pytest.mark.parametrize("average", ["off", "always"])
+def test_state_round_trip_continues_exactly(small_config, average):
+    small_config = small_config.replace({"agent.average": average})
     straight = Learner(2, 2, small_config)
     for i in range(3):
         straight.update(batch(seed=i))
@@ -139,7 +449,8 @@ def test_learning_is_an_update_on_slices_of_both_replays(small_config):
 
 @pytest.mark.slow
 def test_compiled_is_eager(small_config):
-    config = with_(small_config, gradient_penalty=True)  # the longest path, double backward
+    # the longest path: double backward, dropout everywhere
+    config = with_(small_config, gradient_penalty=True, dropout="always", entropy="presquash")
     eager, compiled = Learner(2, 2, config), Learner(2, 2, with_(config, mode="compile"))
     for i in range(5):
         one, two = eager.update(batch(seed=i)), compiled.update(batch(seed=i))

@@ -103,11 +103,55 @@ def test_log_density_is_the_exact_squashed_gaussian():
     assert -10 <= log_std.min() and log_std.max() <= 2
 
 
-def test_log_density_stays_finite_in_saturation():
-    weights = WorldModel(5, 1, SMALL).double().weights()
-    _, log_prob = layers.policy_sample(weights, torch.rand(1, 16).double(),
-                                       torch.full((1, 1), 1e4).double())
-    assert log_prob.isfinite().all()
+@pytest.mark.parametrize("form", ["exact", "presquash"])
+def test_log_density_stays_finite_in_saturation(form):
+    model = WorldModel(5, 1, SMALL)
+    for noise in (1e4, -1e4):
+        model.zero_grad()
+        action, log_prob = layers.policy_sample(
+            model.weights(), torch.rand(1, 16), torch.full((1, 1), noise), form)
+        assert action.abs().item() == 1 and log_prob.isfinite().all()
+        log_prob.sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.policy.parameters())
+
+
+def test_presquash_is_the_gaussian_and_a_share_of_the_squashing():
+    """The released code's log π, A Σ Gaussian - Σ log(max(1 - a², 0) + 1e-6), divided by A."""
+    weights = WorldModel(5, 3, SMALL).double().weights()
+    z, noise = torch.rand(10, 16).double(), torch.randn(10, 3).double()
+    noise[0] = 1e3  # saturated: what the 1e-6 is for
+    action, log_prob = layers.policy_sample(weights, z, noise, "presquash")
+    mean, log_std = layers.policy(weights, z)
+    gaussian = torch.distributions.Normal(mean, log_std.exp()).log_prob(
+        mean + log_std.exp() * noise).sum(-1)
+    squash = torch.log(torch.relu(1 - action**2) + 1e-6).sum(-1)
+    torch.testing.assert_close(3 * log_prob, 3 * gaussian - squash)
+    assert torch.equal(action, layers.policy_sample(weights, z, noise)[0])
+    assert squash[0].item() == pytest.approx(3 * math.log(1e-6))
+
+
+def test_every_pair_of_different_critics_is_drawn_alike():
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.stack([layers.random_pair(4, generator) for _ in range(6000)])
+    assert pairs.dtype == torch.int64
+    found, count = pairs.sort(1).values.unique(dim=0, return_counts=True)
+    assert found.tolist() == [[a, b] for a in range(4) for b in range(a + 1, 4)]
+    assert (count - 1000).abs().max() < 5 * math.sqrt(1000)  # five standard deviations
+
+
+def test_q_min_is_of_the_pair_and_drops_in_its_order():
+    model = WorldModel(5, 2, SMALL).double()
+    torch.nn.init.normal_(model.critics[-1].weight)
+    weights, z, a = model.weights(), torch.rand(4, 7, 16).double(), torch.rand(4, 7, 2).double()
+    keep = (torch.rand(2, 28, 24) < 0.5).double() * 2
+    pair = layers.draw_pair(weights.critics, torch.tensor([2, 0]))
+    every = layers.critics(weights.critics, z, a)
+    torch.testing.assert_close(
+        layers.q_min(pair, z, a), torch.minimum(every[0], every[2]))
+    dropped = [layers.critics(weights.critics, z, a, keep[i].expand(3, -1, -1))[k]
+               for i, k in enumerate((2, 0))]
+    assert not torch.allclose(dropped[0], every[2])
+    torch.testing.assert_close(layers.q_min(pair, z, a, keep), torch.minimum(*dropped))
 
 
 def test_images_have_an_encoder_of_convolutions():

@@ -42,6 +42,33 @@ def test_slices_never_cross_an_episode(lengths, horizon, capacity):
         assert held == kept[-len(held):]
 
 
+@pytest.mark.parametrize(("steps", "held"), [(4, [1, 2, 3]), (5, [1, 2, 3]), (6, [2, 3])])
+def test_an_episode_of_which_a_row_is_overwritten_is_gone(steps, held):
+    """Three episodes of six rows fill the ring; the fourth takes five, six or seven of them."""
+    replay = SliceReplay(2, 1, horizon=3, capacity=18)
+    for number in range(3):
+        replay.add_episode(*episode(number, 5))
+    assert replay.slices == 9
+    replay.add_episode(*episode(3, steps))
+    batch = replay.sample(500, torch.Generator().manual_seed(0))
+    check(batch, 3)
+    assert batch.obs[0, :, 0].unique().tolist() == held
+    assert len(replay) == 5 * (len(held) - 1) + steps
+    assert replay.slices == 3 * (len(held) - 1) + steps - 2
+
+
+def test_an_old_tail_is_dropped_when_the_ring_begins_again():
+    replay = SliceReplay(2, 1, horizon=3, capacity=18)
+    for number, steps, held in ((0, 5, [0]), (1, 5, [0, 1]), (2, 5, [0, 1, 2]),
+                                (3, 4, [1, 2, 3]),  # over 0
+                                (4, 5, [2, 3, 4]),  # over 1, up to row 10
+                                (5, 7, [5])):  # begins again, over 3 and 4; 2 is the oldest
+        replay.add_episode(*episode(number, steps))
+        batch = replay.sample(500, torch.Generator().manual_seed(0))
+        check(batch, 3)
+        assert batch.obs[0, :, 0].unique().tolist() == held
+
+
 def test_every_slice_is_drawn():
     replay = SliceReplay(2, 1, horizon=3, capacity=100)
     replay.add_episode(*episode(0, 5))

@@ -4,24 +4,28 @@ import csv
 import dataclasses
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
 
-from iqmpc import Agent, Config, Trainer, checkpoint, evaluate
+from iqmpc import Agent, Config, Trainer, WorldModel, checkpoint, evaluate
 from iqmpc.envs.vector import VectorEnv
 from iqmpc.envs.workers import WorkerVectorEnv
 from iqmpc.errors import CheckpointError, ConfigError, Interrupted, TaskError, WorkerError
 from iqmpc.evaluation import reward_correlation
 from iqmpc.frames import stacked
+from iqmpc.kernels import layers
+from iqmpc.kernels.weights import snapshot
 from iqmpc.seeding import stream_seed
 
 
@@ -38,17 +42,23 @@ def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demon
         "config.yaml", "metrics.csv", "tensorboard", "checkpoints", "summary.json"}
     assert json.loads((run / "summary.json").read_text()) == summary
     assert list(summary) == [
-        "task", "seed", "env_steps", "updates", "wall_s", "return_mean", "return_std",
-        "success_rate", "success_any_rate", "demonstrator_return", "ratio", "backend",
-        "nonfinite_plans", "missed_plans", "env_restarts"]
+        "task", "seed", "env_steps", "updates", "skipped_updates", "wall_s", "episodes",
+        "return_mean", "return_std", "success_rate", "success_any_rate", "demonstrator_return",
+        "ratio", "last5_return_mean", "last5_return_min", "last5_success_mean",
+        "last5_success_min", "backend", "nonfinite_plans", "missed_plans", "env_restarts",
+        "threads", "machine", "commit"]
     assert summary["env_steps"] == 100 and summary["updates"] == 5 + 60
     assert summary["demonstrator_return"] == point_demonstrations.return_mean
     assert summary["ratio"] == summary["return_mean"] / summary["demonstrator_return"]
     assert 0 <= summary["success_rate"] <= summary["success_any_rate"] <= 1
-    assert summary["nonfinite_plans"] == 0
+    assert summary["nonfinite_plans"] == summary["skipped_updates"] == 0
     rows = list(csv.DictReader(open(run / "metrics.csv", newline="")))
     assert [int(r["env_steps"]) for r in rows if r["return"]] == [20, 40, 60, 80, 100]
     assert [int(r["env_steps"]) for r in rows if r["eval_return_mean"]] == [40, 80, 100]
+    on_the_way = [float(r["eval_return_mean"]) for r in rows if r["eval_return_mean"]][:2]
+    assert summary["last5_return_mean"] == pytest.approx(np.mean(on_the_way))
+    assert summary["last5_return_min"] == min(on_the_way)
+    assert summary["episodes"] == 2 and summary["threads"] == 1
     assert all(r["consistency"] for r in rows if r["return"] and int(r["env_steps"]) > 40)
     assert list((run / "tensorboard").glob("events.*"))
     assert any("demonstrator" in m for m in messages) and progress[-1]["env_steps"] == 100
@@ -113,6 +123,27 @@ def test_decoded_reward_ranks_the_expert_above_its_opposite(
     assert single == pytest.approx(good[0], rel=1e-4, abs=1e-5)
     with pytest.raises(ValueError, match=r"action must be \[64, 2\], got \[1, 2\]"):
         agent.decode_reward(obs, toward[:1], obs)
+
+
+@pytest.mark.parametrize("entropy", ["exact", "presquash"])
+def test_the_decoded_reward_is_its_formula(small_config, entropy):
+    """Q - γ (1 - d) mean of (Q - β A log π) over draws of the prior; log π as it was trained."""
+    config = small_config.replace({
+        "learner.entropy": entropy, "learner.beta": 0.5, "learner.discount": 0.8})
+    model = WorldModel(2, 2, config.model)
+    torch.nn.init.normal_(model.critics[-1].weight)
+    obs, action, after = torch.randn(5, 2), torch.rand(5, 2), torch.randn(5, 2)
+    ends = torch.arange(5) == 2
+    weights, z = model.weights(), model.encode(after)
+    values = []
+    for noise in torch.randn(16, 1, 2, generator=torch.Generator().manual_seed(0)):
+        prior, log_prob = layers.policy_sample(weights, z, noise.expand(5, 2), entropy)
+        values.append(model.q(z, prior).mean(0) - 0.5 * 2 * log_prob)
+    expected = model.q(model.encode(obs), action).mean(0) - \
+        0.8 * (~ends).float() * torch.stack(values).mean(0)
+    decoded = Agent(model, config).decode_reward(
+        *(x.numpy() for x in (obs, action, after)), terminated=ends.numpy())
+    np.testing.assert_allclose(decoded, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 def pearson(x, y):
@@ -400,6 +431,146 @@ def test_config_is_written(tmp_path, small_config, point_env, point_demonstratio
     assert isinstance(checkpoint.load_config(tmp_path / "run"), Config)
 
 
+class Watched(gymnasium.Wrapper):
+    """Keeps what was observed and done."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.seen = []
+
+    def reset(self, **how):
+        self.obs, info = self.env.reset(**how)
+        return self.obs, info
+
+    def step(self, action):
+        self.seen.append((self.obs, np.array(action)))
+        self.obs, *rest = self.env.step(action)
+        return self.obs, *rest
+
+
+def modes(weights, seen):
+    """The prior's mean actions where `seen` was, and what was done there."""
+    obs, actions = (torch.tensor(np.array(x)) for x in zip(*seen, strict=True))
+    return torch.tanh(layers.policy(weights, layers.encode(weights, obs))[0]), actions
+
+
+@pytest.mark.parametrize("average", ["off", "evaluation", "always"])
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_the_average_acts_where_it_should(
+        tmp_path, small_config, point_env, point_demonstrations, average, num_envs):
+    """A prior that hardly explores shows by its actions whose they are: an average that has not
+    moved yet, or the live weights.
+    """
+    config = small_config.replace({
+        "planner.enabled": False, "model.log_std_min": -11.0, "model.log_std_max": -10.0,
+        "learner.lr": 1e-2, "train.num_envs": num_envs, "train.updates_per_step": 3,
+        "agent.average": average, "agent.average_rate": 1e-9})
+    envs = [Watched(type(point_env)()) for _ in range(num_envs)]
+    eval_env = Watched(point_env)
+    trainer = Trainer(config, envs, point_demonstrations, run=tmp_path / "run", eval_env=eval_env)
+    initial = snapshot(trainer.learner.weights)
+    tick, during = trainer._tick, []
+
+    def watched():
+        live, before = snapshot(trainer.learner.weights), len(envs[0].seen)
+        random = trainer.env_steps < 40
+        ended = tick()
+        if not random:
+            for env in envs:
+                during.append([(a - b).abs().max().item() < 1e-3 for a, b in (
+                    modes(w, env.seen[before:]) for w in (initial, live))])
+        return ended
+
+    trainer._tick = watched
+    trainer.train()
+    live = trainer.learner.weights
+    acted, evaluated = np.array(during).mean(0), [
+        (a - b).abs().max().item() < 1e-3 for a, b in (
+            modes(w, eval_env.seen[-40:]) for w in (initial, live))]
+    assert acted.tolist() == ([1, 0] if average == "always" else [0, 1])
+    assert evaluated == ([False, True] if average == "off" else [True, False])
+
+    loaded = Agent.load(tmp_path / "run")
+    weights = trainer.learner.evaluation_weights()
+    assert all(torch.equal(a, b) for a, b in zip(
+        loaded.model.weights().tensors(), weights.tensors(), strict=True))
+    obs = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+    mode, _ = modes(weights, [(o, o) for o in obs])
+    np.testing.assert_allclose([loaded.act(o) for o in obs], mode.detach(), atol=1e-5)
+    what = obs, np.clip(obs, -1, 1), obs
+    acting = snapshot(trainer.learner.acting_weights())
+    for agent, of in ((loaded, weights), (trainer.agent, acting)):
+        by_hand = Agent(type(loaded.model)(2, 2, config.model), config)
+        by_hand.publish(of)
+        np.testing.assert_array_equal(
+            agent.decode_reward(*what), by_hand.decode_reward(*what))
+    if average != "off":  # what a loaded agent acts with may be chosen
+        other = Agent.load(tmp_path / "run", changes={"agent.average": "off"})
+        assert all(torch.equal(a, b) for a, b in zip(
+            other.model.weights().tensors(), live.tensors(), strict=True))
+    else:
+        with pytest.raises(CheckpointError, match="holds no average of the weights"):
+            Agent.load(tmp_path / "run", changes={"agent.average": "always"})
+
+
+@pytest.mark.parametrize("average", ["evaluation", "always"])
+def test_a_run_with_an_average_continues_exactly(
+        tmp_path, small_config, point_env, point_demonstrations, average):
+    config = small_config.replace({"agent.average": average, "agent.average_rate": 0.1})
+    train(config, point_env, point_demonstrations, tmp_path / "straight")
+    train(config.replace({"train.steps": 60, "train.eval_every": 20}), point_env,
+          point_demonstrations, tmp_path / "parts")
+    train(config, point_env, point_demonstrations, tmp_path / "parts", resume=True)
+    one, two = (tensors_of(tmp_path / n)[0] for n in ("straight", "parts"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    averages, live = ({k.removeprefix(prefix) for k in one if k.startswith(prefix)}
+                      for prefix in ("learner.average.", "learner.model."))
+    assert averages == live and averages
+    if average == "evaluation":  # it leaves no trace in training
+        train(small_config, point_env, point_demonstrations, tmp_path / "off")
+        off = tensors_of(tmp_path / "off")[0]
+        assert {k for k in one if not k.startswith("learner.average.")} == off.keys()
+        assert all(torch.equal(one[k], off[k]) for k in off)
+
+
+def test_a_checkpoint_from_before_updates_were_skipped_is_continued(
+        tmp_path, small_config, point_env, point_demonstrations):
+    train(small_config, point_env, point_demonstrations, tmp_path / "run")
+    path, tensors, meta = checkpoint.newest(tmp_path / "run")
+    del tensors["learner.skipped_updates"]
+    checkpoint.save(tmp_path / "run", 100, tensors, meta)
+    trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run",
+                      resume=True)
+    assert trainer.learner.skipped_updates == 0 and trainer.learner.updates == 65
+
+
+def test_skipped_updates_are_counted_and_said_once(
+        tmp_path, small_config, point_env, point_demonstrations):
+    """In summary.json, metrics.csv and checkpoints, over a continuation."""
+    trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run")
+    update = trainer.learner.update
+
+    def spoilt(batch):
+        if trainer.learner.updates in (3, 10, 40):
+            batch.obs[1, 2] = np.inf
+        return update(batch)
+
+    trainer.learner.update = spoilt
+    with pytest.warns(RuntimeWarning, match="is not finite and was left out") as warned:
+        summary = trainer.train()
+    assert len([w for w in warned if "left out" in str(w.message)]) == 1
+    assert summary["skipped_updates"] == 3 and summary["updates"] == 65
+    tensors, _ = tensors_of(tmp_path / "run")
+    assert tensors["learner.skipped_updates"] == 3
+    assert all(v.isfinite().all() for k, v in tensors.items() if k.startswith("learner."))
+    counted = [r["skipped_updates"] for r in rows_of(tmp_path / "run") if r["return"]]
+    assert counted == ["", "1", "2", "3", "3"]  # after 5, 25, 45 and 65 updates
+    with pytest.warns(RuntimeWarning, match="was left out"):
+        resumed = train(small_config.replace({"train.steps": 120}), point_env,
+                        point_demonstrations, tmp_path / "run", resume=True)
+    assert resumed["skipped_updates"] == 3
+
+
 class Marked(gymnasium.Env):
     """Observes (which environment and episode it is, the step): what belongs together shows."""
 
@@ -638,6 +809,31 @@ def test_overlapped_is_the_same_schedule_with_three_environments(
         train(config, marked(), point_demonstrations, tmp_path / name, eval_env=point_env)
     assert_same_state(tmp_path / "sync", tmp_path / "async")
     assert rows_of(tmp_path / "sync") == rows_of(tmp_path / "async")
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.3, 1.5])
+def test_a_fraction_of_an_update_for_each_step(
+        tmp_path, small_config, point_env, point_demonstrations, rate):
+    """As many as are due at each tick, by each schedule, resumed or not."""
+    for schedule in ("off", "sync", "async"):
+        config = overlapping(small_config, schedule, **{"train.updates_per_step": rate})
+        trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / schedule)
+        tick, made, messages = trainer._tick, [], []
+        trainer._on_message = messages.append
+        trainer._tick = lambda tick=tick, made=made, trainer=trainer: (
+            tick(), made.append(trainer.learner.updates))[0]
+        trainer.train()
+        # 40 random steps, then 5 updates and those for each step since
+        due = [0] * 39 + [5 + math.floor((n - 40) * Fraction(str(rate))) for n in range(40, 101)]
+        late = [n for n, (d, m) in enumerate(zip(due, made, strict=True), 1) if d != m]
+        assert all(due[n - 1] - made[n - 1] <= math.ceil(rate) and n % 20 for n in late)
+        assert bool(late) == (schedule != "off") and made[-1] == due[-1]
+        assert len([m for m in messages if "updates on the first" in m]) == 1
+        first = config.replace({"train.steps": 60})
+        train(first, point_env, point_demonstrations, tmp_path / f"{schedule}-parts")
+        train(config, point_env, point_demonstrations, tmp_path / f"{schedule}-parts", resume=True)
+        assert_same_state(tmp_path / schedule, tmp_path / f"{schedule}-parts")
+    assert_same_state(tmp_path / "sync", tmp_path / "async")
 
 
 @pytest.mark.parametrize("schedule", ["off", "sync", "async"])

@@ -5,15 +5,17 @@
 #include <string>
 
 #include "cpu/kernel_table.hpp"
+#include "cpu/learn_table.hpp"
 
 namespace iqmpc {
 
 namespace detail {
 
 // Each level has its kernels in float32 and in bf16, in the order of Precision.
-#define IQMPC_TABLES(level)              \
-  namespace level {                      \
-  extern const KernelTable tables[2];    \
+#define IQMPC_TABLES(level)                 \
+  namespace level {                         \
+  extern const KernelTable tables[2];       \
+  extern const LearnTable learn_tables[2];  \
   }
 IQMPC_TABLES(portable)
 #ifdef IQMPC_X86
@@ -23,16 +25,24 @@ IQMPC_TABLES(avx512bf16)
 #endif
 #undef IQMPC_TABLES
 
-const KernelTable& kernel_table(Isa isa, Precision precision) noexcept {
-  const auto row = static_cast<std::size_t>(precision);
 #ifdef IQMPC_X86
-  if (isa == Isa::avx2) return avx2::tables[row];
-  if (isa == Isa::avx512) return avx512::tables[row];
-  if (isa == Isa::avx512bf16) return avx512bf16::tables[row];
+#define IQMPC_CHOOSE(tables)                                         \
+  const auto row = static_cast<std::size_t>(precision);              \
+  if (isa == Isa::avx2) return avx2::tables[row];                    \
+  if (isa == Isa::avx512) return avx512::tables[row];                \
+  if (isa == Isa::avx512bf16) return avx512bf16::tables[row];        \
+  return portable::tables[row]
+#else
+#define IQMPC_CHOOSE(tables) \
+  (void)isa;                 \
+  return portable::tables[static_cast<std::size_t>(precision)]
 #endif
-  (void)isa;
-  return portable::tables[row];
+
+const KernelTable& kernel_table(Isa isa, Precision precision) noexcept { IQMPC_CHOOSE(tables); }
+const LearnTable& learn_table(Isa isa, Precision precision) noexcept {
+  IQMPC_CHOOSE(learn_tables);
 }
+#undef IQMPC_CHOOSE
 
 }  // namespace detail
 

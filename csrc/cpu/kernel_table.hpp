@@ -67,6 +67,19 @@ struct KernelTable {
 
   // x [count] = min(max(mean + std x, -1), 1), with mean and std [count]; whole vectors.
   void (*affine_clamp)(float* x, const float* mean, const float* std, Index count);
+
+  // What packs a layer (PackedLayer), the same bits at every level.
+  //
+  // mean [columns] of w [rows, columns] over its rows, summed in float64 one row after the other.
+  void (*column_means)(const float* w, Index rows, Index columns, float* mean);
+
+  // out [columns, panel] = w [panel, columns] - mean [columns], transposed. `rows` points to the
+  // `panel` rows of w, null for zeros, which no mean is taken from; up to `end` memory may be read.
+  void (*transpose)(const float* const* rows, const float* end, const float* mean, Index columns,
+                    float* out);
+
+  // Input k of a panel of `in` inputs = row plus[k] less row minus[k] of x [*, panel].
+  void (*pack_panel)(const float* x, const Index* plus, const Index* minus, Index in, void* panel);
 };
 
 // The kernels of a level that isa_levels() lists.

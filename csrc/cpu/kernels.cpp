@@ -254,6 +254,138 @@ static void affine_clamp(float* x, const float* mean, const float* std, Index co
   }
 }
 
+static void column_means(const float* w, Index rows, Index columns, float* mean) {
+  // As wide as a vector of the machine; several of them, so that one row's sums do not wait for the
+  // row before.
+  constexpr int kHalf = kWidth / 2, kVecs = 8, kColumns = kVecs * kHalf;
+  typedef float Singles __attribute__((vector_size(kHalf * sizeof(float))));
+  typedef double Doubles __attribute__((vector_size(kHalf * sizeof(double))));
+  const double n = static_cast<double>(rows);
+  Index first = 0;
+  for (; first + kColumns <= columns; first += kColumns) {
+    Doubles sum[kVecs] = {};
+    const float* row = w + first;
+    for (Index r = 0; r < rows; ++r, row += columns) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        Singles x;
+        __builtin_memcpy(&x, row + v * kHalf, sizeof x);
+        sum[v] += __builtin_convertvector(x, Doubles);
+      }
+    }
+    for (int v = 0; v < kVecs; ++v) {
+      for (int i = 0; i < kHalf; ++i) {
+        mean[first + v * kHalf + i] = static_cast<float>(sum[v][i] / n);
+      }
+    }
+  }
+  const Index rest = columns - first;
+  if (rest == 0) return;
+  double sum[kColumns] = {};
+  for (Index r = 0; r < rows; ++r) {
+    for (Index i = 0; i < rest; ++i) sum[i] += static_cast<double>(w[r * columns + first + i]);
+  }
+  for (Index i = 0; i < rest; ++i) mean[first + i] = static_cast<float>(sum[i] / n);
+}
+
+// Two vectors' lanes in turns, from their lower and from their upper halves.
+#if defined(__AVX512F__)
+static inline Vec zip_lower(Vec a, Vec b) {
+  return Vec{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3],
+             a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+}
+static inline Vec zip_upper(Vec a, Vec b) {
+  return Vec{a[8],  b[8],  a[9],  b[9],  a[10], b[10], a[11], b[11],
+             a[12], b[12], a[13], b[13], a[14], b[14], a[15], b[15]};
+}
+#elif defined(__AVX2__)
+static inline Vec zip_lower(Vec a, Vec b) {
+  return Vec{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
+}
+static inline Vec zip_upper(Vec a, Vec b) {
+  return Vec{a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+}
+#else
+static inline Vec zip_lower(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
+static inline Vec zip_upper(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
+#endif
+
+// A square of kWidth vectors, in place. Each pass takes the highest bit of an element's row number
+// to the lowest of its lane and all others one place up: after log2(kWidth) passes rows are lanes.
+static inline void transpose_square(Vec* x) {
+#pragma GCC unroll 8
+  for (int pass = 1; pass < kWidth; pass *= 2) {
+    Vec y[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth / 2; ++i) {
+      y[2 * i] = zip_lower(x[i], x[i + kWidth / 2]);
+      y[2 * i + 1] = zip_upper(x[i], x[i + kWidth / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+  }
+}
+
+static void transpose(const float* const* rows, const float* end, const float* mean, Index columns,
+                      float* out) {
+  for (int part = 0; part < kPanelVecs; ++part) {
+    const float* const* own = rows + part * kWidth;
+    // A bit mask rather than a product: zeros stay zeros whatever the mean is.
+    Bits there{};
+    for (int r = 0; r < kWidth; ++r) there[r] = own[r] ? ~0u : 0u;
+    float* to = out + part * kWidth;
+    for (Index first = 0; first < columns; first += kWidth) {
+      const Index count = columns - first < kWidth ? columns - first : kWidth;
+      Vec x[kWidth];
+#pragma GCC unroll 16
+      for (int r = 0; r < kWidth; ++r) {
+        if (!own[r]) {
+          x[r] = Vec{};
+        } else if (end - own[r] >= first + kWidth) {  // what lies beyond the row is not stored
+          x[r] = load(own[r] + first);
+        } else {
+          x[r] = load_partial(own[r] + first, count, 0.0f);
+        }
+      }
+      transpose_square(x);
+      for (Index i = 0; i < count; ++i, to += kPanel) {
+        store(to, (Vec)((Bits)(x[i] - splat(mean[first + i])) & there));
+      }
+    }
+  }
+}
+
+// To nearest, ties to even, in the lower half of each lane; NaN stays NaN. As conversions by the
+// machine, but for denormals, which some of those drop.
+static inline Bits bf16_bits(Vec v) {
+  const Bits bits = (Bits)v;
+  const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return v == v ? rounded : (bits >> 16 | 0x40u);
+}
+
+template <class Operands>
+void pack_panel(const float* x, const Index* plus, const Index* minus, Index in, void* panel) {
+  using Weight = typename Operands::Weight;
+  constexpr int kStep = Operands::kStep;
+  auto* to = static_cast<Weight*>(panel);
+  const auto input = [&](Index k, int v) {
+    return load(x + plus[k] * kPanel + v * kWidth) - load(x + minus[k] * kPanel + v * kWidth);
+  };
+  for (Index k = 0; k < in; k += kStep) {
+    for (int v = 0; v < kPanelVecs; ++v, to += kStep * kWidth) {
+      if constexpr (sizeof(Weight) == sizeof(float)) {
+        store(to, input(k, v));
+      } else if constexpr (kStep == 1) {
+        const Halves halves = __builtin_convertvector(bf16_bits(input(k, v)), Halves);
+        __builtin_memcpy(to, &halves, sizeof halves);
+      } else {
+        const Bits pairs = bf16_bits(input(k, v)) | bf16_bits(input(k + 1, v)) << 16;
+        __builtin_memcpy(to, &pairs, sizeof pairs);
+      }
+    }
+  }
+}
+
 template <class Operands>
 constexpr KernelTable make_table() {
   using Activation = typename Operands::Activation;
@@ -270,7 +402,10 @@ constexpr KernelTable make_table() {
           gaussian,
           to_activations<Activation>,
           fill_normal,
-          affine_clamp};
+          affine_clamp,
+          column_means,
+          transpose,
+          pack_panel<Operands>};
 }
 
 // In the order of Precision.

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cpu/packed_layer.hpp"
 
@@ -46,10 +47,9 @@ NormedLinear::NormedLinear(const float* weight, const float* bias, const float* 
   check_finite("gamma", gamma, out_);
   check_finite("beta", beta, out_);
 
-  detail::PackRequest everything;
-  everything.count = in_;
-  layer_ = std::make_unique<const detail::PackedLayer>(
-      detail::pack_layer(*kernels_, {weight, bias, gamma, beta, out_, in_}, everything));
+  auto layer = std::make_unique<detail::PackedLayer>();
+  detail::LayerPacker().pack(*kernels_, {weight, bias, gamma, beta, out_, in_}, nullptr, *layer);
+  layer_ = std::move(layer);
 }
 
 NormedLinear::~NormedLinear() = default;

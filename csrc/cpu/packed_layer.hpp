@@ -1,6 +1,7 @@
 // Linear layers in the layout the kernels read.
 #pragma once
 
+#include <initializer_list>
 #include <vector>
 
 #include "cpu/kernel_table.hpp"
@@ -35,20 +36,50 @@ struct SimNormLayout {
   Index feature(Index natural) const { return natural % dim * groups + natural / dim; }
 };
 
-// Which inputs of a layer to pack, and where its outputs go.
-struct PackRequest {
-  Index first = 0;                       // first input
-  Index count = 0;                       // inputs
-  const SimNormLayout* inputs = nullptr;  // where these inputs are SimNorm's features
-  bool excess = false;                   // of those, the last members' weights instead
-  bool addend = false;                   // only a product: no bias, gamma or beta
-  std::vector<Index> outputs;            // column of each output; empty: in their own order
-  Index columns = 0;                     // columns in all; 0: as many as outputs
+// Which inputs a product has: its input k is the layer's input plus[k] less input minus[k], and -1
+// stands for zero. As many as are packed, a multiple of the table's step.
+struct PackInputs {
+  std::vector<Index> plus, minus;
+
+  void clear(Index count) {
+    plus.assign(static_cast<std::size_t>(count), -1);
+    minus.assign(static_cast<std::size_t>(count), -1);
+  }
 };
 
+// Where a layer's outputs go, among `columns` in all.
+struct PackOutputs {
+  std::vector<Index> column;
+  Index columns = 0;
+};
+
+struct PackProduct {
+  const PackInputs& inputs;
+  PackedLayer& layer;
+};
+
+// Packs one layer after the other, each into memory that an earlier one of its sizes may have left;
+// keeps its own for the next. Where sizes repeat, nothing is allocated.
+//
 // Where the layer has a LayerNorm, the mean over its outputs is taken out of weights and bias here:
 // LayerNorm subtracts it anyway, and the mean of W x + b is (mean W) x + mean b.
-PackedLayer pack_layer(const KernelTable& kernels, const LinearView& view,
-                       const PackRequest& request);
+class LayerPacker {
+ public:
+  // All inputs in their order. `outputs` null: in their own order too.
+  void pack(const KernelTable& kernels, const LinearView& view, const PackOutputs* outputs,
+            PackedLayer& layer);
+
+  // Several products with parts of one layer's inputs. The first has bias, gamma and beta, the
+  // others are added to it. The weights of `ones.plus`, if given, are added to the bias.
+  void pack(const KernelTable& kernels, const LinearView& view, const PackOutputs* outputs,
+            std::initializer_list<PackProduct> products, const PackInputs* ones = nullptr);
+
+ private:
+  PackInputs all_;
+  std::vector<const float*> rows_;   // of the weights, by column; null where a column is padding
+  std::vector<float> mean_, bias_;   // by input; by column
+  std::vector<double> sum_;          // by column of a panel
+  AlignedBuffer<float> transposed_;  // [1 + in, panel], the first row zeros
+};
 
 }  // namespace iqmpc::detail

@@ -46,4 +46,18 @@ struct PackedModel {
   std::optional<Scalar> termination;
 };
 
+// Packs models one after the other; not from two threads at once.
+class ModelPacker {
+ public:
+  // Packs `view` for a level that isa_levels() lists into `model`, whose memory is used again where
+  // the sizes are those of what it held before: nothing is allocated then. Throws
+  // std::invalid_argument where the sizes do not fit together, and leaves `model` to be packed again.
+  void pack(const WorldModelView& view, Precision precision, Isa isa, PackedModel& model);
+
+ private:
+  LayerPacker layers_;
+  PackOutputs features_, gaussian_;
+  PackInputs latent_, excess_, action_;
+};
+
 }  // namespace iqmpc::detail

@@ -1,6 +1,7 @@
 #include "iqmpc/planner.hpp"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -114,6 +115,102 @@ void check(const PlannerSettings& s) {
   number("budget_us", s.budget_us, s.budget_us >= 0, "0 or more microseconds");
 }
 
+// The model that plans are computed on, and the memory of those before it.
+class Models {
+ public:
+  using Model = std::shared_ptr<const detail::PackedModel>;
+
+  explicit Models(Model first)
+      : precision_(first->precision), isa_(first->isa), current_(std::move(first)) {}
+
+  // The current model, until the end of the block. It is taken and given back under the lock, so
+  // that one which nobody has any more is free to be packed anew.
+  class Held {
+   public:
+    explicit Held(const Models& models) : mutex_(models.mutex_) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      model_ = models.current_;
+    }
+    ~Held() {
+      std::lock_guard<std::mutex> lock(mutex_);
+      model_.reset();
+    }
+    Held(const Held&) = delete;
+    Held& operator=(const Held&) = delete;
+    const detail::PackedModel& operator*() const noexcept { return *model_; }
+
+   private:
+    std::mutex& mutex_;
+    Model model_;
+  };
+
+  // Throws std::invalid_argument where `next` is not like the current one.
+  void publish(Model next) {
+    check_alike(*Held(*this), *next);
+    std::lock_guard<std::mutex> lock(mutex_);
+    current_.swap(next);  // what it was, is let go of after the lock
+  }
+
+  void publish(const WorldModelView& view) {
+    std::lock_guard<std::mutex> packing(packing_);
+    std::shared_ptr<detail::PackedModel> spare = unused();
+    packer_.pack(view, precision_, isa_, *spare);
+    publish(std::move(spare));
+  }
+
+ private:
+  // A planner's buffers are made for its first model's sizes.
+  static void check_alike(const detail::PackedModel& first, const detail::PackedModel& next);
+
+  // One of our own that neither a plan nor the next one needs.
+  std::shared_ptr<detail::PackedModel> unused() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (std::shared_ptr<detail::PackedModel>& model : own_) {
+      if (!model) model = std::make_shared<detail::PackedModel>();
+      if (model.use_count() == 1) return model;
+    }
+    return std::make_shared<detail::PackedModel>();
+  }
+
+  const Precision precision_;
+  const Isa isa_;
+  Model current_;
+  // The current one, one that a plan has, one to pack.
+  std::array<std::shared_ptr<detail::PackedModel>, 3> own_;
+  mutable std::mutex mutex_;  // of the pointers and their counts
+  std::mutex packing_;
+  detail::ModelPacker packer_;
+};
+
+void Models::check_alike(const detail::PackedModel& first, const detail::PackedModel& next) {
+  const auto same = [](const char* name, Index expected, Index got) {
+    if (expected == got) return;
+    throw std::invalid_argument("the published model's " + std::string(name) + " must be " +
+                                std::to_string(expected) + " as the planner's, got " +
+                                std::to_string(got));
+  };
+  same("obs_dim", first.obs_dim, next.obs_dim);
+  same("action_dim", first.action_dim, next.action_dim);
+  same("latent_dim", first.latent_dim, next.latent_dim);
+  same("simnorm_dim", first.simnorm.dim, next.simnorm.dim);
+  same("termination head (1 for one)", first.termination.has_value(),
+       next.termination.has_value());
+  same("widest layer (padded)", first.widest, next.widest);
+  if (first.kernels != next.kernels) {
+    throw std::invalid_argument(
+        "the published model must be " + std::string(precision_name(first.precision)) + " for " +
+        isa_name(first.isa) + " as the planner's, got " + precision_name(next.precision) +
+        " for " + isa_name(next.isa));
+  }
+}
+
+// The model without what else a WorldModel is.
+Models::Model packed_of(std::shared_ptr<const WorldModel> model) {
+  if (!model) throw std::invalid_argument("model must not be null");
+  const detail::PackedModel* packed = &model->packed();
+  return {std::move(model), packed};
+}
+
 }  // namespace
 
 struct Planner::State {
@@ -139,15 +236,17 @@ struct Planner::State {
     bool finite = false;             // some score was
   };
 
-  State(std::shared_ptr<const WorldModel> first, const PlannerSettings& s, std::uint64_t seed)
+  State(Models::Model first, const PlannerSettings& s, std::uint64_t seed)
       : settings(s),
         seed(seed),
-        model(std::move(first)),
+        obs_dim(first->obs_dim),
+        action_dim(first->action_dim),
+        models(first),
         pool(s.threads),
         prior_blocks(s.num_envs, s.policy_trajectories, pool.threads()),
         sample_blocks(s.num_envs, s.samples - s.policy_trajectories, pool.threads()),
-        mean(static_cast<std::size_t>(s.num_envs * s.horizon * model->action_dim())) {
-    const detail::PackedModel& packed = model->packed();
+        mean(static_cast<std::size_t>(s.num_envs * s.horizon * action_dim)) {
+    const detail::PackedModel& packed = *first;
     for (Index e = 0; e < s.num_envs; ++e) problems.emplace_back(packed, s);
     for (int t = 0; t < pool.threads(); ++t) workspaces.emplace_back(packed, s.horizon);
     const auto pad = static_cast<std::size_t>(packed.action_pad);
@@ -176,9 +275,9 @@ struct Planner::State {
 
   const PlannerSettings settings;
   const std::uint64_t seed;
+  const Index obs_dim, action_dim;
   std::uint64_t step = 0;
-  std::shared_ptr<const WorldModel> model;
-  mutable std::mutex model_mutex;  // of the pointer alone
+  Models models;
   std::mutex plan_mutex;
   std::atomic<bool> busy{false};  // while plan_mutex is held
   ThreadPool pool;
@@ -366,14 +465,10 @@ PlanResult Planner::State::run(const float* obs, bool explore, Index iterations,
                                float* action) noexcept {
   const Clock::time_point start = Clock::now();
   pool.wake();
-  std::shared_ptr<const WorldModel> held;
-  {
-    std::lock_guard<std::mutex> lock(model_mutex);
-    held = model;
-  }
+  const Models::Held model(models);
   const Index problem_count = settings.num_envs;
-  Plan plan{held->packed(), Key(seed, step), {0, 1}};
-  plan.key.pair(held->num_critics(), plan.pair);
+  Plan plan{*model, Key(seed, step), {0, 1}};
+  plan.key.pair(static_cast<Index>(plan.model.critics.size()), plan.pair);
   pool.run(problem_count, [&](Index e, int thread) { begin(plan, e, obs, thread); });
 
   Index done = 0;
@@ -407,9 +502,9 @@ PlanResult Planner::State::run(const float* obs, bool explore, Index iterations,
 
 Planner::Planner(std::shared_ptr<const WorldModel> model, const PlannerSettings& settings,
                  std::uint64_t seed) {
-  if (!model) throw std::invalid_argument("model must not be null");
+  Models::Model packed = packed_of(std::move(model));
   check(settings);
-  state_ = std::make_unique<State>(std::move(model), settings, seed);
+  state_ = std::make_unique<State>(std::move(packed), settings, seed);
 }
 
 Planner::~Planner() = default;
@@ -425,31 +520,10 @@ struct Planner::Busy {
 bool Planner::forked_while_busy() const noexcept { return state_->pool.forked() && state_->busy; }
 
 void Planner::publish(std::shared_ptr<const WorldModel> model) {
-  if (!model) throw std::invalid_argument("model must not be null");
-  const detail::PackedModel& next = model->packed();
-  const detail::PackedModel& first = state_->model->packed();
-  const auto same = [](const char* name, Index expected, Index got) {
-    if (expected == got) return;
-    throw std::invalid_argument("the published model's " + std::string(name) + " must be " +
-                                std::to_string(expected) + " as the planner's, got " +
-                                std::to_string(got));
-  };
-  same("obs_dim", first.obs_dim, next.obs_dim);
-  same("action_dim", first.action_dim, next.action_dim);
-  same("latent_dim", first.latent_dim, next.latent_dim);
-  same("simnorm_dim", first.simnorm.dim, next.simnorm.dim);
-  same("termination head (1 for one)", first.termination.has_value(),
-       next.termination.has_value());
-  same("widest layer (padded)", first.widest, next.widest);
-  if (first.kernels != next.kernels) {
-    throw std::invalid_argument(
-        "the published model must be " + std::string(precision_name(first.precision)) + " for " +
-        isa_name(first.isa) + " as the planner's, got " + precision_name(next.precision) +
-        " for " + isa_name(next.isa));
-  }
-  std::lock_guard<std::mutex> lock(state_->model_mutex);
-  state_->model.swap(model);
+  state_->models.publish(packed_of(std::move(model)));
 }
+
+void Planner::publish(const WorldModelView& view) { state_->models.publish(view); }
 
 PlanResult Planner::plan(const float* obs, bool explore, float* action) noexcept {
   const Busy busy(*state_);
@@ -488,16 +562,13 @@ float* Planner::mean() noexcept { return state_->mean.data(); }
 std::uint64_t Planner::step() const noexcept { return state_->step; }
 void Planner::set_step(std::uint64_t step) noexcept { state_->step = step; }
 const PlannerSettings& Planner::settings() const noexcept { return state_->settings; }
-
-std::shared_ptr<const WorldModel> Planner::model() const {
-  std::lock_guard<std::mutex> lock(state_->model_mutex);
-  return state_->model;
-}
+std::ptrdiff_t Planner::obs_dim() const noexcept { return state_->obs_dim; }
+std::ptrdiff_t Planner::action_dim() const noexcept { return state_->action_dim; }
 
 void Planner::draws(std::uint64_t step, PlanDraws& draws) const {
   const PlannerSettings& s = state_->settings;
-  const std::shared_ptr<const WorldModel> held = model();
-  const detail::PackedModel& packed = held->packed();
+  const Models::Held model(state_->models);
+  const detail::PackedModel& packed = *model;
   const Index pad = packed.action_pad, a = packed.action_dim;
   const Key key(state_->seed, step);
   std::vector<float> row(static_cast<std::size_t>(pad));
@@ -524,7 +595,7 @@ void Planner::draws(std::uint64_t step, PlanDraws& draws) const {
       fill(kScore, i, e, (s.horizon - 1) * rest, score);
     }
   }
-  key.pair(held->num_critics(), draws.pair);
+  key.pair(static_cast<Index>(packed.critics.size()), draws.pair);
 }
 
 }  // namespace iqmpc

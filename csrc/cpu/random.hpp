@@ -34,22 +34,55 @@ static inline void normal_chunk(const std::uint32_t* key, std::uint32_t stream,
   }
 }
 
-static void fill_normal(const std::uint32_t* key, std::uint32_t stream, std::uint32_t problem,
-                        Index first, Index count, float* out) {
+// Elements [first, first + count) of what `fill` writes chunk by chunk.
+template <Index size, class Fill>
+static inline void in_chunks(Index first, Index count, float* out, Fill&& fill) {
   const Index end = first + count;
-  for (Index chunk = first / kChunk; chunk * kChunk < end; ++chunk) {
-    const Index start = chunk * kChunk;
+  for (Index chunk = first / size; chunk * size < end; ++chunk) {
+    const Index start = chunk * size;
     const auto number = static_cast<std::uint32_t>(chunk);
-    if (start >= first && start + kChunk <= end) {
-      normal_chunk(key, stream, problem, number, out + (start - first));
+    if (start >= first && start + size <= end) {
+      fill(number, out + (start - first));
       continue;
     }
-    float whole[kChunk];
-    normal_chunk(key, stream, problem, number, whole);
-    for (Index i = start < first ? first : start; i < start + kChunk && i < end; ++i) {
+    float whole[size];
+    fill(number, whole);
+    for (Index i = start < first ? first : start; i < start + size && i < end; ++i) {
       out[i - first] = whole[i - start];
     }
   }
+}
+
+static inline void fill_normal(const std::uint32_t* key, std::uint32_t stream,
+                               std::uint32_t problem, Index first, Index count, float* out) {
+  in_chunks<kChunk>(first, count, out, [&](std::uint32_t number, float* chunk) {
+    normal_chunk(key, stream, problem, number, chunk);
+  });
+}
+
+// Dropout multipliers from halves of words: chunks of 128, whose upper 64 take the words' upper
+// halves.
+static inline void dropout_chunk(const std::uint32_t* key, std::uint32_t stream,
+                                 std::uint32_t problem, std::uint32_t chunk,
+                                 std::uint32_t threshold, float scale, float* out) {
+  for (int lane = 0; lane < 16; lane += kWidth) {
+    Bits lanes{};
+    for (int i = 0; i < kWidth; ++i) lanes[i] = static_cast<unsigned>(lane + i);
+    Bits x[4] = {lanes, Bits{} + chunk, Bits{} + stream, Bits{} + problem};
+    threefry(key, x);
+    for (int w = 0; w < 4; ++w) {
+      store(out + 16 * w + lane, (x[w] & 0xffffu) < threshold ? Vec{} : splat(scale));
+      store(out + 64 + 16 * w + lane, (x[w] >> 16) < threshold ? Vec{} : splat(scale));
+    }
+  }
+}
+
+static inline void fill_dropout(const std::uint32_t* key, std::uint32_t stream,
+                                std::uint32_t problem, Index first, Index count,
+                                std::uint32_t threshold, float scale, float* out) {
+  in_chunks<2 * kChunk>(first, count, out, [&](std::uint32_t number, float* chunk) {
+    dropout_chunk(key, stream, problem, number, threshold, scale, chunk);
+  });
 }
 
 }  // namespace iqmpc::detail::IQMPC_LEVEL

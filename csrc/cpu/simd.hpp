@@ -68,14 +68,28 @@ static inline void store_partial(float* p, Vec v, std::ptrdiff_t count) {
   __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(float));
 }
 
-// Pairwise, so the rounding error grows with the logarithm of the width.
+// Pairwise, so the rounding error grows with the logarithm of the width; halves are added first, in
+// registers where there are instructions for it and in the same order where not.
 static inline float sum_lanes(Vec v) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_add_ps(
+      _mm512_castps512_ps256((__m512)v),
+      _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+#else
+  const __m256 eight = (__m256)v;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
   float lanes[kWidth];
   store(lanes, v);
   for (int half = kWidth / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+#endif
 }
 
 // Both keep a NaN in x: the second operand of the instructions, which compilers find in the general

@@ -23,18 +23,19 @@ void check_stack(const std::string& part, const std::vector<LinearView>& layers,
   }
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const LinearView& layer = layers[i];
-    const std::string name = part + " layer " + std::to_string(i);
+    // Made where it is needed: a published model is checked each time, and nothing is allocated.
+    const auto name = [&] { return part + " layer " + std::to_string(i); };
     if (layer.out < 1 || layer.in < 1) {
-      refuse(name, "weight must have at least one row and one column, got [" +
+      refuse(name(), "weight must have at least one row and one column, got [" +
                        std::to_string(layer.out) + ", " + std::to_string(layer.in) + "]");
     }
     if (in != 0 && layer.in != in) {
-      refuse(name, "expected " + std::to_string(in) + " inputs, got " + std::to_string(layer.in));
+      refuse(name(), "expected " + std::to_string(in) + " inputs, got " + std::to_string(layer.in));
     }
     const bool normed = i + 1 < layers.size() || norm_last;
     if (layer.weight == nullptr || layer.bias == nullptr ||
         (layer.gamma != nullptr) != normed || (layer.beta != nullptr) != normed) {
-      refuse(name, normed ? "needs weight, bias, gamma and beta"
+      refuse(name(), normed ? "needs weight, bias, gamma and beta"
                           : "needs weight and bias, and has no LayerNorm");
     }
     in = layer.out;

@@ -9,15 +9,13 @@ namespace iqmpc {
 
 namespace detail {
 
-namespace {
-
-PackedModel pack(const WorldModelView& view, Precision precision, Isa isa) {
+void ModelPacker::pack(const WorldModelView& view, Precision precision, Isa isa,
+                       PackedModel& model) {
   check_view(view);
   const Index z = view.dynamics.back().out, heads = view.policy.back().out, a = heads / 2;
 
-  PackedModel model{};
   model.precision = precision;
-  model.isa = isa_from_name(isa_name(isa), "isa");
+  model.isa = isa;
   model.kernels = &kernel_table(isa, precision);
   model.exact = &kernel_table(isa, Precision::float32);
   model.obs_dim = view.encoder.empty() ? z : view.encoder.front().in;
@@ -26,85 +24,104 @@ PackedModel pack(const WorldModelView& view, Precision precision, Isa isa) {
   model.action_pad = round_up(a, kActionPad);
   const KernelTable& kernels = *model.kernels;
   const Index groups = z / view.simnorm_dim;
-  model.simnorm = {view.simnorm_dim, groups, round_up(groups, kernels.width)};
+  const SimNormLayout simnorm{view.simnorm_dim, groups, round_up(groups, kernels.width)};
+  model.simnorm = simnorm;
   model.log_std_min = view.log_std_min;
   model.log_std_max = view.log_std_max;
+  model.widest = 0;
 
-  std::vector<Index> features(static_cast<std::size_t>(z));
-  for (Index i = 0; i < z; ++i) features[i] = model.simnorm.feature(i);
-  std::vector<Index> gaussian(static_cast<std::size_t>(heads));
-  for (Index i = 0; i < heads; ++i) gaussian[i] = i < a ? i : model.action_pad + i - a;
-
-  const auto add = [&](const KernelTable& table, const LinearView& layer, PackRequest request) {
-    if (request.count == 0) request.count = layer.in;
-    PackedLayer packed = pack_layer(table, layer, request);
-    model.widest = std::max(model.widest, packed.padded);
-    return packed;
+  const auto widest = [&](const PackedLayer& layer) {
+    model.widest = std::max(model.widest, layer.padded);
   };
-  const auto logits = [&] {
-    PackRequest request;
-    request.outputs = features;
-    request.columns = model.simnorm.features();
-    return request;
-  };
-  const auto first = [&](const LinearView& layer) {
-    PackRequest latent, excess, action;
-    latent.count = excess.count = z;
-    latent.inputs = excess.inputs = &model.simnorm;
-    excess.excess = excess.addend = action.addend = true;
-    action.first = z;
-    action.count = a;
-    FirstLayer packed;
-    packed.z = add(kernels, layer, latent);
-    packed.excess = add(kernels, layer, excess);
-    if (layer.in > z) packed.a = add(kernels, layer, action);
-    return packed;
+  const auto add = [&](const KernelTable& table, const LinearView& layer,
+                       const PackOutputs* outputs, PackedLayer& packed) {
+    layers_.pack(table, layer, outputs, packed);
+    widest(packed);
   };
 
-  for (const LinearView& layer : view.encoder) {
-    const bool last = &layer == &view.encoder.back();
-    model.encoder.push_back(add(*model.exact, layer, last ? logits() : PackRequest{}));
-  }
-  model.dynamics.first = first(view.dynamics.front());
-  for (std::size_t i = 1; i < view.dynamics.size(); ++i) {
-    const bool last = i + 1 == view.dynamics.size();
-    model.dynamics.rest.push_back(add(kernels, view.dynamics[i], last ? logits() : PackRequest{}));
-  }
-  model.policy_first = first(view.policy.front());
-  for (std::size_t i = 1; i < view.policy.size(); ++i) {
-    PackRequest request;
-    if (i + 1 == view.policy.size()) {
-      request.outputs = gaussian;
-      request.columns = 2 * model.action_pad;
+  features_.columns = simnorm.features();
+  features_.column.resize(static_cast<std::size_t>(z));
+  latent_.clear(round_up(simnorm.inputs(), kernels.step));
+  excess_.clear(simnorm.groups);  // whole vectors, and so whole steps
+  for (Index i = 0; i < z; ++i) {
+    features_.column[i] = simnorm.feature(i);
+    const Index group = i / simnorm.dim, last = (group + 1) * simnorm.dim - 1;
+    if (i == last) {
+      excess_.plus[group] = last;
+    } else {
+      latent_.plus[simnorm.feature(i)] = i;
+      latent_.minus[simnorm.feature(i)] = last;
     }
-    model.policy.push_back(add(kernels, view.policy[i], request));
   }
-  const auto scalar = [&](const std::vector<LinearView>& layers) {
-    Scalar packed;
-    packed.first = first(layers.front());
-    for (std::size_t i = 1; i + 1 < layers.size(); ++i) {
-      packed.rest.push_back(add(kernels, layers[i], {}));
+  gaussian_.columns = 2 * model.action_pad;
+  gaussian_.column.resize(static_cast<std::size_t>(heads));
+  for (Index i = 0; i < heads; ++i) gaussian_.column[i] = i < a ? i : model.action_pad + i - a;
+  action_.clear(round_up(a, kernels.step));
+  for (Index i = 0; i < a; ++i) action_.plus[i] = z + i;
+
+  const auto first = [&](const LinearView& layer, FirstLayer& packed) {
+    if (layer.in > z) {
+      layers_.pack(kernels, layer, nullptr,
+                   {{latent_, packed.z}, {excess_, packed.excess}, {action_, packed.a}}, &excess_);
+    } else {
+      layers_.pack(kernels, layer, nullptr, {{latent_, packed.z}, {excess_, packed.excess}},
+                   &excess_);
     }
+    widest(packed.z);
+  };
+  // The layers behind a first one; the last of them has `outputs`.
+  const auto rest = [&](const std::vector<LinearView>& layers, std::size_t count,
+                        const PackOutputs* outputs, std::vector<PackedLayer>& packed) {
+    packed.resize(count);
+    for (std::size_t i = 0; i < count; ++i) {
+      add(kernels, layers[1 + i], i + 1 == count ? outputs : nullptr, packed[i]);
+    }
+  };
+  const auto scalar = [&](const std::vector<LinearView>& layers, Scalar& packed) {
+    first(layers.front(), packed.first);
+    rest(layers, layers.size() - 2, nullptr, packed.rest);
     const LinearView& last = layers.back();
-    packed.w = AlignedBuffer<float>(
-        static_cast<std::size_t>(round_up(last.in, kernels.panel)));
+    packed.w.fit(static_cast<std::size_t>(round_up(last.in, kernels.panel)));
     std::copy_n(last.weight, last.in, packed.w.data());
+    std::fill(packed.w.data() + last.in, packed.w.data() + packed.w.size(), 0.0f);
     packed.bias = last.bias[0];
-    return packed;
   };
-  for (const std::vector<LinearView>& layers : view.critics) {
-    model.critics.push_back(scalar(layers));
+
+  model.encoder.resize(view.encoder.size());
+  for (std::size_t i = 0; i < view.encoder.size(); ++i) {
+    const bool last = i + 1 == view.encoder.size();
+    add(*model.exact, view.encoder[i], last ? &features_ : nullptr, model.encoder[i]);
   }
-  if (!view.termination.empty()) model.termination = scalar(view.termination);
+  first(view.dynamics.front(), model.dynamics.first);
+  rest(view.dynamics, view.dynamics.size() - 1, &features_, model.dynamics.rest);
+  first(view.policy.front(), model.policy_first);
+  rest(view.policy, view.policy.size() - 1, &gaussian_, model.policy);
+  model.critics.resize(view.critics.size());
+  for (std::size_t k = 0; k < view.critics.size(); ++k) scalar(view.critics[k], model.critics[k]);
+  if (view.termination.empty()) {
+    model.termination.reset();
+  } else {
+    if (!model.termination) model.termination.emplace();
+    scalar(view.termination, *model.termination);
+  }
+}
+
+}  // namespace detail
+
+namespace {
+
+std::unique_ptr<const detail::PackedModel> pack(const WorldModelView& view, Precision precision,
+                                                Isa isa) {
+  isa_from_name(isa_name(isa), "isa");  // throws where the machine does not run it
+  auto model = std::make_unique<detail::PackedModel>();
+  detail::ModelPacker().pack(view, precision, isa, *model);
   return model;
 }
 
 }  // namespace
 
-}  // namespace detail
-
 WorldModel::WorldModel(const WorldModelView& view, Precision precision, Isa isa)
-    : packed_(std::make_unique<const detail::PackedModel>(detail::pack(view, precision, isa))) {}
+    : packed_(pack(view, precision, isa)) {}
 WorldModel::~WorldModel() = default;
 WorldModel::WorldModel(WorldModel&&) noexcept = default;
 WorldModel& WorldModel::operator=(WorldModel&&) noexcept = default;

@@ -123,6 +123,30 @@ void no_allocation_after_construction() {
   CHECK(allocations > before);  // the count counts
 }
 
+// A view is packed into memory that published models have left, once there are enough of those.
+void publishing_a_view() {
+  RandomModel model({}), other({}, 1);
+  for (const iqmpc::Precision precision : {iqmpc::Precision::float32, iqmpc::Precision::bf16}) {
+    Planner planner(model.pack(precision), settings(), 3);
+    Planner expected(other.pack(precision), settings(), 3);
+    for (int i = 0; i < 3; ++i) planner.publish(i % 2 ? model.view : other.view);
+    const long before = allocations;
+    for (int i = 0; i < 10; ++i) planner.publish(i % 2 ? other.view : model.view);
+    CHECK(allocations == before);
+    CHECK(run(planner, 4) == run(expected, 4));
+  }
+  Sizes wider;
+  wider.action = 4;
+  const RandomModel unlike(wider);
+  Planner planner(model.pack(), settings(), 3), expected(model.pack(), settings(), 3);
+  CHECK(message_of<std::invalid_argument>([&] { planner.publish(unlike.view); }) ==
+        "the published model's action_dim must be 3 as the planner's, got 4");
+  other.view.policy.pop_back();
+  CHECK(message_of<std::invalid_argument>([&] { planner.publish(other.view); }) ==
+        "policy layer 1: needs weight and bias, and has no LayerNorm");
+  CHECK(run(planner, 4) == run(expected, 4));  // nothing of either was published
+}
+
 void weights_that_are_not_finite() {
   RandomModel model({});
   model.fill(std::numeric_limits<float>::quiet_NaN());
@@ -140,12 +164,44 @@ void publishing_while_plans_run() {
   std::thread publisher([&] {
     while (!stop) {
       planner.publish(other.pack());
+      planner.publish(model.view);
+      planner.publish(other.view);
       planner.publish(model.pack());
     }
   });
   run(planner, 60);
   stop = true;
   publisher.join();
+}
+
+// Every plan is one of the two models' whole, whichever it found.
+void a_running_plan_keeps_its_model() {
+  const RandomModel model({}), other({}, 1);
+  PlannerSettings s = settings();
+  s.num_envs = 1;
+  const Floats obs = normal_floats(5, 1);
+  const auto plan = [&](Planner& planner) {
+    Floats action(3);
+    planner.set_step(0);
+    planner.reset();
+    planner.plan(obs.data(), false, action.data());
+    return action;
+  };
+  Planner one(model.pack(), s, 3), two(other.pack(), s, 3), planner(model.pack(), s, 3);
+  const Floats possible[] = {plan(one), plan(two)};
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> publishers;
+  for (int p = 0; p < 2; ++p) {
+    publishers.emplace_back([&, p] {
+      for (int i = p; !stop; ++i) planner.publish(i % 2 ? other.view : model.view);
+    });
+  }
+  for (int i = 0; i < 60; ++i) {
+    const Floats action = plan(planner);
+    CHECK(action == possible[0] || action == possible[1]);
+  }
+  stop = true;
+  for (std::thread& publisher : publishers) publisher.join();
 }
 
 // A model without an encoder is given what one with it would have encoded.
@@ -202,8 +258,10 @@ void refuses_what_does_not_fit() {
 int main() {
   same_plan_on_any_thread_count();
   no_allocation_after_construction();
+  publishing_a_view();
   weights_that_are_not_finite();
   publishing_while_plans_run();
+  a_running_plan_keeps_its_model();
   plans_for_latents();
   refuses_what_does_not_fit();
   return 0;

@@ -50,6 +50,32 @@ void a_slow_task() {
   }
 }
 
+// More threads than cores that all want to run: workers come late, and spin less from then on.
+void beside_others() {
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> others;
+  for (unsigned i = 0; i <= std::thread::hardware_concurrency(); ++i) {
+    others.emplace_back([&] {
+      while (!stop) {
+      }
+    });
+  }
+  {
+    ThreadPool pool(3);
+    for (int round = 0; round < 100; ++round) {
+      std::atomic<int> done{0};
+      pool.run(round % 9, [&](std::ptrdiff_t, int) {
+        ++done;
+        if (round % 4 == 0) std::this_thread::sleep_for(std::chrono::microseconds(100));
+      });
+      CHECK(done == round % 9);
+      if (round % 10 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  }
+  stop = true;
+  for (std::thread& other : others) other.join();
+}
+
 void many_pools() {
   for (int i = 0; i < 200; ++i) {
     ThreadPool pool(1 + i % 4);
@@ -108,6 +134,7 @@ void forked() {
 int main() {
   for (const int threads : {1, 2, 3, 8}) every_task_once(threads);
   a_slow_task();
+  beside_others();
   many_pools();
   bad_counts();
   forked();

@@ -19,7 +19,7 @@ from iqmpc.demos.demonstrations import Demonstrations
 from iqmpc.demos.types import DemonstrationError, Episode
 from iqmpc.envs import interface, maniskill, myosuite
 from iqmpc.envs.pixels import FrameRecorder
-from iqmpc.evaluation import rollout
+from iqmpc.evaluation import Noisy, rollout
 from iqmpc.seeding import stream_seed
 
 # Distributions whose versions change what an episode looks like, by the module that they install.
@@ -131,7 +131,8 @@ def record(
     kept: list[Episode] = []
     tried = succeeded = reached = 0
     while len(kept) < episodes and tried < max_tries:
-        actor = _Actor(demonstrator.policy, env, noise, stream_seed(seed, "noise", tried))
+        actor = Noisy(
+            _Actor(demonstrator.policy, env), noise, stream_seed(seed, "noise", tried))
         with interface.at(f"{task}, recorded episode {tried}"):
             episode = rollout(actor, env, seed=stream_seed(seed, "record", tried),
                               episode_length=episode_length)
@@ -170,11 +171,10 @@ def record(
 
 
 class _Actor:
-    """A policy as `rollout` takes an agent, with noise on its actions."""
+    """A policy as `rollout` takes it."""
 
-    def __init__(self, policy: Policy, env: gymnasium.Env, noise: float, seed: int) -> None:
-        self._policy, self._env, self._noise = policy, env, noise
-        self._random = np.random.default_rng(seed)
+    def __init__(self, policy: Policy, env: gymnasium.Env) -> None:
+        self._policy, self._env = policy, env
 
     def reset(self) -> None:
         if hasattr(self._policy, "reset"):
@@ -186,9 +186,7 @@ class _Actor:
             index = int(np.argmin(np.isfinite(action).ravel()))
             raise DemonstrationError(f"the demonstrator's actions: found {action.ravel()[index]} "
                                      f"at index {index}, expected finite values")
-        if self._noise:
-            action = action + self._noise * self._random.standard_normal(action.shape)
-        return np.clip(action, -1, 1).astype(np.float32)
+        return action
 
 
 def _versions() -> dict[str, str]:

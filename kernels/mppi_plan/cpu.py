@@ -7,9 +7,10 @@ from torch import Tensor
 
 from iqmpc.config import PlannerConfig
 from iqmpc.kernels import layers
-from iqmpc.kernels.cpu import PackedWeights, as_array
+from iqmpc.kernels.cpu import LiveView, as_array
 from iqmpc.kernels.mppi_plan.types import Plan
 from iqmpc.kernels.weights import Weights, map_layers
+from iqmpc.threads import threads
 
 
 class CpuPlan:
@@ -27,15 +28,16 @@ class CpuPlan:
         from iqmpc import _C
 
         self.num_envs = num_envs
-        self._precision, self._isa = config.precision, isa
-        packed = self._pack(weights)
-        self.action_dim = packed.action_dim
+        self._view = LiveView()
+        self._keep_encoder(weights)
+        packed = _C.WorldModel(self._view.of(weights), precision=config.precision, isa=isa)
+        self.action_dim: int = packed.action_dim
         self.native = _C.Planner(
-            packed.native, num_envs=num_envs, horizon=config.horizon, samples=config.samples,
+            packed, num_envs=num_envs, horizon=config.horizon, samples=config.samples,
             elites=config.elites, policy_trajectories=config.policy_trajectories,
             iterations=config.iterations_for(packed.action_dim), temperature=config.temperature,
             std_min=config.std_min, std_max=config.std_max, discount=discount,
-            enabled=config.enabled, threads=config.threads or torch.get_num_threads(),
+            enabled=config.enabled, threads=config.threads or threads(),
             budget_us=config.budget_us or 0.0, seed=seed)
         if config.budget_us:
             self.native.warm_up()
@@ -51,15 +53,15 @@ class CpuPlan:
         return Plan(action, nonfinite, iterations, missed)
 
     def publish(self, weights: Weights) -> None:
-        self.native.publish(self._pack(weights).native)
+        self.native.publish(self._view.of(weights))
+        self._keep_encoder(weights)
 
-    def _pack(self, weights: Weights) -> PackedWeights:
-        packed = PackedWeights(weights, precision=self._precision, isa=self._isa)
+    def _keep_encoder(self, weights: Weights) -> None:
+        """A copy of an encoder of images, which torch computes."""
         self._encoder: Weights | None = None
         if weights.encodes_images:
             encoder = map_layers(lambda t: t.detach().clone(), weights.encoder)
             self._encoder = weights._replace(encoder=encoder, dynamics=(), policy=(), critics=())
-        return packed
 
     def reset(self, env: int | None = None) -> None:
         if env is None:

@@ -43,6 +43,8 @@ def mppi_rollout_reference(
         return total
 
     def value(z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        # The exact density, whatever `learner.entropy` is: all but that of ã_0 cancels, and that
+        # one is common to all samples.
         prior, log_prob = layers.policy_sample(weights, z, noise)
         return layers.q_min(pair, z, prior) - entropy * log_prob, log_prob
 

@@ -50,6 +50,13 @@ def test_no_share_without_a_product_of_the_same_dtype() -> None:
     assert report.records([MATMUL, bf16])[1]["share_of_matmul"] is None
 
 
+def test_no_rate_without_operations() -> None:
+    report_ = report.records([MATMUL, Measurement("publish/x", "cpu", "float32", 0, [0.0001])])
+    assert report_[1]["gflops"] is None and report_[1]["share_of_matmul"] is None
+    assert table.results(report_).splitlines()[3] == (
+        "| `publish/x` | `cpu` | 0.10 | 0.10 | 0.10 | 0.10 | 1 |  |  |  |")
+
+
 def test_write_replaces_the_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "made" / "report.json"
     for measurements in ([MATMUL, SLOW, FAST], [MATMUL]):

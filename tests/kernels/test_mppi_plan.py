@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from iqmpc import _C, WorldModel
 from iqmpc.config import ModelConfig, PlannerConfig
 from iqmpc.kernels import layers
-from iqmpc.kernels.cpu import PackedWeights, layer_arrays
+from iqmpc.kernels.cpu import PackedWeights, layer_arrays, model_view
 from iqmpc.kernels.mppi_plan import BACKENDS, CpuPlan, PlanNoise, ReferencePlan
+from iqmpc.kernels.weights import snapshot
 from tests.kernels.contract import drawn, ending_half
 
 LEVELS = _C.isa_levels()
@@ -231,6 +232,75 @@ def test_publishing_and_freeing_weights_while_plans_run(make_weights):
     assert all(any(torch.equal(a, p) for p in possible) for a in seen)
 
 
+def first_plan(plan, obs):
+    plan.step = 0
+    plan.reset()
+    return plan(obs).action
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_publishing_is_of_what_the_weights_are_then(make_weights, precision):
+    """Changed in place, moved, exchanged or other ones: never what an earlier view showed."""
+    weights, other = (make_weights(5, 3, hidden=64, seed=s) for s in (0, 1))
+    config, obs = dataclasses.replace(CONFIG, precision=precision), torch.randn(1, 5)
+    plan = cpu(weights, config)
+
+    def expect(published):
+        plan.publish(published)
+        assert torch.equal(first_plan(plan, obs), first_plan(cpu(published, config), obs))
+
+    before = first_plan(plan, obs)
+    for tensor in weights.tensors():
+        tensor.mul_(1.1)
+    assert torch.equal(first_plan(plan, obs), before)  # a snapshot until then
+    expect(weights)
+    assert not torch.equal(first_plan(plan, obs), before)
+    for tensor, moved in zip(weights.tensors(), other.tensors(), strict=True):
+        tensor.data = moved.clone()  # the same tensors with other memory
+    expect(weights)
+    expect(other)
+    layer = weights.policy[1]  # the same memory read otherwise: a square that is not contiguous
+    turned = weights._replace(policy=(
+        weights.policy[0], layer._replace(weight=layer.weight.T), weights.policy[2]))
+    for _ in range(2):
+        expect(turned)
+        layer.weight.mul_(0.9)
+    expect(weights)
+    expect(weights._replace(log_std_max=0.5))
+    with pytest.raises(ValueError, match="policy layer 1 weight must be float32 for the cpu"):
+        plan.publish(weights._replace(policy=(
+            weights.policy[0], layer._replace(weight=layer.weight.view(torch.int32)),
+            weights.policy[2])))
+
+
+def test_a_view_is_made_once_for_weights_that_stay(make_weights, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "iqmpc.kernels.cpu.model_view", lambda w, build=model_view: made.append(w) or build(w))
+    weights = make_weights(5, 3)
+    plan = cpu(weights)
+    for _ in range(3):
+        plan.publish(weights)
+        plan.publish(weights._replace())  # the same tensors in another tuple
+    assert len(made) == 1
+    plan.publish(snapshot(weights))
+    assert len(made) == 2
+
+
+def test_a_view_keeps_the_weights_that_it_shows(make_weights):
+    """Packed after its tensors are gone, it is still of them and of nothing that came after."""
+    weights, obs = make_weights(5, 3, hidden=300), torch.randn(1, 5)
+    plan = cpu(weights)
+    expected = first_plan(plan, obs)
+    view = model_view(weights)
+    del weights
+    others = [make_weights(5, 3, hidden=300, seed=s) for s in range(1, 6)]
+    plan.publish(others[0])
+    assert not torch.equal(first_plan(plan, obs), expected)
+    plan.native.publish(view)
+    assert torch.equal(first_plan(plan, obs), expected)
+
+
 def test_plans_of_one_planner_from_two_threads_wait_for_each_other(make_weights):
     weights, obs = make_weights(5, 3), torch.randn(1, 5)
     shared, alone = cpu(weights), cpu(weights)
@@ -257,6 +327,25 @@ def test_a_published_model_must_be_alike(make_weights):
     half = PackedWeights(make_weights(5, 3), precision="bf16")
     with pytest.raises(ValueError, match="must be float32 for .* as the planner's, got bf16"):
         plan.native.publish(half.native)
+
+
+def test_stacked_critics_are_checked(make_weights):
+    weights = make_weights(5, 3)
+    parts = {part: layer_arrays(part, getattr(weights, part))
+             for part in ("encoder", "dynamics", "policy", "critics")}
+    settings = {"simnorm_dim": 8, "log_std_min": -10.0, "log_std_max": 2.0}
+    weight, *rest = parts["critics"][1]
+    for layer, message in (
+        ((weight[:2], *rest), r"critics layer 1 weight must be float32 with shape \[3, O, I\], "
+                              r"got float32 \[2, "),
+        ((weight[:, :, 1:], *rest), "critics layer 1 weight must be C-contiguous and aligned"),
+        ((weight, rest[0][0], *rest[1:]), r"critics layer 1 bias must be float32 with shape \[3, "),
+        ((weight[0], *rest), r"critics layer 1 weight must be float32 with shape \[3, O, I\]"),
+        ((), r"critics layer 1 must be \(weight, bias\) or .*, got 0 arrays"),
+    ):
+        critics = [parts["critics"][0], layer, parts["critics"][2]]
+        with pytest.raises(ValueError, match=message):
+            _C.ModelView(**(parts | {"critics": critics}), **settings)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -353,13 +442,13 @@ def test_a_plan_is_of_the_published_encoder():
 
 def test_without_an_encoder_latents_are_planned_for(make_weights):
     weights = make_weights(5, 3, latent=24)
-    arrays = {part: layer_arrays(part, getattr(weights, part)) for part in ("dynamics", "policy")}
-    critics = [layer_arrays("critic", weights.critics, k) for k in range(3)]
-    settings = {"critics": critics, "simnorm_dim": 8, "log_std_min": -10.0, "log_std_max": 2.0}
-    model = _C.WorldModel(encoder=[], **arrays, **settings)
+    arrays = {part: layer_arrays(part, getattr(weights, part))
+              for part in ("dynamics", "policy", "critics")}
+    settings = {"simnorm_dim": 8, "log_std_min": -10.0, "log_std_max": 2.0}
+    model = _C.WorldModel(_C.ModelView(encoder=[], **arrays, **settings))
     assert model.obs_dim == model.latent_dim == 24
     with pytest.raises(ValueError, match="dynamics: expected at least 2 layers, got 0"):
-        _C.WorldModel(encoder=[], dynamics=[], policy=arrays["policy"], **settings)
+        _C.WorldModel(_C.ModelView(encoder=[], **(arrays | {"dynamics": []}), **settings))
     plan = cpu(weights, CONFIG)
     obs = torch.randn(1, 5)
     latent = CpuPlan(weights, CONFIG, discount=0.97, beta=1e-3, seed=7)

@@ -206,5 +206,6 @@ def test_the_extension_works_without_a_driver(make_weights):
     layers = [tuple(t.numpy() for t in layer if t is not None)
               for layer in make_weights(5, 3).encoder]
     with pytest.raises(ValueError, match="policy: expected at least 2 layers, got 0"):
-        _C.CudaWorldModel(encoder=layers, dynamics=[], policy=[], critics=[], simnorm_dim=8,
-                          log_std_min=-10, log_std_max=2)
+        _C.CudaWorldModel(_C.ModelView(
+            encoder=layers, dynamics=[], policy=[], critics=[], simnorm_dim=8, log_std_min=-10,
+            log_std_max=2))

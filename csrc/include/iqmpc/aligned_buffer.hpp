@@ -19,6 +19,12 @@ class AlignedBuffer {
   explicit AlignedBuffer(std::size_t size)
       : data_(new (std::align_val_t{kAlignment}) T[size]()), size_(size) {}
 
+  // Room for `size` elements: the same memory, with what it holds, where there is as much already,
+  // else new memory, all zero.
+  void fit(std::size_t size) {
+    if (size != size_) *this = AlignedBuffer(size);
+  }
+
   T* data() noexcept { return data_.get(); }
   const T* data() const noexcept { return data_.get(); }
   std::size_t size() const noexcept { return size_; }

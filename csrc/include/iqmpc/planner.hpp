@@ -59,6 +59,11 @@ class Planner {
   // Throws std::invalid_argument where its sizes, precision or level differ from the first one's.
   void publish(std::shared_ptr<const WorldModel> model);
 
+  // The same with the model that `view` shows now, packed in the planner's precision and level into
+  // memory that earlier such models have left: after the third time nothing is allocated. Throws
+  // what packing and publishing a WorldModel would.
+  void publish(const WorldModelView& view);
+
   // obs [E, O] -> action [E, A] in [-1, 1]; `explore` adds std_0 ε. Never non-finite.
   //
   // With a budget, another iteration starts only if it is expected to end in time; the plan is the
@@ -88,7 +93,8 @@ class Planner {
   void draws(std::uint64_t step, PlanDraws& draws) const;
 
   const PlannerSettings& settings() const noexcept;
-  std::shared_ptr<const WorldModel> model() const;
+  std::ptrdiff_t obs_dim() const noexcept;     // O
+  std::ptrdiff_t action_dim() const noexcept;  // A
 
  private:
   struct State;

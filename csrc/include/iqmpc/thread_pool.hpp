@@ -14,8 +14,9 @@
 namespace iqmpc {
 
 // Workers spin for a moment after each loop, so that the next one starts without a system call, and
-// then sleep. One caller at a time: `run` must not be called from two threads at once. In a process
-// that was forked there are no workers: the caller does everything, with the same results.
+// then sleep; for a shorter moment where others want the machine's cores. One caller at a time: `run`
+// must not be called from two threads at once. In a process that was forked there are no workers:
+// the caller does everything, with the same results.
 class ThreadPool {
  public:
   // `threads` includes the caller; throws std::invalid_argument below 1 or above kMaxThreads, and
@@ -56,6 +57,8 @@ class ThreadPool {
   void run_job(const Job& job, std::ptrdiff_t tasks) noexcept;
   void work(int thread) noexcept;
   bool take(int thread) noexcept;
+  template <class Done>
+  bool spin(Done&& done) noexcept;
 
   // Task count and next task in one word: a worker that comes late to a finished loop cannot take a
   // task of the next one under the old count.
@@ -63,6 +66,8 @@ class ThreadPool {
   std::atomic<std::ptrdiff_t> done_{0};
   std::atomic<std::uint32_t> calls_{0};  // to be awake: incremented by wake()
   std::atomic<int> asleep_{0};
+  std::atomic<std::int64_t> woken_{0};  // when sleepers were last, in nanoseconds
+  std::atomic<int> patience_;           // nanoseconds that a thread spins
   std::atomic<bool> caller_asleep_{false};
   std::atomic<bool> stop_{false};
   Job job_;

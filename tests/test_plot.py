@@ -1,0 +1,102 @@
+"""Learning curves: one run as it is, several seeds as one."""
+
+import numpy as np
+import pytest
+
+from iqmpc import checkpoint, compose
+from iqmpc import plot as module
+from iqmpc.errors import CheckpointError, IqmpcError
+from iqmpc.plot import over_seeds, plot, read_curve
+from iqmpc.runlog import RunLog, write_summary
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(seed=0, words=(), steps=(10, 20, 30), scale=1.0, demonstrator=90.0):
+        run = tmp_path / f"seed{seed}{'-'.join(words)}"
+        run.mkdir()
+        checkpoint.save_config(run, compose([f"seed={seed}", *words]), new=True)
+        log = RunLog(run)
+        for step in steps:
+            log.write({"env_steps": step, "wall_s": 6.0 * step, "return": 5.0})
+            log.write({"env_steps": step, "wall_s": 6.0 * step, "eval_return_mean": scale * step})
+        log.close()
+        if demonstrator is not None:
+            write_summary(run, {"demonstrator_return": demonstrator})
+        return run
+    return make
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Plots runs and returns the axes along environment steps and along minutes."""
+    figures = []
+    original = module.save_figure
+    monkeypatch.setattr(module, "save_figure", lambda figure, out: (
+        figures.append(figure), original(figure, out)))
+
+    def draw(*runs):
+        plot(runs, tmp_path / "curves.png")
+        assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+        return figures[-1].axes
+    return draw
+
+
+def labels(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_seeds_of_the_same_settings_are_one_curve(make_run, drawn):
+    steps, minutes = drawn(make_run(0), make_run(1, scale=3.0), make_run(2, ["model.critics=3"]))
+    assert labels(steps) == ["walker-walk, 2 seeds", "walker-walk, model.critics=3, seed 2"]
+    mean = next(line for line in steps.lines if line.get_label() == "walker-walk, 2 seeds")
+    assert mean.get_xydata().tolist() == [[10, 20], [20, 40], [30, 60]]
+    (band,) = steps.collections
+    assert (band.get_datalim(steps.transData).min, band.get_datalim(steps.transData).max) == (
+        pytest.approx((10, 10)), pytest.approx((30, 90)))
+    dots = [line for line in steps.lines if line.get_marker() == "o"]
+    assert len(dots) == 3  # every seed's evaluations
+    dashed = [line for line in steps.lines if line.get_linestyle() == "--"]
+    assert [line.get_ydata()[0] for line in dashed] == [90, 90]  # one for each curve
+    along_minutes = next(x for x in minutes.lines if x.get_label() == "walker-walk, 2 seeds")
+    assert along_minutes.get_xdata().tolist() == [1, 2, 3]
+
+
+def test_a_single_run_shows_its_training_and_no_band(make_run, drawn):
+    steps, _ = drawn(make_run(demonstrator=None))
+    assert labels(steps) == ["walker-walk, seed 0"] and not steps.collections
+    assert [line.get_ydata().tolist() for line in steps.lines] == [[5, 5, 5], [10, 20, 30]]
+
+
+def test_runs_that_have_not_evaluated_yet(make_run, drawn):
+    steps, _ = drawn(make_run(0, steps=()), make_run(1, steps=()))
+    assert labels(steps) == ["walker-walk, 2 seeds"]
+    steps, _ = drawn(make_run(2, steps=(10, 20)), make_run(3, steps=()))
+    assert labels(steps) == ["walker-walk, 2 seeds"]
+
+
+def test_over_seeds_is_over_what_all_have():
+    one = np.array([0.0, 10, 20]), np.array([0.0, 10, 20])
+    two = np.array([5.0, 10, 30]), np.array([15.0, 20, 40])
+    grid, mean, least, greatest = over_seeds([one, two])
+    assert grid.tolist() == [5, 10, 20]
+    assert mean.tolist() == [10, 15, 25]
+    assert least.tolist() == [5, 10, 20] and greatest.tolist() == [15, 20, 30]
+    apart = over_seeds([one, (np.array([50.0]), np.array([1.0]))])
+    assert [x.tolist() for x in apart] == [[]] * 4
+
+
+def test_the_csv_has_every_point(make_run, drawn, tmp_path):
+    drawn(make_run(0, steps=(10,)), make_run(1, steps=(20,)))
+    assert (tmp_path / "curves.csv").read_text().splitlines() == [
+        "task,seed,env_steps,minutes,kind,return", "walker-walk,0,10,1.0,training,5.0",
+        "walker-walk,0,10,1.0,evaluation,10.0", "walker-walk,1,20,2.0,training,5.0",
+        "walker-walk,1,20,2.0,evaluation,20.0"]
+
+
+def test_what_cannot_be_drawn_is_named(make_run, tmp_path):
+    with pytest.raises(IqmpcError, match="must be a .png, .pdf or .svg file"):
+        plot([make_run()], tmp_path / "curves.doc")
+    (tmp_path / "seed0" / "metrics.csv").unlink()
+    with pytest.raises(CheckpointError, match="seed0 has no metrics.csv"):
+        read_curve(tmp_path / "seed0")
