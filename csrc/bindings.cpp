@@ -212,6 +212,14 @@ iqmpc::Score score_from_name(const std::string& name) {
   throw py::value_error("score must be advantage or unrolled, got " + name);
 }
 
+template <class Object>
+void check_fork(const Object& object, const std::string& name) {
+  if (object.forked_while_busy()) {
+    throw std::runtime_error("this process was forked while the " + name +
+                             " was at work, which never ends here: make another " + name);
+  }
+}
+
 void rollout(const Model& model, const py::object& z0, const py::object& actions,
              const py::object& policy_noise, std::pair<py::ssize_t, py::ssize_t> critic_pair,
              float discount, const std::string& score, float entropy, const py::object& returns,
@@ -240,17 +248,9 @@ void rollout(const Model& model, const py::object& z0, const py::object& actions
   iqmpc::rollout(*model, pool, view);
 }
 
-void check_fork(const iqmpc::Planner& planner) {
-  if (planner.forked_while_busy()) {
-    throw std::runtime_error(
-        "this process was forked while the planner was planning, which never ends here: make "
-        "another planner");
-  }
-}
-
 py::tuple plan(iqmpc::Planner& planner, const py::object& obs, bool explore,
                const py::object& action) {
-  check_fork(planner);
+  check_fork(planner, "planner");
   const py::ssize_t envs = planner.settings().num_envs;
   const py::array input = checked(obs, "obs", {envs, planner.obs_dim()});
   float* output = writeable(action, "action", {envs, planner.action_dim()});
@@ -473,6 +473,7 @@ py::tuple as_tuple(const iqmpc::UpdateMetrics& m) {
 py::tuple learn(const BoundLearner& bound, const py::object& experts,
                 const py::sequence& behaviour, py::ssize_t batch, std::uint64_t update,
                 std::uint64_t model_steps, std::uint64_t policy_steps) {
+  check_fork(*bound.learner, "learner");
   std::vector<py::array> arrays;
   iqmpc::ReplayView of_experts;
   const bool demonstrations = !experts.is_none();
@@ -492,6 +493,7 @@ py::tuple learn(const BoundLearner& bound, const py::object& experts,
 py::tuple update(const BoundLearner& bound, const py::object& obs, const py::object& action,
                  const py::object& reward, const py::object& terminated, py::ssize_t experts,
                  std::uint64_t update, std::uint64_t model_steps, std::uint64_t policy_steps) {
+  check_fork(*bound.learner, "learner");
   const py::ssize_t h = bound.learner->settings().horizon;
   const py::array a = checked(action, "action", {h, "N", bound.learner->action_dim()});
   const py::ssize_t columns = a.shape(1);
@@ -679,11 +681,11 @@ PYBIND11_MODULE(_C, module) {
       .def("work_bytes", &iqmpc::CudaWorldModel::work_bytes, py::arg("problems"),
            "Bytes of device memory that cuda_rollout works in.");
 
-  module.def("cuda_rollout", &cuda_rollout, py::arg("model").none(false), py::kw_only(), py::arg("problems"),
-             py::arg("horizon"), py::arg("samples"), py::arg("z0"), py::arg("actions"),
-             py::arg("policy_noise"), py::arg("critic_pair"), py::arg("discount"),
-             py::arg("score"), py::arg("entropy"), py::arg("returns"), py::arg("work"),
-             py::arg("stream"),
+  module.def("cuda_rollout", &cuda_rollout, py::arg("model").none(false), py::kw_only(),
+             py::arg("problems"), py::arg("horizon"), py::arg("samples"), py::arg("z0"),
+             py::arg("actions"), py::arg("policy_noise"), py::arg("critic_pair"),
+             py::arg("discount"), py::arg("score"), py::arg("entropy"), py::arg("returns"),
+             py::arg("work"), py::arg("stream"),
              "Enqueue iqmpc.kernels.mppi_rollout on a stream. Arrays are addresses in the memory "
              "of the model's device: float32, dense, critic_pair int64. Only in builds with CUDA.");
 #endif
@@ -712,34 +714,34 @@ PYBIND11_MODULE(_C, module) {
       .def(
           "publish",
           [](iqmpc::Planner& planner, Model model) {
-            check_fork(planner);
+            check_fork(planner, "planner");
             planner.publish(std::move(model));
           },
           py::arg("model").none(false), "Plan with this model from now on.")
       .def(
           "publish",
           [](iqmpc::Planner& planner, const ModelView& view) {
-            check_fork(planner);
+            check_fork(planner, "planner");
             py::gil_scoped_release release;
             planner.publish(view.view);
           },
           py::arg("view"), "Plan from now on with what the view shows now.")
       .def("warm_up",
            [](iqmpc::Planner& planner) {
-             check_fork(planner);
+             check_fork(planner, "planner");
              py::gil_scoped_release release;
              planner.warm_up();
            })
       .def("reset",
            [](iqmpc::Planner& planner) {
-             check_fork(planner);
+             check_fork(planner, "planner");
              py::gil_scoped_release release;
              planner.reset();
            })
       .def(
           "reset",
           [](iqmpc::Planner& planner, std::ptrdiff_t problem) {
-            check_fork(planner);
+            check_fork(planner, "planner");
             py::gil_scoped_release release;
             planner.reset(problem);
           },
