@@ -64,7 +64,7 @@ class RunLog:
             self._without_board(error)
 
     def write(self, values: Mapping[str, float | int | None]) -> None:
-        """Append a row; `values` has `env_steps` and any other of COLUMNS."""
+        """Append a row; `values` has all of PROGRESS and any other of COLUMNS."""
         with naming(self._path):
             self._csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v
                                 for k, v in values.items() if v is not None})

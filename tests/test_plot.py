@@ -18,8 +18,9 @@ def make_run(tmp_path):
         checkpoint.save_config(run, compose([f"seed={seed}", *words]), new=True)
         log = RunLog(run)
         for step in steps:
-            log.write({"env_steps": step, "wall_s": 6.0 * step, "return": 5.0})
-            log.write({"env_steps": step, "wall_s": 6.0 * step, "eval_return_mean": scale * step})
+            at = {"env_steps": step, "updates": step, "episodes": 1, "wall_s": 6.0 * step}
+            log.write({**at, "return": 5.0})
+            log.write({**at, "eval_return_mean": scale * step})
         log.close()
         if demonstrator is not None:
             write_summary(run, {"demonstrator_return": demonstrator})

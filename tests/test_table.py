@@ -34,7 +34,8 @@ def make_run(tmp_path):
             write_summary(run, summary)
         log = RunLog(run)
         for step, mean, success in [*evaluations, (100, 1e6, None)]:
-            log.write({"env_steps": step, "eval_return_mean": mean, "eval_success_rate": success})
+            log.write({"env_steps": step, "updates": step, "episodes": 1, "wall_s": 6.0,
+                       "eval_return_mean": mean, "eval_success_rate": success})
         log.close()
         return run
     return make
@@ -136,9 +137,10 @@ def test_what_is_no_run_is_named(make_run, measuring, tmp_path):
     with pytest.raises(CheckpointError, match="empty has no checkpoint"):
         table.record(make_run("empty", checkpoints=False))
     run = make_run("broken")
-    (run / "summary.json").write_text("{")
-    with pytest.raises(CheckpointError, match="summary.json cannot be read"):
-        table.record(run)
+    for damaged in ("{", "[1]", "[" * 100_000, "\xff\0"):
+        (run / "summary.json").write_bytes(damaged.encode("latin-1"))
+        with pytest.raises(CheckpointError, match="summary.json cannot be read"):
+            table.record(run)
     measuring.figures = {**MEASURED, "env_steps": 60}
     with pytest.raises(CheckpointError, match="is of step 60, its summary.json of step 100"):
         table.record(make_run("damaged"))

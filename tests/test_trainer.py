@@ -1250,6 +1250,41 @@ def test_settings_that_differ_from_the_checkpoints_are_named(
     assert messages[0].endswith("train.checkpoint_every is 41, was 40")
 
 
+def test_another_way_of_computing_is_said_and_another_agent_refused(
+        tmp_path, small_config, point_env, point_demonstrations):
+    run = tmp_path / "run"
+    train(small_config, point_env, point_demonstrations, run)
+
+    def resumed(changes):
+        messages = []
+        Trainer(small_config.replace(changes), point_env, point_demonstrations, run=run,
+                resume=True, on_message=messages.append)
+        return messages
+
+    assert resumed({"threads": 1}) == ["continuing from step_000000100.safetensors"]
+    fused = "the run was made with learner.mode=eager and goes on with fused: not bit for bit"
+    assert fused in resumed({"learner.mode": "fused"})
+    assert fused in resumed({"learner.mode": "auto"})  # what it comes to here
+    assert resumed({"learner.mode": "fused", "learner.precision": "bf16"})[:2] == [
+        fused, "the run was made with learner.precision=float32 and goes on with bf16: not bit for "
+        "bit"]
+    for changes in ({"agent.average": "always"}, {"agent.average_rate": 0.5}):
+        with pytest.raises(ConfigError, match="cannot change when it is resumed: agent.average"):
+            resumed(changes)
+
+
+@pytest.mark.parametrize("mode", ["auto", "fused"])
+def test_what_auto_comes_to_stands_in_the_checkpoint(
+        tmp_path, small_config, point_env, point_demonstrations, mode):
+    config = small_config.replace({"learner.mode": mode, "train.steps": 60})
+    train(config, point_env, point_demonstrations, tmp_path / "run")
+    assert checkpoint.newest(tmp_path / "run")[2]["mode"] == "fused"
+    messages = []
+    Trainer(config.replace({"learner.mode": "auto"}), point_env, point_demonstrations,
+            run=tmp_path / "run", resume=True, on_message=messages.append)
+    assert messages == ["continuing from step_000000060.safetensors"]
+
+
 def test_a_run_of_another_device_goes_on_and_acts_here(
         tmp_path, small_config, point_env, point_demonstrations, monkeypatch):
     run = tmp_path / "run"
