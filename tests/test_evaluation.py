@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 
-from iqmpc import Episode
+from iqmpc import Config, Episode
+from iqmpc.errors import TaskError
 from iqmpc.evaluation import NOISES, Noisy, Random, mixed_episodes, reward_correlation
 
 
 class Homing:
     """Walks to the origin of the point task. `decode` says which reward its critics would imply."""
+
+    config = Config()
 
     def __init__(self, decode=None):
         self.decode, self.resets, self.terminated = decode, 0, []
@@ -58,6 +61,16 @@ def test_the_agent_is_told_of_every_episode_it_acts_in(point_env):
     mixed_episodes(agent, point_env, each=2, noises=(0.1,),
                    progress=lambda done, total: seen.append((done, total)))
     assert agent.resets == 4 and [done for done, _ in seen] == [1, 2, 3, 4, 5, 6]
+
+
+def test_episodes_that_do_not_end_are_cut_and_what_is_no_number_is_named(point_env, small_config):
+    agent = Homing()
+    agent.config = small_config
+    endless = type(point_env)(10**9)
+    assert {len(e.actions) for e in mixed_episodes(agent, endless, each=1)} == {20}
+    endless.step = lambda action: (np.full(2, np.nan, np.float32), 0.0, False, False, {})
+    with pytest.raises(TaskError, match="point, correlation episode 0: step 1: .*nan"):
+        mixed_episodes(agent, endless)
 
 
 @pytest.mark.parametrize(("decode", "expected"), [
