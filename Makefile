@@ -40,7 +40,8 @@ cpp-test cpp-test-asan cpp-test-tsan: $(READY)
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find csrc -type f -not -path 'csrc/tests/*')
 $(TRAIN) $(READY): CONSTRAINTS = constraints.txt
-$(TRAIN): EXTRA = dmcontrol,plots
+# imageio (video): gymnasium's MuJoCo tasks do not import without it.
+$(TRAIN): EXTRA = dmcontrol,plots,video
 $(READY): EXTRA = test
 $(READY): ALSO = $(TRAIN)
 $(TRAIN) $(READY): constraints.txt $(SOURCES)

@@ -240,8 +240,17 @@ void rollout(const Model& model, const py::object& z0, const py::object& actions
   iqmpc::rollout(*model, pool, view);
 }
 
+void check_fork(const iqmpc::Planner& planner) {
+  if (planner.forked_while_busy()) {
+    throw std::runtime_error(
+        "this process was forked while the planner was planning, which never ends here: make "
+        "another planner");
+  }
+}
+
 py::tuple plan(iqmpc::Planner& planner, const py::object& obs, bool explore,
                const py::object& action) {
+  check_fork(planner);
   const py::ssize_t envs = planner.settings().num_envs;
   const py::array input = checked(obs, "obs", {envs, planner.obs_dim()});
   float* output = writeable(action, "action", {envs, planner.action_dim()});
@@ -637,7 +646,7 @@ PYBIND11_MODULE(_C, module) {
         return std::string(iqmpc::isa_name(model.isa()));
       });
 
-  module.def("rollout", &rollout, py::arg("model"), py::arg("z0"), py::arg("actions"),
+  module.def("rollout", &rollout, py::arg("model").none(false), py::arg("z0"), py::arg("actions"),
              py::arg("policy_noise"), py::arg("critic_pair"), py::arg("discount"),
              py::arg("score"), py::arg("entropy"), py::arg("returns"), py::arg("threads"),
              "Write the soft returns of iqmpc.kernels.mppi_rollout into `returns` [E, S].");
@@ -670,7 +679,7 @@ PYBIND11_MODULE(_C, module) {
       .def("work_bytes", &iqmpc::CudaWorldModel::work_bytes, py::arg("problems"),
            "Bytes of device memory that cuda_rollout works in.");
 
-  module.def("cuda_rollout", &cuda_rollout, py::arg("model"), py::kw_only(), py::arg("problems"),
+  module.def("cuda_rollout", &cuda_rollout, py::arg("model").none(false), py::kw_only(), py::arg("problems"),
              py::arg("horizon"), py::arg("samples"), py::arg("z0"), py::arg("actions"),
              py::arg("policy_noise"), py::arg("critic_pair"), py::arg("discount"),
              py::arg("score"), py::arg("entropy"), py::arg("returns"), py::arg("work"),
@@ -692,7 +701,7 @@ PYBIND11_MODULE(_C, module) {
                                         enabled, threads, budget_us},
                  seed);
            }),
-           py::arg("model"), py::kw_only(), py::arg("num_envs"), py::arg("horizon"),
+           py::arg("model").none(false), py::kw_only(), py::arg("num_envs"), py::arg("horizon"),
            py::arg("samples"), py::arg("elites"), py::arg("policy_trajectories"),
            py::arg("iterations"), py::arg("temperature"), py::arg("std_min"), py::arg("std_max"),
            py::arg("discount"), py::arg("enabled"), py::arg("threads"), py::arg("budget_us"),
@@ -700,19 +709,41 @@ PYBIND11_MODULE(_C, module) {
       .def("plan", &plan, py::arg("obs"), py::arg("explore"), py::arg("action"),
            "Write the actions for float32 obs [E, O] into float32 action [E, A]; returns "
            "(iterations, nonfinite problems, missed, elapsed_us).")
-      .def("publish",
-           py::overload_cast<std::shared_ptr<const iqmpc::WorldModel>>(&iqmpc::Planner::publish),
-           py::arg("model"), "Plan with this model from now on.")
       .def(
           "publish",
-          [](iqmpc::Planner& planner, const ModelView& view) { planner.publish(view.view); },
-          py::arg("view"), py::call_guard<py::gil_scoped_release>(),
-          "Plan from now on with what the view shows now.")
-      .def("warm_up", &iqmpc::Planner::warm_up, py::call_guard<py::gil_scoped_release>())
-      .def("reset", py::overload_cast<>(&iqmpc::Planner::reset),
-           py::call_guard<py::gil_scoped_release>())
-      .def("reset", py::overload_cast<std::ptrdiff_t>(&iqmpc::Planner::reset), py::arg("problem"),
-           py::call_guard<py::gil_scoped_release>())
+          [](iqmpc::Planner& planner, Model model) {
+            check_fork(planner);
+            planner.publish(std::move(model));
+          },
+          py::arg("model").none(false), "Plan with this model from now on.")
+      .def(
+          "publish",
+          [](iqmpc::Planner& planner, const ModelView& view) {
+            check_fork(planner);
+            py::gil_scoped_release release;
+            planner.publish(view.view);
+          },
+          py::arg("view"), "Plan from now on with what the view shows now.")
+      .def("warm_up",
+           [](iqmpc::Planner& planner) {
+             check_fork(planner);
+             py::gil_scoped_release release;
+             planner.warm_up();
+           })
+      .def("reset",
+           [](iqmpc::Planner& planner) {
+             check_fork(planner);
+             py::gil_scoped_release release;
+             planner.reset();
+           })
+      .def(
+          "reset",
+          [](iqmpc::Planner& planner, std::ptrdiff_t problem) {
+            check_fork(planner);
+            py::gil_scoped_release release;
+            planner.reset(problem);
+          },
+          py::arg("problem"))
       .def_property_readonly(
           "mean",
           [](py::object self) {

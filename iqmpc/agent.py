@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from iqmpc import checkpoint
 from iqmpc.config import Config
-from iqmpc.errors import CheckpointError, ConfigError
+from iqmpc.errors import BackendError, CheckpointError, ConfigError
 from iqmpc.frames import is_image
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Weights
@@ -31,21 +32,20 @@ def resolve_device(name: str) -> str:
 
 
 def prepare_torch(config: Config) -> None:
-    """Threads as the run asks for, in the whole process: of the C++ library, and torch's."""
-    count = config.threads or torch.get_num_threads()
-    set_threads(count)
+    """Set the process to the run's `threads`, and torch to flush denormal numbers to zero."""
     # Where the C++ library both plans and learns, torch has only trifles to do.
-    idle = (resolve_device(config.device) == "cpu" and config.task.obs == "state"
-            and config.learner.mode in ("auto", "fused")
+    idle = ((config.device == "cpu" or not torch.cuda.is_available())
+            and config.task.obs == "state" and config.learner.mode in ("auto", "fused")
             and config.planner.backend in ("auto", "cpu"))
-    torch.set_num_threads(1 if idle else count)
+    set_threads(config.threads, torch_idle=idle)
     torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
 
 
 class Agent:
     """A world model and its planner, acting on `num_envs` environments at once (one by default).
 
-    Call `reset` at the start of every episode: the planner is warm-started from step to step.
+    Call `reset` at the start of every episode: the planner is warm-started from step to step. Each
+    thread needs an agent of its own, as calls from several would warm-start one another's plans.
     """
 
     def __init__(
@@ -63,18 +63,28 @@ class Agent:
 
     @classmethod
     def load(
-        cls, run: str | Path, *, changes: Mapping[str, Any] | None = None, seed: int | None = None
+        cls, run: str | Path, *, changes: Mapping[str, Any] | None = None,
+        seed: int | None = None, num_envs: int = 1,
     ) -> Agent:
         """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there:
         with the average of the weights, unless `agent.average` is off.
 
         `changes` replaces settings, such as {"planner.enabled": False} to act with the policy
-        prior or {"device": "cpu"}. `seed` is the run's own by default.
+        prior or {"device": "cpu"}. `seed` is the run's own by default. It acts on `num_envs`
+        environments at once, whatever it was trained on. A run that was made on a
+        device or with a backend that is not here acts on the CPU, in float32, with a warning.
         Raises `CheckpointError` where there is no checkpoint, `ConfigError` for wrong changes.
         """
-        config = checkpoint.load_config(run).replace(changes or {})
-        device = resolve_device(config.device)
+        found = checkpoint.load_config(run)
         path, tensors, meta = checkpoint.newest(run)
+        checkpoint.check_settings(run, found, path, meta)
+        changes = dict(changes or {})
+        if found.device == "cuda" and "device" not in changes and not torch.cuda.is_available():
+            warnings.warn(f"{run} was made with device=cuda, which is not here: acting on the CPU",
+                          RuntimeWarning, stacklevel=2)
+            changes["device"] = "cpu"
+        config = found.replace(changes)
+        device = resolve_device(config.device)
         # "obs_dim" stands in checkpoints from before there were images
         model = WorldModel(
             meta.get("obs_shape") or int(meta["obs_dim"]), int(meta["action_dim"]), config.model,
@@ -88,7 +98,17 @@ class Agent:
             model.load_state_dict(held)
         except RuntimeError as error:
             raise CheckpointError(f"{path} does not fit the run's config.yaml: {error}") from error
-        agent = cls(model.to(device), config, seed=config.seed if seed is None else seed)
+        seed = config.seed if seed is None else seed
+        try:
+            agent = cls(model.to(device), config, seed=seed, num_envs=num_envs)
+        except BackendError as error:
+            if any(key.startswith("planner.") and key != "planner.enabled" for key in changes):
+                raise
+            warnings.warn(f"{error}: acting with planner.backend=auto in float32", RuntimeWarning,
+                          stacklevel=2)
+            agent = cls(model, config.replace({
+                "planner.backend": "auto", "planner.precision": "float32",
+                "planner.capture": None}), seed=seed, num_envs=num_envs)
         agent.facts = {k: meta[k] for k in ("env_steps", "updates", "wall_s",
                                             "demonstrator_return")}
         return agent

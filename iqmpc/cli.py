@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
+import shlex
+import signal
 import sys
 import time
 import warnings
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iqmpc.demos.cli import app as demos_app
-from iqmpc.errors import ConfigError, IqmpcError
+from iqmpc.errors import ConfigError, Interrupted, IqmpcError, printable
 from iqmpc.progress import RecordingDisplay, TrainingDisplay
 
 app = typer.Typer(
@@ -29,6 +31,8 @@ _console = Console(stderr=True)
 
 MinReturn = Annotated[
     float | None, typer.Option(help="Keep only episodes with at least this return.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; the run's own by default.")]
+Backend = Annotated[str | None, typer.Option(help="The planner's kernel backend.")]
 _OVERRIDES_HELP = "Settings as key=value: task=cheetah-run train.steps=50000 learner.batch=128"
 
 
@@ -53,10 +57,11 @@ def train(
 ) -> None:
     """Train an agent; ends with an evaluation beside the demonstrator's return.
 
-    `resume=RUN` continues a run; only train.* (but not train.num_envs) and threads may then be
-    changed.
+    `resume=RUN` continues a run. What it learns may then not be changed: only train.* (but not
+    train.num_envs), where the data lie (demos.path), and how it is computed (threads, device,
+    learner.mode, learner.precision, and the planner's backend, precision, mode, capture and
+    threads).
     """
-    from iqmpc.agent import prepare_torch
     from iqmpc.compose import compose, parse
 
     words = parse(overrides or [])
@@ -65,16 +70,17 @@ def train(
         config, resume = _resumed(run, words), True
     else:
         config, resume = compose(overrides or []), False
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        run = Path(config.run_dir or f"runs/{config.task.name}/{stamp}-seed{config.seed}")
-        if config.demos.path is not None:  # the run may be continued from another folder
-            config = config.replace({"demos.path": str(Path(config.demos.path).resolve())})
-    prepare_torch(config)
-    _print_summary(_train(config, run, resume=resume), run)
+        run = None if config.run_dir is None else Path(config.run_dir)
+    if config.demos.path is not None:  # the run may be continued from another folder
+        config = config.replace({"demos.path": str(Path(config.demos.path).resolve())})
+    _print_summary(*_train(config, run, resume=resume))
 
 
-def _train(config: Any, run: Path, *, resume: bool) -> dict[str, Any]:
-    """Train to the end with progress shown; the summary."""
+def _train(config: Any, run: Path | None, *, resume: bool) -> tuple[dict[str, Any], Path]:
+    """Train to the end with progress shown; the summary, and the run folder.
+
+    Without `run` a folder of its own is made, when everything fits.
+    """
     import iqmpc
     from iqmpc.envs import check_spaces
 
@@ -82,11 +88,16 @@ def _train(config: Any, run: Path, *, resume: bool) -> dict[str, Any]:
     with TrainingDisplay(config.train.steps, _console) as display:
         env, count = make(), config.train.num_envs
         apart = count > 1 or config.train.workers  # `env` is then for evaluation alone
+        if config.demos.path is not None:
+            display.message(f"reading {config.demos.path}")
         demonstrations = _demonstrations(config, *check_spaces(env, config.task.name))
+        named = run or _unused(config, claim=False)
         trainer = iqmpc.Trainer(
-            config, [make] * count if apart else env, demonstrations, run=run,
+            config, [make] * count if apart else env, demonstrations, run=named,
             eval_env=env if apart else None, resume=resume, on_progress=display.update,
             on_message=display.message)
+        if run is None:
+            trainer.run = run = _unused(config, claim=True)
         parameters = sum(p.numel() for p in trainer.learner.model.parameters())
         display.message(
             f"{config.task.name}: {parameters:,} parameters on {trainer.device}, planner "
@@ -95,11 +106,29 @@ def _train(config: Any, run: Path, *, resume: bool) -> dict[str, Any]:
         if hint is not None:
             display.message(hint)
         try:
-            summary = trainer.train()
-        except KeyboardInterrupt:
-            display.message(f"interrupted; continue with: iqmpc train resume={run}")
-            raise
-    return summary
+            return trainer.train(), run
+        except KeyboardInterrupt as error:
+            display.message(
+                f"interrupted; continue with: iqmpc train {shlex.quote(f'resume={run}')}")
+            number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
+            raise SystemExit(128 + number) from None
+
+
+def _unused(config: Any, *, claim: bool) -> Path:
+    """A run folder that is not there yet; with `claim`, made by this process and no other."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    first = Path(f"runs/{config.task.name}/{stamp}-seed{config.seed}")
+    for number in itertools.count(2):
+        if not claim and not first.exists():
+            return first
+        if claim:
+            try:
+                first.mkdir(parents=True)
+                return first
+            except FileExistsError:
+                pass
+        first = first.with_name(f"{stamp}-seed{config.seed}-{number}")
+    raise AssertionError("unreachable")
 
 
 @app.command("eval")
@@ -115,12 +144,11 @@ def evaluate_run(
     correlation: Annotated[bool, typer.Option(
         "--correlation", help="Correlate decoded with true rewards too, over 18 further episodes: "
         "the agent, the agent with noise, random actions.")] = False,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    backend: Annotated[str | None, typer.Option(help="The planner's kernel backend.")] = None,
+    device: Device = None,
+    backend: Backend = None,
 ) -> None:
     """Evaluate a trained run."""
-    changes = {"planner.enabled": planner, "device": device, "planner.backend": backend}
-    changes = {k: v for k, v in changes.items() if v is not None and v is not True}
+    changes = _acting(planner, device, backend)
     recorder = None
     if video is not None:
         from iqmpc.video import Recorder
@@ -151,7 +179,9 @@ def evaluate_run(
                 agent, env, seed=seed,
                 progress=lambda n, g: status.update(f"correlating, episode {n}: return {g:.1f}"))
     if as_json:
-        print(json.dumps(summary, indent=2))
+        from iqmpc.runlog import strict_json
+
+        print(strict_json(summary))
     else:
         _print_summary(summary, run)
     if recorder is not None:
@@ -171,6 +201,8 @@ def record(
         help="pixels: act on the state, keep the frames that task.obs=pixels observes.")] = None,
     fast_render: Annotated[bool, typer.Option(
         "--fast-render", help="Frames of task.fast_render=true.")] = False,
+    device: Device = None,
+    backend: Backend = None,
     force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
 ) -> None:
     """Roll out a trained run and keep the episodes as demonstrations."""
@@ -183,7 +215,7 @@ def record(
         raise DemonstrationError(f"--obs must be pixels, got {obs!r}")
     if fast_render and obs is None:
         raise DemonstrationError("--fast-render needs --obs pixels")
-    changes: dict[str, Any] = {} if planner else {"planner.enabled": False}
+    changes = _acting(planner, device, backend)
     if fast_render:
         changes["task.fast_render"] = True
     agent, env = open_run(run, changes, seed=seed, render=obs is not None)
@@ -198,6 +230,7 @@ def record(
         demonstrations = make.record(
             _run_demonstrator(run, agent, planner), env, task=task.name, episodes=episodes,
             max_tries=episodes, fewer=True, seed=seed, min_return=min_return,
+            episode_length=task.episode_length,
             provenance=_drawn(task, images=obs is not None), progress=display.update)
     _save(demonstrations, out)
 
@@ -227,6 +260,8 @@ def make_demonstrations(
     max_tries: Annotated[int | None, typer.Option(
         min=1, help="Give up after so many episodes. Default: ten times --episodes.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the episodes, and of training.")] = 0,
+    device: Device = None,
+    backend: Backend = None,
     force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
 ) -> None:
     """Make demonstrations of any task: train or load who demonstrates, then record."""
@@ -237,6 +272,8 @@ def make_demonstrations(
 
     _check_target(out, force)
     words = [word if "=" in word else f"task={word}" for word in words]
+    acting = _acting(True, device, backend)
+    words += [f"{key}={value}" for key, value in acting.items()]
     config = compose(words)
     prepare_torch(config)
     task = config.task.name
@@ -251,11 +288,12 @@ def make_demonstrations(
         _train_demonstrator(
             compose([f"train.steps={train_steps}", *words, "learner=td", f"seed={seed}"]), path)
     env = iqmpc.make_env(config.task, seed=seed)
-    demonstrator = _demonstrator(kind, path, env, config, seed)
+    demonstrator = _demonstrator(kind, path, env, config, seed, acting)
     with RecordingDisplay(episodes, _console) as display:
         demonstrations = make.record(
             demonstrator, env, task=task, episodes=episodes, max_tries=max_tries or 10 * episodes,
             seed=seed, noise=noise, min_return=min_return, successes_only=successes_only,
+            episode_length=config.task.episode_length,
             provenance=_drawn(config.task), progress=display.update)
     _save(demonstrations, out)
 
@@ -331,6 +369,13 @@ def doctor() -> None:
         Console().print(table)
 
 
+def _acting(planner: bool, device: str | None, backend: str | None) -> dict[str, Any]:
+    """What the options change in the settings of a run that acts."""
+    changes = {"planner.enabled": None if planner else False, "device": device,
+               "planner.backend": backend}
+    return {key: value for key, value in changes.items() if value is not None}
+
+
 def _check_target(out: Path, force: bool) -> None:
     """`DemonstrationError`, before anything is run, where `out` could not be saved."""
     from iqmpc.demos import DemonstrationError
@@ -350,7 +395,6 @@ def _save(demonstrations: Any, out: Path) -> None:
 def _train_demonstrator(config: Any, run: Path) -> None:
     """Train an agent on the task's reward into `run`, or continue or take the one that is there."""
     from iqmpc import checkpoint
-    from iqmpc.agent import prepare_torch
 
     resume = (run / "config.yaml").exists()
     if resume:
@@ -363,13 +407,19 @@ def _train_demonstrator(config: Any, run: Path) -> None:
         done = checkpoint.newest(run)[2]["env_steps"] if checkpoint.exists(run) else 0
         if done >= config.train.steps:
             return
-        config = there.replace({"train.steps": config.train.steps})
-    prepare_torch(config)
+        config = there.replace({
+            "train.steps": config.train.steps, "device": config.device,
+            "planner.backend": config.planner.backend})
     _train(config, run, resume=resume)
 
 
-def _demonstrator(kind: str, path: str | Path, env: Any, config: Any, seed: int) -> Any:
-    """Who acts in `env`: kind is sb3, run or td with its path, or "" for the task's own."""
+def _demonstrator(
+    kind: str, path: str | Path, env: Any, config: Any, seed: int, acting: dict[str, Any]
+) -> Any:
+    """Who acts in `env`: kind is sb3, run or td with its path, or "" for the task's own.
+
+    `acting` changes settings of an agent.
+    """
     from iqmpc.demos import make
     from iqmpc.envs import check_spaces
 
@@ -388,7 +438,7 @@ def _demonstrator(kind: str, path: str | Path, env: Any, config: Any, seed: int)
             "policy": f"{Path(path).name}, sha256 {policy.digest}"})
     import iqmpc
 
-    agent = iqmpc.Agent.load(path, seed=seed)
+    agent = iqmpc.Agent.load(path, changes=acting, seed=seed)
     found = agent.model.obs_shape, agent.model.action_dim
     if found != (obs_shape, action_dim):
         raise ConfigError(
@@ -412,17 +462,17 @@ def _busy_hint(config: Any) -> str | None:
 
     Only said: a number of threads that followed the load would make results depend on it.
     """
-    import torch
+    from iqmpc.threads import threads
 
-    threads = torch.get_num_threads()
+    count = threads()
     try:
         cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     except (AttributeError, OSError):  # not Linux
         return None
-    if config.threads is not None or threads == 1 or cores - load > threads - 0.5:
+    if config.threads is not None or count == 1 or cores - load > count - 0.5:
         return None
     return (f"the machine is busy (load {load:.1f} on {cores} cores): threads=1 may be faster here "
-            f"than the default of {threads}")
+            f"than the default of {count}")
 
 
 def _rendering(task: Any) -> str:
@@ -451,7 +501,7 @@ def _demonstrations(config: Any, obs_shape: tuple[int, ...], action_dim: int) ->
     else:
         found = Demonstrations.load(
             config.demos.path, task=task, obs_dim=None if images else obs_shape[0],
-            action_dim=action_dim)
+            action_dim=action_dim, facts=_task_facts(config))
     # Images drawn otherwise could be told apart by that alone.
     drawn = found.provenance.get("render")
     if images and drawn not in (None, _rendering(config.task)):
@@ -461,13 +511,25 @@ def _demonstrations(config: Any, obs_shape: tuple[int, ...], action_dim: int) ->
     return found if config.demos.episodes is None else found.select(config.demos.episodes)
 
 
+def _task_facts(config: Any) -> Any:
+    """What the task says of the demonstrations' file, where its format can use it."""
+    from iqmpc.demos import Facts
+
+    keys = config.task.obs_keys
+    return Facts(episodes=config.demos.episodes,
+                 task_obs_keys=None if keys is None else tuple(keys.split(",")))
+
+
 def _resumed(run: Path, changes: dict[str, Any]) -> Any:
     from iqmpc.checkpoint import load_config
+    from iqmpc.compose import GROUPS
+    from iqmpc.config import may_change
 
     for key in changes:
-        if not key.startswith("train.") and key != "threads":
+        if key in GROUPS or not may_change(key):
             raise ConfigError(
-                f"{key} cannot change when a run is resumed (only train.* and threads)")
+                f"{key} cannot change when a run is resumed (only train.* and what iqmpc train "
+                "--help names)")
     return load_config(run).replace(changes)
 
 
@@ -479,22 +541,23 @@ def _print_summary(summary: dict[str, Any], run: Path) -> None:
                 f"{value:.1f}" if isinstance(value, float) else str(value)
             table.add_row(key, text)
     _console.print(table)
-    if summary.get("demonstrator_return"):
+    demonstrator = summary.get("demonstrator_return")
+    if demonstrator is not None:
+        share = "" if summary["ratio"] is None else f" ({100 * summary['ratio']:.0f} %)"
         _console.print(
             f"return {summary['return_mean']:.1f} beside the demonstrator's "
-            f"{summary['demonstrator_return']:.1f} ({100 * summary['ratio']:.0f} %)",
-            style="bold", highlight=False)
+            f"{demonstrator:.1f}{share}", style="bold", highlight=False)
 
 
 def _print_error(error: Exception | str) -> None:
-    _console.print(f"iqmpc: {error}", style="bold red", markup=False, highlight=False,
+    _console.print(printable(f"iqmpc: {error}"), style="bold red", markup=False, highlight=False,
                    soft_wrap=True)
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
     if issubclass(category, (DeprecationWarning, FutureWarning)):
         return
-    _console.print(f"warning: {message}", style="yellow", markup=False, highlight=False,
+    _console.print(printable(f"warning: {message}"), style="yellow", markup=False, highlight=False,
                    soft_wrap=True)
 
 

@@ -18,12 +18,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from iqmpc.config import Config, all_keys
+from iqmpc.config import Config, all_keys, shortened, text_keys
 from iqmpc.errors import ConfigError
 
+SUITES = ("dmcontrol", "myosuite", "maniskill", "gym")  # whose environments are made here
 GROUPS = ("task", "model", "planner", "learner", "preset")
 # Keys that may be given without their section.
 _SHORT = {"env_id": "task.env_id"}
+# Whose values are text, taken as they stand unless they are quoted or null.
+_TEXTS = {*GROUPS, *text_keys(), "resume"}
+_LONGEST = 100  # characters of any other value, each a number or a word
+# What changes how a run is computed or watched, or is told beside its figures.
 _NO_DEPARTURES = {
     "seed", "device", "threads", "run_dir", "preset", "train.steps", "train.eval_every",
     "train.eval_episodes", "train.final_episodes", "train.checkpoint_every", "train.env_workers",
@@ -43,32 +48,49 @@ def parse(overrides: Sequence[str]) -> dict[str, Any]:
     parser = OverridesParser.create()
     parsed = {}
     for word in overrides:
-        if "=" not in word:
-            raise ConfigError(f"expected key=value, got {word!r}")
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"expected key=value, got {shortened(word)}")
+        if _SHORT.get(key, key) in _TEXTS and value != "null" and value[:1] not in ("'", '"'):
+            parsed[key] = value
+            continue
+        if len(value) > _LONGEST and key not in _TEXTS:
+            raise ConfigError(f"{shortened(key)} is given {len(value)} characters, expected a "
+                              "number or a word")
         try:
             override = parser.parse_override(word)
-        except HydraException as error:
-            raise ConfigError(f"cannot read {word!r}: {str(error).splitlines()[0]}") from error
+            value = override.value()
+        except (HydraException, ValueError, RecursionError) as error:
+            expected = "text, or quotes that end" if key in _TEXTS else "a number or a word"
+            raise ConfigError(f"cannot read {shortened(word)}: expected {expected}") from error
         if override.is_delete() or override.is_add() or override.is_sweep_override():
-            raise ConfigError(f"expected key=value, got {word!r}")
-        parsed[override.key_or_group] = override.value()
+            raise ConfigError(f"expected key=value, got {shortened(word)} (one value, no sweep)")
+        parsed[override.key_or_group] = value
     return parsed
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """The run that `iqmpc train OVERRIDES` describes.
 
-    Hydra composes the groups; single keys are set on top, checked against the schema.
+    Hydra composes the groups; single keys are set on top, checked against the schema. A task of
+    another suite than `SUITES`, one's own, has no action repeat, gradient penalty or terminal
+    states unless they are given.
     Raises `ConfigError` that names the key and the nearest valid one.
     """
     parsed = parse(overrides)
     groups = {k: v for k, v in parsed.items() if k in GROUPS}
     keys = {_SHORT.get(k, k): v for k, v in parsed.items() if k not in GROUPS}
+    for key in keys:
+        _check_name(key)
     for group, value in groups.items():
         _check_option(group, value)
     with _own_hydra(), initialize_config_module("iqmpc.configs", version_base="1.3"):
         node = hydra_compose("config", [f"{k}={v}" for k, v in groups.items()])
-    return Config.from_dict(OmegaConf.to_container(node)).replace(keys)
+    config = Config.from_dict(OmegaConf.to_container(node))
+    if keys.get("task.suite", config.task.suite) not in SUITES:  # nothing of the default task's
+        config = config.replace(
+            {"task.action_repeat": 1, "task.gradient_penalty": False, "task.terminates": False})
+    return config.replace(keys)
 
 
 def departures(config: Config) -> dict[str, Any]:
@@ -113,9 +135,17 @@ def _own_hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = theirs
 
 
+def _check_name(key: str) -> None:
+    """`ConfigError` for what is nearest to something that is no single setting, as tsk=…."""
+    known = [*GROUPS, *_SHORT, "resume"]
+    near = difflib.get_close_matches(key, [*known, *all_keys()], n=1, cutoff=0.5)
+    if key not in all_keys() and near and near[0] in known:
+        raise ConfigError(f"unknown setting {shortened(key)}; did you mean {near[0]!r}?")
+
+
 def _check_option(group: str, value: Any) -> None:
     known = options(group)
     if value not in known:
         near = difflib.get_close_matches(str(value), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown {group} {value!r}{hint} (known: {', '.join(known)})")
+        raise ConfigError(f"unknown {group} {shortened(value)}{hint} (known: {', '.join(known)})")

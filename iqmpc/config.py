@@ -12,6 +12,7 @@ import difflib
 import functools
 import math
 import re
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,12 @@ from iqmpc.errors import ConfigError
 
 
 def gym_task_name(env_id: str) -> str:
-    """The name of suite `gym`'s task: HalfCheetah-v4 is gym-halfcheetah-v4."""
+    """The name of suite `gym`'s task: HalfCheetah-v4 is gym-halfcheetah-v4.
+
+    Of `package:Cart-v0` the package, which is only imported for it, does not count.
+    """
+    if re.search(r"-v\d+$", env_id):
+        env_id = env_id.rpartition(":")[2]
     return re.sub(r"[^a-z0-9]+", "-", f"gym-{env_id}".lower())
 
 
@@ -40,8 +46,10 @@ class TaskConfig:
     or `module:function` of suite `gym`, whose task is named after it unless it is given a name.
     With probability `transition_noise` a step acts with a uniform action instead of the agent's.
     `terminates` says that episodes can end in terminal states (a fall), not only by their length.
-    `obs: pixels` observes three stacked 64 × 64 frames; `fast_render` draws them without shadows
-    and multisampling, which is faster and gives other pixels.
+    `obs_keys` chooses members of a dictionary of observations, such as `qpos,agent/qvel`, in this
+    order (null: all of them, sorted). `obs: pixels` observes three stacked 64 × 64 frames;
+    `fast_render` draws them without shadows and multisampling, which is faster and gives other
+    pixels.
     """
 
     name: str = "walker-walk"
@@ -53,6 +61,7 @@ class TaskConfig:
     transition_noise: float = 0.0
     terminates: bool = False
     obs: Literal["state", "pixels"] = "state"
+    obs_keys: str | None = None
     fast_render: bool = False
 
     def __post_init__(self) -> None:
@@ -300,7 +309,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must lie in [0, 2**32), got {self.seed}")
+            raise ConfigError(f"seed must lie in [0, 2**32), got {shortened(self.seed)}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}")
         length = self.task.episode_length
@@ -375,6 +384,31 @@ class Config:
         return self.task.terminates
 
 
+# Besides train.*: where things lie, how the same numbers are computed, and a name.
+_CHANGEABLE = {
+    "threads", "device", "run_dir", "demos.path", "learner.mode", "learner.precision",
+    "planner.backend", "planner.precision", "planner.mode", "planner.capture", "planner.threads",
+    "preset",
+}
+
+
+def may_change(key: str) -> bool:
+    """Whether a dotted key may be another when a run is resumed."""
+    return key in _CHANGEABLE or (key.startswith("train.") and key != "train.num_envs")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(dotted key, "key is NEW, was OLD") of settings that are in both, as `to_dict` gives them."""
+    found = []
+    for key in old.keys() & new.keys():
+        if isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
+            found += [(f"{key}.{k}", f"{key}.{text}")
+                      for k, text in differences(old[key], new[key])]
+        elif old[key] != new[key]:
+            found.append((key, f"{key} is {new[key]!r}, was {old[key]!r}"))
+    return sorted(found)
+
+
 def _check_key(key: str) -> None:
     """Raise `ConfigError`, with the nearest, where a dotted key such as `learner.batch` is none."""
     node: Any = Config
@@ -396,6 +430,24 @@ def all_keys(cls: Any = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+def text_keys(cls: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key whose value is free text, or null."""
+    hints = {f"{prefix}{name}": hint for name, hint in get_type_hints(cls).items()}
+    keys = [key for key, hint in hints.items() if hint is str or str in get_args(hint)]
+    for key, hint in hints.items():
+        keys += text_keys(hint, key + ".") if dataclasses.is_dataclass(hint) else []
+    return keys
+
+
+_SHORTENED = reprlib.Repr()
+_SHORTENED.maxstring = _SHORTENED.maxother = _SHORTENED.maxlong = 80
+
+
+def shortened(value: Any) -> str:
+    """What a value is, in at most a line."""
+    return _SHORTENED.repr(value)
+
+
 def _unknown(key: str, parent: str, part: str, node: Any) -> str:
     near = difflib.get_close_matches(key, all_keys(), n=1, cutoff=0.5)
     if not near:  # a key given without its section, such as `batch` for `learner.batch`
@@ -403,17 +455,18 @@ def _unknown(key: str, parent: str, part: str, node: Any) -> str:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     where = f" in {parent!r}" if parent else ""
     names = ", ".join(get_type_hints(node)) if dataclasses.is_dataclass(node) else "nothing"
-    return f"unknown setting {key!r}{hint} (known{where}: {names})"
+    return f"unknown setting {shortened(key)}{hint} (known{where}: {names})"
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path or 'the configuration'} must be a mapping, got {values!r}")
+        raise ConfigError(f"{path or 'the configuration'} must be a mapping, got "
+                          f"{shortened(values)}")
     hints = get_type_hints(cls)
     kwargs = {}
     for key, value in values.items():
         full = f"{path}.{key}" if path else str(key)
-        if key not in hints:
+        if not isinstance(key, str) or key not in hints:
             raise ConfigError(_unknown(full, path, str(key), cls))
         kwargs[key] = _convert(hints[key], value, full)
     return cls(**kwargs)
@@ -431,13 +484,17 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return None if value is None else _convert(inner[0], value, path)
     if origin is Literal:
         choices = get_args(hint)
-        if value in choices:
+        if isinstance(value, str) and value in choices:
             return value
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint_text = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{path} must be one of {', '.join(choices)}, got {value!r}{hint_text}")
+        raise ConfigError(f"{path} must be one of {', '.join(choices)}, got {shortened(value)}"
+                          f"{hint_text}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     if hint is float and isinstance(value, str):  # YAML reads 3e-4 as a string
         try:
             value = float(value)
@@ -446,7 +503,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():  # 1e5 steps
         value = int(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} must be {hint.__name__}, got {value!r} ({type(value).__name__})")
+        raise ConfigError(f"{path} must be {hint.__name__}, got {shortened(value)} "
+                          f"({type(value).__name__})")
     if hint is float and not math.isfinite(value):
         raise ConfigError(f"{path} must be finite, got {value!r}")
     return value
@@ -456,17 +514,19 @@ def _at_least(section: str, config: Any, least: int, *keys: str) -> None:
     for key in keys:
         if getattr(config, key) < least:
             raise ConfigError(
-                f"{section}.{key} must be at least {least}, got {getattr(config, key)}")
+                f"{section}.{key} must be at least {least}, got {shortened(getattr(config, key))}")
 
 
 def _positive(section: str, config: Any, *keys: str) -> None:
     for key in keys:
         if not getattr(config, key) > 0:
-            raise ConfigError(f"{section}.{key} must be positive, got {getattr(config, key)}")
+            raise ConfigError(
+                f"{section}.{key} must be positive, got {shortened(getattr(config, key))}")
 
 
 def _in_range(section: str, config: Any, low: float, high: float, *keys: str) -> None:
     for key in keys:
-        if not low <= getattr(config, key) <= high:
+        value = getattr(config, key)
+        if not low <= value <= high:
             raise ConfigError(
-                f"{section}.{key} must lie in [{low:g}, {high:g}], got {getattr(config, key)}")
+                f"{section}.{key} must lie in [{low:g}, {high:g}], got {shortened(value)}")

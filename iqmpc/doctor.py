@@ -8,6 +8,7 @@ import platform
 import torch
 from rich.table import Table
 
+from iqmpc.compiler import cpp_compiler
 from iqmpc.kernels import mppi_plan, mppi_refit, mppi_rollout, normed_linear
 from iqmpc.kernels.backends import available_backends
 
@@ -38,6 +39,8 @@ def report() -> list[Table]:
         major, minor = torch.cuda.get_device_capability(index)
         devices.add_row(
             f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+    devices.add_row("C++ compiler", cpp_compiler() or "none: torch.compile (learner.mode=compile, "
+                    "planner.mode=compile) needs one on a CPU")
     reasons = available_backends()
     backends = Table("operation", *reasons, title="kernel backends: which can run, or why not")
     for name, implemented in _OPERATIONS.items():

@@ -1,6 +1,12 @@
 """Errors that are about what the user gave. The command line prints them as one message."""
 
 
+def printable(text: str) -> str:
+    """Text for a terminal, which what a file says must not steer: control characters escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else
+                   c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class IqmpcError(Exception):
     """Base of every error whose cause is the input: a setting, a file, a missing extra."""
 
@@ -23,3 +29,11 @@ class CheckpointError(IqmpcError, RuntimeError):
 
 class WorkerError(IqmpcError, RuntimeError):
     """An environment's worker process failed more often than it may be restarted."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to end; `signal` is its number."""
+
+    def __init__(self, signal: int):
+        super().__init__(f"signal {signal}")
+        self.signal = signal

@@ -14,8 +14,8 @@ import numpy as np
 from iqmpc.agent import Agent, prepare_torch
 from iqmpc.checkpoint import load_config
 from iqmpc.demos import Episode
-from iqmpc.envs import make_env
-from iqmpc.frames import is_image, observed, stacked, unstacked
+from iqmpc.envs import interface, make_env
+from iqmpc.frames import is_image, stacked, unstacked
 from iqmpc.seeding import stream_seed
 
 # Standard deviations of the noise in `mixed_episodes`: little, much, and hardly the agent any more.
@@ -126,9 +126,10 @@ class _Watched(gymnasium.Wrapper):
         return self.env.reset(**how)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        *result, info = self.env.step(action)
-        if "success" in info:
-            self.solved = bool(self.solved) or bool(info["success"])
+        *result, info = interface.step(self.env, action)
+        success = interface.success(info)
+        if success is not None:
+            self.solved = bool(self.solved) or success
         return (*result, info)
 
 
@@ -137,29 +138,34 @@ def rollout(
     env: gymnasium.Env,
     *,
     seed: int,
+    episode_length: int | None = None,
     on_step: Callable[[gymnasium.Env], None] | None = None,
 ) -> Episode:
     """One episode from `env.reset(seed=seed)`, without exploration noise; of images, the frames.
 
-    `on_step(env)` is called before each step.
+    It is cut after `episode_length` steps where it has not ended (None: never). `on_step(env)` is
+    called before each step. Raises `TaskError`, by step, for what an environment gives and must not
+    (`iqmpc.envs.interface`).
     """
-    obs, info = env.reset(seed=seed)
+    space = env.observation_space
+    with interface.at("its reset"):
+        obs, info = interface.reset(env, seed=seed)
+        observations, actions, rewards = [interface.observation(obs, space)], [], []
     actor.reset()
-    observations, actions, rewards = [observed(obs)], [], []
     terminated = truncated = False
-    while not (terminated or truncated):
+    while not (terminated or truncated or len(actions) == episode_length):
         if on_step is not None:
             on_step(env)
         action = actor.act(observations[-1])
-        obs, reward, terminated, truncated, info = env.step(action)
-        observations.append(observed(obs))
+        with interface.at(f"step {len(actions) + 1}"):
+            obs, reward, terminated, truncated, info = interface.step(env, action)
+            observations.append(interface.observation(obs, space))
         actions.append(action)
         rewards.append(reward)
-    success = info.get("success")
     rows = np.array(observations)
     return Episode(
         unstacked(rows) if is_image(rows.shape[1:]) else rows, np.array(actions),
-        np.array(rewards, np.float32), bool(terminated), None if success is None else bool(success))
+        np.array(rewards, np.float32), terminated, interface.success(info))
 
 
 def evaluate(
@@ -171,14 +177,18 @@ def evaluate(
     progress: Callable[[int, float], None] | None = None,
     on_step: Callable[[gymnasium.Env], None] | None = None,
 ) -> Evaluation:
-    """`episodes` episodes without exploration noise.
+    """`episodes` episodes without exploration noise, of `task.episode_length` steps at most.
 
+    Raises `TaskError`, by task, episode and step, for what an environment gives and must not.
     `progress(done, return)` is called after each; `on_step(env)` before each step of the first.
     """
     done, solved, watched = [], [], _Watched(env)
+    task = agent.config.task
     for index in range(episodes):
-        done.append(rollout(agent, watched, seed=stream_seed(seed, "eval", index),
-                            on_step=on_step if index == 0 else None))
+        with interface.at(f"{task.name}, evaluation episode {index}"):
+            done.append(rollout(agent, watched, seed=stream_seed(seed, "eval", index),
+                                episode_length=task.episode_length,
+                                on_step=on_step if index == 0 else None))
         solved.append(watched.solved)
         if progress is not None:
             progress(index + 1, float(done[-1].rewards.sum()))
@@ -201,7 +211,7 @@ def mixed_episodes(
     of a stream of their own under `seed`, and noise follows from it too.
     `progress(done, return)` is called after each.
     """
-    action_dim = env.action_space.shape[0]
+    action_dim, task = env.action_space.shape[0], agent.config.task
     episodes = []
     for index in range(3 * each):
         draws = stream_seed(seed, "correlation-actions", index)
@@ -210,7 +220,9 @@ def mixed_episodes(
             actor = Random(action_dim, draws)
         elif index >= each:
             actor = Noisy(agent, noises[index % len(noises)], draws)
-        episodes.append(rollout(actor, env, seed=stream_seed(seed, "correlation", index)))
+        with interface.at(f"{task.name}, correlation episode {index}"):
+            episodes.append(rollout(actor, env, seed=stream_seed(seed, "correlation", index),
+                                    episode_length=task.episode_length))
         if progress is not None:
             progress(index + 1, float(episodes[-1].rewards.sum()))
     return episodes

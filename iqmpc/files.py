@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+# What file systems say that have no hard links, or whose folders cannot be synchronised.
+_UNSUPPORTED = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP,
+                errno.EOPNOTSUPP, errno.EMLINK, errno.EBADF, errno.EISDIR, errno.EXDEV}
 
 
 def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> None:
@@ -12,22 +21,62 @@ def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> Non
 
     A reader sees the old file or the new one, never a part, and a failed write leaves nothing
     behind. With `exclusive` an existing file is not replaced but raises `FileExistsError`, also
-    when two processes try at once.
+    when two processes try at once. Raises `OSError` that names `path`.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with naming(path):
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if exclusive:
+                _link(temporary, path)
+            else:
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _synchronise(path.parent)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what writes that were killed have left in a folder. Nobody may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in an `OSError` from inside, which may name a temporary file, or none."""
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if exclusive:
-            os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give the file its name unless that is taken."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        open(path, "xb").close()  # claims the name, without hard links
+        os.replace(temporary, path)
+
+
+def _synchronise(folder: Path) -> None:
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise

@@ -11,6 +11,9 @@ import numpy as np
 from iqmpc.errors import TaskError
 
 STACK, SIZE = 3, 64
+# Of a flat observation: the squares of larger ones, of which norms and moments are made, leave
+# float32.
+LARGEST = 1e12
 
 
 def is_image(obs_shape: tuple[int, ...]) -> bool:

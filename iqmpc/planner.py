@@ -18,7 +18,8 @@ from iqmpc.kernels.weights import Weights
 class Planner:
     """Plans for `num_envs` independent problems at once, on its own snapshot of the weights.
 
-    Call `reset` when an episode starts, `plan` at every control step and `publish` after the
+    Not for two threads at once: each plan starts from the last one, whosever it was. Call `reset`
+    when an episode starts, `plan` at every control step and `publish` after the
     weights changed. The same seed and the same number of plans before give the same plan.
     A plan is never non-finite or out of [-1, 1]. `nonfinite_plans` counts those for which no
     trajectory had a finite score (they fall back to the policy's mean action, or to zeros where

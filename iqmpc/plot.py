@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,7 @@ from iqmpc.checkpoint import load_config
 from iqmpc.compose import ablation
 from iqmpc.errors import CheckpointError, IqmpcError
 from iqmpc.files import write_atomically
+from iqmpc.runlog import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,17 +62,24 @@ def read_curve(run: Path) -> Curve:
     if not path.exists():
         raise CheckpointError(f"{run} has no metrics.csv")
     points = []
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            for kind, column in (("training", "return"), ("evaluation", "eval_return_mean")):
-                if row[column]:
-                    points.append(Point(
-                        config.task.name, config.seed, int(row["env_steps"]),
-                        float(row["wall_s"]) / 60, kind, float(row[column])))
+    rows, damaged = read_rows(path)
+    if damaged:
+        warnings.warn(f"{path}: {len(damaged)} damaged lines are left out", RuntimeWarning,
+                      stacklevel=2)
+    for row in rows:
+        for kind, column in (("training", "return"), ("evaluation", "eval_return_mean")):
+            if row[column]:
+                points.append(Point(
+                    config.task.name, config.seed, int(row["env_steps"]),
+                    float(row["wall_s"]) / 60, kind, float(row[column])))
     summary = run / "summary.json"
     demonstrator = None
     if summary.exists():
-        demonstrator = json.loads(summary.read_text())["demonstrator_return"]
+        try:
+            demonstrator = json.loads(summary.read_bytes())["demonstrator_return"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            warnings.warn(f"{summary} cannot be read: no demonstrator is drawn", RuntimeWarning,
+                          stacklevel=2)
     return Curve(points, config.task.name, config.seed, ablation(config), demonstrator)
 
 

@@ -89,8 +89,8 @@ class _Display:
 
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
-        self._console.print(text, markup=False, highlight=False,
-                            soft_wrap=not self._console.is_terminal)
+        # not wrapped: what it names may be pasted
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _say_that_it_lives(self) -> None:
         while not self._over.wait(self._every_s / 10):

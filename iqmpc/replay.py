@@ -16,7 +16,9 @@ class SliceReplay:
     An episode of T steps takes T+1 rows (its last row holds an observation alone) and offers
     T-H+1 slices, none of which crosses into another episode. When the ring is full the oldest
     episodes make room. Memory grows with use, up to `capacity` rows, by doubling: `allocations`
-    counts how often. In between the tensors that `sample` reads stay where they are.
+    counts how often. In between the tensors that `sample` reads stay where they are. `overwritten`
+    counts the times at which older episodes made room: until it changes, what `state_dict` gave
+    stays as it was.
 
     `obs_shape` is (O,), or O for short, or (3C, 64, 64) for images: these are given and kept as
     single frames, uint8 [C, 64, 64], and stacked when they are drawn. A row of RGB frames takes
@@ -42,7 +44,7 @@ class SliceReplay:
         # On a CPU a draw's range is a host number; elsewhere it is read on the device, so that a
         # captured draw follows the replay.
         self._range_on_device = self.device.type != "cpu"
-        self.allocations = 0
+        self.allocations = self.overwritten = 0
         self._allocate(min(capacity, 4096))
         self._index()
 
@@ -140,7 +142,7 @@ class SliceReplay:
 
     def _make_room(self, rows: int) -> int:
         """The first of `rows` free rows: at the end, or at the start over the oldest episodes."""
-        first = self._next
+        first, before = self._next, len(self._episodes)
         if first + rows > self.capacity:
             self._episodes = [e for e in self._episodes if e[0] < first]  # drop the old tail
             first = 0
@@ -150,6 +152,7 @@ class SliceReplay:
             self._allocate(min(self.capacity, max(end, 2 * held)))
         self._episodes = [
             (at, steps) for at, steps in self._episodes if at + steps < first or at >= end]
+        self.overwritten += len(self._episodes) < before
         return first
 
     def _index(self) -> None:

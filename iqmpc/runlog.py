@@ -6,11 +6,12 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from iqmpc.files import write_atomically
+from iqmpc.files import naming, write_atomically
 
 PROGRESS = ("env_steps", "updates", "episodes", "wall_s")
 RESULTS = ("return", "eval_return_mean", "eval_return_std", "eval_success_rate",
@@ -30,17 +31,22 @@ class RunLog:
 
     A resumed run writes again what came after its checkpoint: `since` is the checkpoint's
     environment step and `evaluated` the step of the last evaluation before it; later rows are
-    dropped, and so is a line that a crash left incomplete.
+    dropped, and so is a line that a crash left incomplete. Damaged lines are moved to
+    metrics.csv.damaged, with a warning. Without TensorBoard, or where it fails, a run goes on.
     """
 
     def __init__(self, run: Path, *, since: int | None = None, evaluated: int = 0):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        path = run / "metrics.csv"
-        rows = []
+        self._path = path = run / "metrics.csv"
+        rows: list[dict[str, str]] = []
         if since is not None and path.exists():
-            with open(path, newline="") as file:
-                rows = [r for r in csv.DictReader(file) if _kept(r, since, evaluated)]
+            rows, damaged = read_rows(path)
+            rows = [r for r in rows if _kept(r, since, evaluated)]
+            if damaged:
+                aside = path.with_name(path.name + ".damaged")
+                with open(aside, "ab") as file:
+                    file.writelines(line + b"\n" for line in damaged)
+                warnings.warn(f"{path}: {len(damaged)} damaged lines, now in {aside.name}",
+                              RuntimeWarning, stacklevel=2)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS)
         writer.writeheader()
@@ -48,26 +54,94 @@ class RunLog:
         write_atomically(path, text.getvalue().encode())
         self._file = open(path, "a", newline="")
         self._csv = csv.DictWriter(self._file, COLUMNS)
-        self._board = SummaryWriter(
-            str(run / "tensorboard"), purge_step=None if since is None else since + 1)
+        self._board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._board = SummaryWriter(
+                str(run / "tensorboard"), purge_step=None if since is None else since + 1)
+        except Exception as error:  # of its own, of protobuf, of the file system
+            self._without_board(error)
 
     def write(self, values: Mapping[str, float | int | None]) -> None:
         """Append a row; `values` has `env_steps` and any other of COLUMNS."""
-        self._csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v
-                            for k, v in values.items() if v is not None})
-        self._file.flush()
-        for key, value in values.items():
-            if key not in PROGRESS and value is not None and math.isfinite(value):
-                section = "learning" if key in LEARNING else "results"
-                self._board.add_scalar(f"{section}/{key}", value, values["env_steps"])
+        with naming(self._path):
+            self._csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v
+                                for k, v in values.items() if v is not None})
+            self._file.flush()
+        if self._board is None:
+            return
+        try:
+            for key, value in values.items():
+                if key not in PROGRESS and value is not None and math.isfinite(value):
+                    section = "learning" if key in LEARNING else "results"
+                    self._board.add_scalar(f"{section}/{key}", value, values["env_steps"])
+        except Exception as error:  # what its writing thread met is raised here
+            self._without_board(error)
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            try:
+                self._board.close()
+            except Exception as error:
+                self._without_board(error)
+
+    def _without_board(self, error: Exception) -> None:
+        self._board = None
+        warnings.warn(f"TensorBoard's files are not written any more ({error}); metrics.csv is",
+                      RuntimeWarning, stacklevel=3)
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, str]], list[bytes]]:
+    """The rows of a metrics.csv, every column of COLUMNS in each, and the lines that are none.
+
+    A last line without its end is neither: a crash leaves one.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]
+    header: Sequence[str] = COLUMNS
+    rows, damaged = [], []
+    for index, line in enumerate(line.removesuffix(b"\r") for line in lines):
+        try:
+            (fields,) = csv.reader([line.decode()], strict=True)
+        except (UnicodeDecodeError, csv.Error, ValueError):
+            fields = []
+        if index == 0 and set(PROGRESS) <= set(fields) <= set(COLUMNS):
+            header = fields
+            continue
+        names = header if len(fields) == len(header) else COLUMNS
+        row = dict(zip(names, fields, strict=False)) if len(fields) == len(names) else {}
+        if row and _is_row(row):
+            rows.append({**dict.fromkeys(COLUMNS, ""), **row})
+        else:
+            damaged.append(line)
+    return rows, damaged
+
+
+def _is_row(row: Mapping[str, str]) -> bool:
+    """Whether everything is a number or absent, and progress is there."""
+    try:
+        steps = [float(text) for text in row.values() if text]
+    except ValueError:
+        return False
+    whole = all(row[key].isascii() and row[key].isdigit() for key in PROGRESS[:3])
+    return bool(steps) and whole and bool(row["wall_s"])
+
+
+def strict_json(values: Mapping[str, Any]) -> str:
+    """Strict JSON, in which a number that is not finite is null."""
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(values), indent=2, allow_nan=False)
 
 
 def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
-    write_atomically(run / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_atomically(run / "summary.json", (strict_json(summary) + "\n").encode())
 
 
 def last_evaluations(run: Path, *, before: int) -> dict[str, float | None]:
@@ -80,9 +154,8 @@ def last_evaluations(run: Path, *, before: int) -> dict[str, float | None]:
     """
     rows = []
     if (run / "metrics.csv").exists():
-        with open(run / "metrics.csv", newline="") as file:
-            rows = [r for r in csv.DictReader(file)
-                    if _kept(r, before - 1, before - 1) and r["eval_return_mean"]][-_LAST:]
+        rows = [r for r in read_rows(run / "metrics.csv")[0]
+                if _kept(r, before - 1, before - 1) and r["eval_return_mean"]][-_LAST:]
     result: dict[str, float | None] = {}
     for name, column in (("return", "eval_return_mean"), ("success", "eval_success_rate")):
         values = [float(r[column]) for r in rows if r[column]]
@@ -92,7 +165,5 @@ def last_evaluations(run: Path, *, before: int) -> dict[str, float | None]:
     return result
 
 
-def _kept(row: Mapping[str, str | None], since: int, evaluated: int) -> bool:
-    if None in row.values() or not str(row["env_steps"]).isdigit():
-        return False
+def _kept(row: Mapping[str, str], since: int, evaluated: int) -> bool:
     return int(row["env_steps"]) <= (evaluated if row["eval_return_mean"] else since)

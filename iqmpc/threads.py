@@ -1,6 +1,6 @@
-"""How many threads iqmpc's own C++ code works on.
+"""How many threads a run works on: those of iqmpc's own C++ code, and torch's.
 
-It has a pool of its own, apart from torch's: where planning and updates are both the C++ library's,
+The C++ library has a pool of its own, apart from torch's: where planning and updates are both its,
 torch needs one thread alone, and its idle ones would only be in the way.
 """
 
@@ -9,12 +9,21 @@ from __future__ import annotations
 import torch
 
 _threads: int | None = None
+_torchs: int | None = None  # as they were set here
+_default: int | None = None  # as torch, or who uses it, had set them before
 
 
-def set_threads(count: int | None) -> None:
-    """Let what is made from now on use `count` threads; None: as many as torch does."""
-    global _threads
-    _threads = count
+def set_threads(count: int | None, *, torch_idle: bool = False) -> None:
+    """Let what is made from now on use `count` threads; None: as many as torch had at first.
+
+    torch works on as many, or with `torch_idle` on one.
+    """
+    global _threads, _torchs, _default
+    if torch.get_num_threads() != _torchs:
+        _default = torch.get_num_threads()
+    _threads = count or _default
+    _torchs = 1 if torch_idle else _threads
+    torch.set_num_threads(_torchs)
 
 
 def threads() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
@@ -10,21 +11,23 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 import torch
 
 from iqmpc import checkpoint
-from iqmpc.agent import Agent, resolve_device
-from iqmpc.config import Config, names_task
+from iqmpc.agent import Agent, prepare_torch, resolve_device
+from iqmpc.compiler import check_compiler
+from iqmpc.config import Config, differences, may_change, names_task
 from iqmpc.demos import Demonstrations
-from iqmpc.envs.vector import VectorEnv, check_alike
+from iqmpc.envs.vector import Recording, VectorEnv, check_alike
 from iqmpc.envs.workers import WorkerVectorEnv
-from iqmpc.errors import CheckpointError, ConfigError
+from iqmpc.errors import CheckpointError, ConfigError, TaskError
 from iqmpc.evaluation import Evaluation, evaluate, ratio
 from iqmpc.frames import is_image, unstacked
+from iqmpc.interrupts import Interrupts
 from iqmpc.learner import Learner
 from iqmpc.provenance import commit, machine
 from iqmpc.replay import SliceReplay
@@ -37,6 +40,28 @@ _REPORT_EVERY = 25  # steps or updates between progress reports, and no more
 _REPORT_EVERY_S = 2.0  # seconds; metrics are fetched no oftener than either
 
 Metrics = tuple[tuple[str, ...], torch.Tensor]  # names and, on the learner's device, values
+_SHORT_ENOUGH = 10  # episodes, all too short to learn from, after which a run gives up
+
+
+class _State(NamedTuple):
+    """What a checkpoint holds, as it was after an episode."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    meta: dict[str, Any]
+    overwritten: int  # of the replay, whose tensors are not copied
+
+
+class _Watched(gymnasium.Wrapper):
+    """Calls `check` before every step."""
+
+    def __init__(self, env: gymnasium.Env, check: Callable[[], None]):
+        super().__init__(env)
+        self._check = check
+
+    def step(self, action: np.ndarray) -> Any:
+        self._check()
+        return self.env.step(action)
 
 
 class Trainer:
@@ -76,8 +101,15 @@ class Trainer:
 
     An error in the learner's thread is raised by `train`.
 
+    SIGINT, SIGTERM and SIGHUP (where nobody else handles them, in the main thread) end `train`
+    after the tick under way by `Interrupted`, a `KeyboardInterrupt`; a second one at once. However
+    `train` ends, what was learnt up to the last tick at which an episode ended is saved, and a
+    continuation is as exact as from any checkpoint.
+
     Raises `TaskError`, `ConfigError`, `DemonstrationError` or `CheckpointError` for what does not
-    fit, before anything is written; `train` raises `WorkerError` where workers fail too often.
+    fit, before anything is written; `train` raises `WorkerError` where workers fail too often,
+    `TaskError` for what an environment must not give and where all episodes are shorter than
+    `learner.horizon`, and `ConfigError` while another process trains in the folder.
     """
 
     def __init__(
@@ -98,11 +130,13 @@ class Trainer:
         self.envs, self.eval_env = _environments(config, env, eval_env, self._on_message)
         obs_shape, action_dim, count = self.envs.obs_shape, self.envs.action_dim, len(self.envs)
         self.device = resolve_device(config.device)
+        prepare_torch(config)
         # Of the random actions, and later of the batches.
         self.generator = torch.Generator(self.device).manual_seed(
             stream_seed(config.seed, "trainer"))
         self.learner = Learner(
             obs_shape, action_dim, config, self.device, sampler=self.generator)
+        check_compiler(config, self.device, self.learner.mode)
         self.agent = Agent(self.learner.model, config, seed=config.seed, num_envs=count)
         # Evaluation plans for one environment; a single agent does both (and is compiled once).
         self._evaluator = self.agent if count == 1 else Agent(
@@ -128,8 +162,13 @@ class Trainer:
         self._stream = torch.cuda.Stream(self.device) if cuda and self.overlap == "async" else None
         self._stop = threading.Event()  # ends updates that nobody waits for any more
         self.env_steps = self.episodes = 0
+        self._short = 0  # episodes of fewer steps than the horizon, since this process began
+        self._whole: _State | None = None  # at the last tick at which an episode ended
+        self._interrupts = Interrupts(self._interrupted)
         self._resumed = self._learnt = False
         self._reported = 0.0  # when, on the monotonic clock
+        self._restored: Path | None = None  # the checkpoint that is continued from
+        self._unusable: list[Path] = []  # checkpoints newer than the one that is continued from
         self._wall_before, self._started = 0.0, time.monotonic()
         self._metrics: Metrics | None = None  # the last update's
         self._last_return: float | None = None
@@ -146,9 +185,15 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Train to `config.train.steps`, evaluate, write summary.json and return it."""
-        c = self.config.train
         self._commit = commit()  # now: the files may change while this runs
         self.run.mkdir(parents=True, exist_ok=True)
+        with checkpoint.locked(self.run):
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
+        c = self.config.train
+        if self._resumed:
+            self._take_over()
         try:
             checkpoint.save_config(self.run, self.config, new=not self._resumed)
         except FileExistsError:
@@ -160,18 +205,27 @@ class Trainer:
         if self.overlap == "async":
             self._worker = ThreadPoolExecutor(1, "iqmpc-learner")
         try:
-            if self.learner.updates == 0 and c.demo_updates:
-                self._wait_for_updates("demo updates", c.demo_updates, self.experts,
-                                       "on the demonstrations alone")
-            while self.env_steps < c.steps:
-                if self._tick() and self.env_steps < c.steps:
-                    if self.env_steps - self._evaluated_at >= c.eval_every:
-                        self._evaluate(c.eval_episodes)
-                    if self.env_steps - self._saved_at >= c.checkpoint_every:
-                        self._save()
-            if self._saved_at != self.env_steps:
-                self._save()
-            return self._finish()
+            with self._interrupts:
+                if self.learner.updates == 0 and c.demo_updates:
+                    self._wait_for_updates("demo updates", c.demo_updates, self.experts,
+                                           "on the demonstrations alone")
+                while self.env_steps < c.steps:
+                    ended = self._tick()
+                    self._interrupts.check()
+                    if ended and self.env_steps < c.steps:
+                        self._whole = self._state()
+                        if self.env_steps - self._evaluated_at >= c.eval_every:
+                            self._evaluate(c.eval_episodes)
+                            self._whole = self._state()
+                        if self.env_steps - self._saved_at >= c.checkpoint_every:
+                            self._save()
+                if self._saved_at != self.env_steps:
+                    self._whole = self._state()
+                    self._save()
+                return self._finish()
+        except BaseException:
+            self._rescue()
+            raise
         finally:
             self._stop.set()
             if self._worker is not None:
@@ -196,12 +250,7 @@ class Trainer:
         if len(actions) == left:
             ended += self.envs.cut()
         for episode in ended:
-            obs = np.asarray(episode.observations)
-            self.behaviour.add_episode(
-                torch.as_tensor(unstacked(obs) if is_image(obs.shape[1:]) else obs),
-                *(torch.as_tensor(np.asarray(x, np.float32))
-                  for x in (episode.actions, episode.rewards)),
-                terminated=episode.terminated)
+            self._keep(episode)
         self._learn(at_once=self.overlap == "off" or bool(ended))
         if self._report_is_due(self.env_steps, len(actions)):
             self._report()
@@ -213,6 +262,29 @@ class Trainer:
         if ended:
             self._metrics = None
         return bool(ended)
+
+    def _keep(self, episode: Recording) -> None:
+        """Put an episode into the replay, which leaves out what is shorter than the horizon."""
+        obs = np.asarray(episode.observations)
+        self.behaviour.add_episode(
+            torch.as_tensor(unstacked(obs) if is_image(obs.shape[1:]) else obs),
+            *(torch.as_tensor(np.asarray(x, np.float32))
+              for x in (episode.actions, episode.rewards)),
+            terminated=episode.terminated)
+        steps, horizon = len(episode.actions), self.config.learner.horizon
+        if steps >= horizon:
+            return
+        self._short += 1
+        if self._short == 1:
+            self._on_message(
+                f"warning: an episode of {steps} steps is shorter than learner.horizon={horizon}: "
+                "nothing is learnt from such (said once)")
+        if self._short >= _SHORT_ENOUGH and not self.behaviour.slices and \
+                self.env_steps >= self.config.random_steps:
+            raise TaskError(
+                f"{self.config.task.name}: all {self._short} episodes were shorter than "
+                f"learner.horizon={horizon}, so nothing can be learnt from them; give a smaller "
+                "learner.horizon, or an environment whose episodes are longer")
 
     @property
     def _exploring_at_random(self) -> bool:
@@ -248,7 +320,7 @@ class Trainer:
 
     def _wait_for_updates(self, name: str, count: int, behaviour: SliceReplay, on: str) -> None:
         """Make `count` updates while nothing else happens, and say so."""
-        compiled = self.config.learner.mode in ("compile", "graph") and not self._learnt
+        compiled = self.learner.mode in ("compile", "graph") and not self._learnt
         self._on_message(
             f"{count} {name} {on}" + (", compiled before the first: a minute" if compiled else ""))
         self._join(self._start_updates(self.learner.updates + count, behaviour, phase=name))
@@ -318,7 +390,8 @@ class Trainer:
         planner.step = 0
         self._report(phase=("evaluation", 0, episodes))
         result = evaluate(
-            self._evaluator, self.eval_env, episodes=episodes, seed=self.config.seed,
+            self._evaluator, _Watched(self.eval_env, self._interrupts.check), episodes=episodes,
+            seed=self.config.seed,
             progress=lambda done, _: self._report(phase=("evaluation", done, episodes)))
         counted = {k: getattr(planner, k) - int(before[k])
                    for k in ("nonfinite_plans", "missed_plans")}
@@ -332,7 +405,8 @@ class Trainer:
             "eval_return_std": result.return_std, "eval_success_rate": result.success_rate,
             "nonfinite_plans": self.agent.planner.nonfinite_plans})
         share = ratio(result.return_mean, self.demonstrator_return)
-        beside = "" if share is None else \
+        beside = "" if self.demonstrator_return is None else \
+            f" (the demonstrator's is {self.demonstrator_return:.1f})" if share is None else \
             f" ({100 * share:.0f} % of the demonstrator's {self.demonstrator_return:.0f})"
         self._on_message(f"step {self.env_steps}: return {result.return_mean:.1f}{beside}")
         return result
@@ -365,6 +439,10 @@ class Trainer:
             "commit": self._commit,
         }
         write_summary(self.run, summary)
+        if self._short:
+            self._on_message(
+                f"warning: {self._short} episodes were shorter than learner.horizon="
+                f"{self.config.learner.horizon}, and nothing was learnt from them")
         return summary
 
     def _progress(self) -> dict[str, Any]:
@@ -381,22 +459,52 @@ class Trainer:
         self._on_progress({**self._progress(), "return": self._last_return,
                            **({} if phase is None else {"phase": phase}), **self._fetched()})
 
-    def _save(self) -> None:
+    def _state(self) -> _State:
+        """What a continuation needs, as it is now, after a tick at which an episode ended.
+
+        Copied, but for the replay, to which nothing is added before the next such tick.
+        """
         tensors = {
-            **{f"learner.{k}": v for k, v in self.learner.state_dict().items()},
+            **{f"learner.{k}": v.clone() for k, v in self.learner.state_dict().items()},
             **{f"planner.{k}": v for k, v in self.agent.planner.state_dict().items()},
             **{f"behaviour.{k}": v for k, v in self.behaviour.state_dict().items()},
             "trainer.generator": self.generator.get_state(),
         }
-        checkpoint.save(self.run, self.env_steps, tensors, {
+        meta = {
             "obs_shape": self.learner.model.obs_shape, "action_dim": self.learner.model.action_dim,
             **self._progress(), "started": self.envs.started,
             "env_restarts": self.envs.restarts,
             "evaluated_at": self._evaluated_at,
             "demonstrator_return": self.demonstrator_return,
-            "demonstrations": self._demonstrations_digest()})
-        self._saved_at = self.env_steps
+            "demonstrations": self._demonstrations_digest,
+            "device": torch.device(self.device).type, "mode": self.learner.mode,
+            "settings": self.config.to_dict()}
+        return _State(self.env_steps, tensors, meta, self.behaviour.overwritten)
 
+    def _save(self) -> None:
+        checkpoint.save(self.run, self._whole.step, self._whole.tensors, self._whole.meta)
+        self._saved_at = self._whole.step
+
+    def _rescue(self) -> None:
+        """Save the last whole episode, while an exception ends the run."""
+        whole = self._whole
+        if whole is None or whole.step == self._saved_at or \
+                whole.overwritten != self.behaviour.overwritten:
+            return
+        said = f"saved as of step {whole.step}, the end of the last whole episode"
+        try:
+            self._save()
+        except (OSError, CheckpointError) as error:
+            said = f"step {whole.step} could not be saved: {error}"
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self._on_message(said)
+
+    def _interrupted(self, name: str) -> None:
+        """The first signal has come."""
+        self._stop.set()
+        self._on_message(f"{name}: ending after this step (a second one ends at once)")
+
+    @functools.cached_property
     def _demonstrations_digest(self) -> str | None:
         """What a continuation must be given again, to be one."""
         return None if self.experts is None else checkpoint.digest(self.experts.state_dict())
@@ -407,7 +515,8 @@ class Trainer:
             "run_dir")
 
     def _restore(self) -> None:
-        made = checkpoint.load_config(self.run).train.num_envs  # refuses what is no run folder
+        found = checkpoint.load_config(self.run)  # refuses what is no run folder
+        made = found.train.num_envs
         if made != len(self.envs):
             raise ConfigError(
                 f"train.num_envs cannot change when a run is resumed: it is {made}, got "
@@ -417,7 +526,10 @@ class Trainer:
             self._on_message("the run has no checkpoint yet: starting from its beginning")
             return
         path, tensors, meta = checkpoint.newest(self.run)
-        if meta["demonstrations"] != self._demonstrations_digest():
+        self._unusable = checkpoint.newer(self.run, path)
+        checkpoint.check_settings(self.run, found, path, meta)
+        self._check_changes(found, meta)
+        if meta["demonstrations"] != self._demonstrations_digest:
             raise CheckpointError(
                 f"{self.run} was trained on other demonstrations than those given now")
         if meta["env_steps"] > self.config.train.steps:
@@ -429,11 +541,15 @@ class Trainer:
             prefix = name + "."
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
+        learner = part("learner")
         try:
-            self.learner.load_state_dict(part("learner"))
+            learner["generator"] = self._random_state(
+                learner["generator"], self.learner.generator, "learner", meta)
+            self.learner.load_state_dict(learner)
             self.agent.planner.load_state_dict(part("planner"))
             self.behaviour.load_state_dict(part("behaviour"))
-            self.generator.set_state(tensors["trainer.generator"])
+            self.generator.set_state(self._random_state(
+                tensors["trainer.generator"], self.generator, "trainer", meta))
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this run's settings: {error}") from error
         self.agent.publish(self.learner.acting_weights())
@@ -442,8 +558,52 @@ class Trainer:
         self.envs.restarts = meta.get("env_restarts", 0)
         self._wall_before, self._evaluated_at = meta["wall_s"], meta["evaluated_at"]
         self._saved_at = self.env_steps
-        checkpoint.set_aside(self.run, path)
+        self._restored = path
         self._on_message(f"continuing from {path.name}")
+
+    def _check_changes(self, found: Config, meta: dict[str, Any]) -> None:
+        """`ConfigError` for settings other than those of the checkpoint that may not change."""
+        settings = meta.get("settings", {})
+        changed = [text for key, text in differences(settings, self.config.to_dict())
+                   if not may_change(key)]
+        if changed:
+            raise ConfigError("what a run learns cannot change when it is resumed: "
+                              + "; ".join(changed))
+        made = {"mode": meta.get("mode"), "precision": settings.get("learner", {}).get("precision")}
+        now = {"mode": self.learner.mode, "precision": self.config.learner.precision}
+        for key, old in made.items():
+            if old not in (None, now[key]):
+                self._on_message(f"the run was made with learner.{key}={old} and goes on with "
+                                 f"{now[key]}: not bit for bit")
+        for key, text in differences(settings, found.to_dict()):
+            if key.startswith("train."):
+                self._on_message(f"config.yaml differs from the checkpoint's settings: {text}")
+
+    def _random_state(
+        self, state: torch.Tensor, generator: torch.Generator, stream: str, meta: dict[str, Any]
+    ) -> torch.Tensor:
+        """The generator's saved state, or a new one where another kind of device has made it."""
+        device = torch.device(self.device).type
+        if meta.get("device", device) == device:
+            return state
+        if stream == "learner":
+            self._on_message(f"the run was made on {meta['device']} and goes on on {device}: not "
+                             "bit for bit, and with other random draws")
+        generator.manual_seed(stream_seed(self.config.seed, f"resumed {stream}", meta["env_steps"]))
+        return generator.get_state()
+
+    def _take_over(self) -> None:
+        """Make the folder ready to be continued in, which nobody else does by now."""
+        if self._restored is not None:
+            newer = checkpoint.newer(self.run, self._restored)
+            if set(newer) - set(self._unusable) or not self._restored.exists():
+                raise ConfigError(
+                    f"{self.run} was continued by another process since {self._restored.name} was "
+                    "read: resume it again")
+            checkpoint.set_aside(newer)
+        elif checkpoint.exists(self.run):
+            raise ConfigError(f"{self.run} was continued by another process: resume it again")
+        checkpoint.tidy(self.run)
 
 
 def _environments(
@@ -471,11 +631,13 @@ def _environments(
         t = config.train
         return WorkerVectorEnv(
             given, config.task.name, like=eval_env, seed=config.seed, max_restarts=t.env_restarts,
-            timeout_s=t.env_timeout_s, on_message=on_message), eval_env
+            timeout_s=t.env_timeout_s, episode_length=config.task.episode_length,
+            on_message=on_message), eval_env
     else:
         eval_env = eval_env or (given[0]() if count > 1 else None)
         given = [make() for make in given]
-    envs = VectorEnv(given, config.task.name, seed=config.seed)
+    envs = VectorEnv(given, config.task.name, seed=config.seed,
+                     episode_length=config.task.episode_length, on_message=on_message)
     if eval_env is None:
         return envs, given[0]
     check_alike(eval_env, given[0], f"{config.task.name}: eval_env", "environment 0")
@@ -488,7 +650,8 @@ def _expert_replay(
 ) -> SliceReplay:
     if not names_task(demonstrations.task, task):
         raise ConfigError(
-            f"the demonstrations are of task {demonstrations.task!r}, the run's is {task!r}")
+            f"the demonstrations are of task {demonstrations.task!r}, the run's is {task!r}: give "
+            "task.name, or rename them (iqmpc demos convert --task)")
     given = (demonstrations.obs_shape, demonstrations.action_dim)
     if given != (obs_shape, action_dim):
         raise ConfigError(

@@ -8,7 +8,9 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
+from iqmpc.envs.extras import cannot_render
 from iqmpc.errors import IqmpcError, TaskError
+from iqmpc.files import naming
 
 
 class Recorder:
@@ -31,19 +33,28 @@ class Recorder:
         self._fps = 30
 
     def __call__(self, env: gymnasium.Env) -> None:
-        self._fps = env.metadata.get("render_fps", self._fps)
+        self._fps = env.metadata.get("render_fps") or self._fps
         try:
-            self._frames.append(env.render())
+            frame = env.render()
         except TaskError:
             raise
-        except Exception as error:  # every GL backend raises its own type
+        except Exception as error:
+            raise cannot_render(error) from error
+        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 \
+                or frame.shape[2] != 3:
+            given = f"{frame.dtype} {list(frame.shape)}" if isinstance(frame, np.ndarray) else \
+                f"a {type(frame).__name__}"
             raise TaskError(
-                f"the environment cannot render here: {error or type(error).__name__} (without a "
-                "screen, install EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri "
-                "libosmesa6, and set MUJOCO_GL=egl or MUJOCO_GL=osmesa)") from error
+                f"the environment's render() gave {given}, expected an image uint8 [H, W, 3]: a "
+                "video needs an environment that takes render_mode='rgb_array' and draws itself")
+        if self._frames and frame.shape != self._frames[0].shape:
+            raise TaskError(f"the environment's render() gave an image {list(frame.shape)} after "
+                            f"those of {list(self._frames[0].shape)}")
+        self._frames.append(frame.copy())  # it may draw the next one there
 
     def save(self) -> None:
         import imageio.v2 as imageio
 
-        imageio.mimwrite(
-            self.path, self._frames, fps=self._fps, codec="libx264", macro_block_size=None)
+        with naming(self.path):
+            imageio.mimwrite(
+                self.path, self._frames, fps=self._fps, codec="libx264", macro_block_size=None)

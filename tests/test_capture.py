@@ -93,6 +93,7 @@ def learner_of(config, mode, monkeypatch, device="cpu", obs_shape=2):
     """`graph` on a CPU is the eager losses, recorded."""
     if mode != "graph" or device != "cpu":
         return Learner(obs_shape, 2, config.replace({"learner.mode": mode}), device)
+    monkeypatch.setattr(iqmpc.learner, "update_mode", lambda config, *_: config.learner.mode)
     monkeypatch.setattr(iqmpc.learner, "CapturedStep", RecordedStep)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     learner = Learner(obs_shape, 2, config.replace({"learner.mode": "graph"}))
@@ -307,6 +308,7 @@ def test_a_run_on_recorded_updates_is_the_eager_run(
         if mode == "graph":
             assert trainer.learner._captured.captures == 1
 
+    monkeypatch.setattr(iqmpc.learner, "update_mode", lambda config, *_: config.learner.mode)
     monkeypatch.setattr(iqmpc.learner, "CapturedStep", RecordedStep)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     go("eager", "eager")

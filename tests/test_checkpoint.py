@@ -1,10 +1,12 @@
+import errno
+import fcntl
 import os
 
 import pytest
 import torch
 
 from iqmpc import checkpoint
-from iqmpc.errors import CheckpointError
+from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.files import write_atomically
 
 
@@ -103,3 +105,98 @@ def test_config_errors_name_the_run(tmp_path, small_config):
     path.write_text("a: [")
     with pytest.raises(CheckpointError, match="config.yaml cannot be read"):
         checkpoint.load_config(tmp_path)
+
+
+def test_checkpoints_are_told_by_their_numbers(tmp_path):
+    """A copy under another name is left alone, and does not count; numbers are no text."""
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(tmp_path, 999_999_990, tensors(1), {"step": 1})
+    for name in ("step_best.safetensors", "step_zzz.safetensors", "step_10 (copy).safetensors"):
+        (folder / name).write_bytes(b"mine")
+    for step in (10**9, 10**9 + 10):
+        checkpoint.save(tmp_path, step, tensors(2), {"step": step})
+    assert checkpoint.newest(tmp_path)[2] == {"step": 10**9 + 10}
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "step_10 (copy).safetensors", "step_1000000000.safetensors", "step_1000000010.safetensors",
+        "step_best.safetensors", "step_zzz.safetensors"]
+    for step in (2 * 10**9, 3 * 10**9):  # from elsewhere: what is written is kept nevertheless
+        (folder / f"step_{step}.safetensors").write_bytes(b"mine")
+    assert checkpoint.save(tmp_path, 10**9 + 20, tensors(3), {}).exists()
+
+
+def test_the_newest_beside_a_run_that_goes_on(tmp_path, monkeypatch):
+    """Between the listing and the reading both are replaced by newer ones."""
+    checkpoint.save(tmp_path, 10, tensors(10), {})
+    load, lost = checkpoint.load, []
+
+    def losing(path):
+        if not lost:
+            lost.append(path)
+            path.unlink()
+            checkpoint.save(tmp_path, 20, tensors(20), {})
+        return load(path)
+
+    monkeypatch.setattr(checkpoint, "load", losing)
+    path, loaded, _ = checkpoint.newest(tmp_path)
+    assert path.name == "step_000000020.safetensors" and loaded["b"] == 20
+
+    def opened(*_, **__):
+        raise RuntimeError("unable to open file")  # torch, of a file that went meanwhile
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    monkeypatch.setattr("safetensors.safe_open", opened)
+    with (pytest.warns(RuntimeWarning, match="unable to open file"),
+          pytest.raises(CheckpointError, match="none of 1 can be used")):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_checkpoint_that_is_not_finite_replaces_none(tmp_path):
+    checkpoint.save(tmp_path, 10, {"learner.a": torch.zeros(3)}, {})
+    with pytest.raises(CheckpointError, match=r"step 20: 1 tensors of the learner are not finite "
+                                              r"\(the first is learner.b\)"):
+        checkpoint.save(tmp_path, 20, {"learner.a": torch.zeros(3),
+                                       "learner.b": torch.tensor([0, torch.inf])}, {})
+    assert checkpoint.newest(tmp_path)[0].name == "step_000000010.safetensors"
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    (BOMB, "cannot be read: aliases are not read in settings"),
+    ("seed: &a [*a]", "aliases are not read"),
+    ("seed: " + "[" * 20000, "cannot be read: "),
+    ("seed: 2020-13-45", "cannot be read: "),
+    ("seed: 2020-10-10", "seed must be int, got datetime.date"),
+    ("seed: " + "9" * 5000, "cannot be read: "),
+    ("seed: " + "9" * 4000, r"seed must lie in \[0, 2\*\*32\), got 9+\.\.\.9+$"),
+    ("learner: {lr: 1" + "0" * 400 + "}", "learner.lr must be finite, got inf"),
+    ("x" * 70000, "has over 65536 bytes"),
+    ("k" * 1000 + ": 1", r"unknown setting 'k+\.\.\.k+'"),
+    ("seed: '" + "k" * 60000 + "'", r"seed must be int, got 'k+\.\.\.k+' \(str\)$"),
+    ("? [a, b]\n: 1", "cannot be read"), ("2020-10-10: 1", "unknown setting '2020-10-10'"),
+    ("learner: {mode: [1]}", r"learner.mode must be one of .*, got \[1\]"),
+])
+@pytest.mark.timeout(30)
+def test_hostile_settings_are_refused_in_one_line(tmp_path, text, said):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        checkpoint.load_config(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 + len(str(tmp_path))
+
+
+def test_a_folder_is_held_by_one(tmp_path, monkeypatch):
+    with checkpoint.locked(tmp_path), pytest.raises(ConfigError, match="is being trained by"):
+        with checkpoint.locked(tmp_path):
+            pass
+    with checkpoint.locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+    def refuse(*_):
+        raise OSError(errno.EBADF, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with checkpoint.locked(tmp_path):
+        pass

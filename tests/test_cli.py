@@ -2,9 +2,12 @@
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +108,7 @@ def test_table_measures_what_is_there_and_names_what_is_not(run, tmp_path):
 @pytest.mark.parametrize(("threads", "load", "said"), [
     (None, 0.2, False), (None, 0.6, True), (None, 3.0, True), (2, 3.0, False)])
 def test_a_busy_machine_is_said_and_changes_nothing(monkeypatch, threads, load, said):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("iqmpc.threads.threads", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0), raising=False)
     hint = cli._busy_hint(Config(threads=threads))
@@ -315,3 +318,83 @@ def test_pixels_without_their_demonstrations(run, tmp_path):
     assert bad.returncode == 2 and "--fast-render needs --obs pixels" in bad.stderr
     bad = iqmpc("demos", "record", run[0], tmp_path / "no.h5", "--obs", "depth")
     assert bad.returncode == 2 and "--obs must be pixels, got 'depth'" in bad.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_prints_the_command_that_continues(number, tmp_path):
+    """In one line that can be pasted, however narrow the terminal and odd the path."""
+    path = tmp_path / "a folder, with (a long) name that does not fit into the width of a terminal"
+    program = Path(sys.executable).with_name("iqmpc")
+    never = [f"train.{key}=100000" for key in ("steps", "checkpoint_every", "eval_every")]
+    words = [*TINY, *never, f"run_dir={path}"]
+    process = subprocess.Popen(
+        [str(program), "train", *words], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "COLUMNS": "80", "MUJOCO_GL": "disabled"})
+    metrics, deadline = path / "metrics.csv", time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if metrics.exists() and len(metrics.read_text().splitlines()) > 4:
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    (line,) = (x for x in said.splitlines() if x.startswith("interrupted; continue with: "))
+    command = shlex.split(line.removeprefix("interrupted; continue with: "))
+    assert command == ["iqmpc", "train", f"resume={path}"]
+    done = iqmpc(*command[1:], "train.steps=60")
+    assert done.returncode in (0, 2), done.stderr
+    assert "continuing from step_" in done.stderr or "train.steps must be at least" in done.stderr
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    from iqmpc.cli import _unused
+    from iqmpc.config import Config
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-120000")
+    first = _unused(Config(), claim=False)
+    assert not first.exists()
+    claimed = [_unused(Config(), claim=True) for _ in range(3)]
+    assert [p.name for p in claimed] == [
+        f"20260101-120000-seed0{end}" for end in ("", "-2", "-3")]
+    assert claimed[0] == first and all(p.is_dir() for p in claimed)
+    assert _unused(Config(), claim=False).name.endswith("-4")
+
+
+def test_a_run_is_resumed_where_its_data_have_moved(run, tmp_path):
+    path = tmp_path / "walker"
+    shutil.copytree(run[0], path)
+    Demonstrations.packaged("walker-walk").save(tmp_path / "moved.h5")
+    done = iqmpc("train", f"resume={path}", "train.steps=50", "demos.path=moved.h5", "device=cpu",
+                 cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "moved.h5") in (path / "config.yaml").read_text()
+    other = iqmpc("train", f"resume={path}", "train.steps=60", "demos.episodes=2")
+    assert other.returncode == 2 and "demos.episodes cannot change" in other.stderr
+
+
+def test_a_run_is_recorded_on_another_device_and_backend(run, tmp_path):
+    out = tmp_path / "a.h5"
+    for words in (["record", run[0], out], ["make", "walker-walk", "--policy", f"run:{run[0]}",
+                                            "--out", tmp_path / "b.h5", "task.episode_length=10"]):
+        done = iqmpc("demos", *words, "--episodes", 1, "--device", "cpu", "--backend", "reference")
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_summary_of_costs_has_no_percentage(capsys):
+    from iqmpc.cli import _print_summary
+
+    _print_summary({"task": "pendulum", "return_mean": -200.0, "demonstrator_return": -150.0,
+                    "ratio": None}, Path("runs/x"))
+    assert "return -200.0 beside the demonstrator's -150.0\n" in capsys.readouterr().err
+
+
+def test_a_damaged_line_of_metrics_costs_no_run(run, tmp_path):
+    path = tmp_path / "walker"
+    shutil.copytree(run[0], path)
+    metrics = path / "metrics.csv"
+    metrics.write_bytes(metrics.read_bytes().replace(b"20,2,2", b"\xff0,2,2", 1))
+    drawn = iqmpc("plot", path, "--out", tmp_path / "a.png")
+    assert drawn.returncode == 0 and "damaged lines are left out" in drawn.stderr, drawn.stderr
+    done = iqmpc("train", f"resume={path}", "train.steps=50")
+    assert done.returncode == 0 and "damaged lines, now in" in done.stderr, done.stderr

@@ -4,8 +4,8 @@ import math
 import pytest
 import yaml
 
-from iqmpc.compose import ablation, compose, departures, options
-from iqmpc.config import Config, all_keys
+from iqmpc.compose import SUITES, ablation, compose, departures, options, parse
+from iqmpc.config import Config, all_keys, names_task
 from iqmpc.envs import TASKS
 from iqmpc.errors import ConfigError
 
@@ -24,7 +24,7 @@ from iqmpc.errors import ConfigError
     (["learner.lr=inf"], "learner.lr must be finite, got inf"),
     (["planner.enabled=1"], "planner.enabled must be bool, got 1 (int)"),
     (["learner.objective=tdd"], "must be one of iq, v_diff, td, got 'tdd'; did you mean 'td'?"),
-    (["learner=5"], "unknown learner 5 (known: iq, td, v_diff)"),
+    (["learner=5"], "unknown learner '5' (known: iq, td, v_diff)"),
     (["train=5"], "train must be a mapping, got 5"),
     (["planner.elites=600", "planner.samples=500"],
      "planner.elites must be at most planner.samples, got 600 and 500"),
@@ -171,6 +171,62 @@ def test_the_task_decides_on_the_termination_head():
     assert compose(["task=walker-walk", "model.termination=true"]).termination
     with pytest.raises(ConfigError, match="learner.termination_weight must be positive, got 0"):
         gym.replace({"learner.termination_weight": 0})
+
+
+@pytest.mark.parametrize("value", [
+    "é.h5", "a,b", "a=b", "~/x", "(a", "[a", "a b", "{a", "$x", "2020-10-10", "123", "a'b", "a: b"])
+def test_text_is_taken_as_it_stands(value):
+    config = compose([f"demos.path={value}", f"run_dir={value}", "task=gym", f"env_id={value}"])
+    assert (config.demos.path, config.run_dir, config.task.env_id) == (value,) * 3
+    assert parse([f"resume={value}"]) == {"resume": value}
+
+
+def test_text_may_be_quoted_or_null():
+    assert compose(["demos.path='a b'", 'run_dir="null"']).demos.path == "a b"
+    assert compose(['run_dir="null"']).run_dir == "null"
+    assert compose(["demos.path=null"]).demos.path is None
+    assert compose(["demos.path="]).demos.path == ""
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("word", [
+    "seed=" + "9" * 5000, "seed=" + "9" * 90, "seed=" + "[" * 99, "learner.lr=(" * 9,
+    "k" * 60000 + "=1", "seed=" + "x" * 60000, "x" * 60000, "learner.mode=" + "é" * 90,
+    "task=" + "x" * 60000])
+def test_hostile_words_are_refused_in_one_line(word):
+    with pytest.raises(ConfigError) as caught:
+        compose([word])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(("word", "near"), [
+    ("tsk=walker-walk", "task"), ("env=x", "env_id"), ("presets=cpu", "preset"),
+    ("resum=runs/x", "resume")])
+def test_groups_and_short_names_are_suggested(word, near):
+    with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
+        compose([word])
+
+
+@pytest.mark.parametrize(("given", "env_id", "same"), [
+    ("HalfCheetah-v4", "HalfCheetah-v4", True), ("Cart-v0", "dictenv:Cart-v0", True),
+    ("dictenv:Cart-v0", "dictenv:Cart-v0", True), ("Cart-v1", "dictenv:Cart-v0", False),
+    ("gym-cart-v0", "dictenv:Cart-v0", True), ("gym-envs-make", "envs:make", True),
+    ("make", "envs:make", False)])
+def test_a_package_does_not_count_in_the_name_of_a_gym_task(given, env_id, same):
+    assert names_task(given, compose(["task=gym", f"env_id={env_id}"]).task.name) is same
+
+
+def test_a_task_of_ones_own_has_nothing_of_the_default_tasks():
+    own = compose(["task.name=pendulum", "task.suite=own"]).task
+    assert (own.action_repeat, own.gradient_penalty, own.terminates) == (1, False, False)
+    assert compose(["task.suite=own", "task.action_repeat=3"]).task.action_repeat == 3
+    assert compose(["task=walker-walk"]).task.action_repeat == 2
+
+
+def test_suites_are_those_whose_environments_are_made():
+    from iqmpc.envs import _SUITES
+
+    assert set(SUITES) == set(_SUITES)
 
 
 def test_a_run_knows_its_preset():

@@ -67,3 +67,10 @@ def test_the_public_names_are_those_the_readme_lists():
 
     listed = re.search(r"The public names are (.*?)\.\n", TEXT, re.S).group(1)
     assert set(re.findall(r"`(\w+)`", listed)) == set(iqmpc.__all__) - {"IqmpcError"}
+
+
+def test_make_train_installs_what_its_commands_import():
+    """gymnasium's MuJoCo tasks, which the README gives it, import imageio."""
+    makefile = (README.parent / "Makefile").read_text()
+    (extras,) = re.findall(r"^\$\(TRAIN\): EXTRA = (.*)$", makefile, re.MULTILINE)
+    assert {"dmcontrol", "plots", "video"} <= set(extras.split(","))

@@ -1,12 +1,90 @@
+"""What a run writes, what is read of it, and what damage to metrics.csv costs."""
+
+import json
+
+import numpy as np
 import pytest
 
-from iqmpc.runlog import RunLog, last_evaluations
+from iqmpc.runlog import COLUMNS, RunLog, last_evaluations, read_rows, strict_json, write_summary
+
+
+def row(step, **values):
+    return {"env_steps": step, "updates": step, "episodes": step // 10, "wall_s": 1.0, **values}
+
+
+@pytest.fixture
+def run(tmp_path):
+    log = RunLog(tmp_path)
+    for step in (10, 20, 30, 40):
+        log.write(row(step, **{"return": float(step)}))
+    log.close()
+    return tmp_path
+
+
+def lines_of(run):
+    return (run / "metrics.csv").read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("byte", [b"\xff", b"\0", b'"', b"x", b",", b"\r"])
+def test_damaged_lines_are_set_aside(run, byte):
+    lines = lines_of(run)
+    lines[2] = lines[2][:1] + byte + lines[2][1:]
+    (run / "metrics.csv").write_bytes(b"".join(lines))
+    with pytest.warns(RuntimeWarning, match=r"csv: [12] damaged lines, now in metrics.csv.dam"):
+        RunLog(run, since=30).close()
+    rows, damaged = read_rows(run / "metrics.csv")
+    assert [r["env_steps"] for r in rows] == ["10", "30"] and not damaged
+    assert (run / "metrics.csv.damaged").stat().st_size
+
+
+@pytest.mark.parametrize("place", range(0, 300, 23))
+@pytest.mark.parametrize("byte", [0, 10, 34, 44, 200])
+def test_any_byte_may_be_damaged(run, place, byte):
+    data = bytearray((run / "metrics.csv").read_bytes())
+    data[place % len(data)] = byte
+    (run / "metrics.csv").write_bytes(data)
+    rows, _ = read_rows(run / "metrics.csv")
+    assert len(rows) >= 2 and all(list(r) == list(COLUMNS) for r in rows)
+
+
+def test_an_older_runs_columns_are_completed(tmp_path):
+    (tmp_path / "metrics.csv").write_text(
+        "env_steps,updates,episodes,wall_s,return\n10,1,1,2.0,3.5\n20,1,1,2.0,4.5\n30,1,")
+    rows, damaged = read_rows(tmp_path / "metrics.csv")
+    assert [r["return"] for r in rows] == ["3.5", "4.5"] and not damaged
+    assert set(rows[0]) == set(COLUMNS)
+
+
+def test_a_fault_of_tensorboard_does_not_end_a_run(run, monkeypatch):
+    log = RunLog(run, since=40)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    log._board.add_scalar = full
+    with pytest.warns(RuntimeWarning, match="TensorBoard's files are not written any more"):
+        log.write(row(50, **{"return": 1.0}))
+    log.write(row(60, **{"return": 1.0}))
+    log.close()
+    assert [r["env_steps"] for r in read_rows(run / "metrics.csv")[0]][-2:] == ["50", "60"]
+    (run / "file").touch()
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", full)
+    with pytest.warns(RuntimeWarning, match="TensorBoard"):
+        RunLog(run, since=60).close()
+
+
+def test_summaries_are_strict_json(tmp_path):
+    write_summary(tmp_path, {"a": float("nan"), "b": [np.float64("inf"), 1.5], "c": None, "d": "x"})
+    text = (tmp_path / "summary.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": None, "b": [None, 1.5], "c": None, "d": "x"}
+    assert strict_json({"shape": (3, 2)}).split() == ["{", '"shape":', "[", "3,", "2", "]", "}"]
 
 
 def write_rows(run, rows):
     log = RunLog(run)
     for step, values in rows:
-        log.write({"env_steps": step, **values})
+        log.write(row(step, **values))
     log.close()
 
 

@@ -21,7 +21,7 @@ import torch
 from iqmpc import Agent, Config, Trainer, WorldModel, checkpoint, evaluate
 from iqmpc.envs.vector import VectorEnv
 from iqmpc.envs.workers import WorkerVectorEnv
-from iqmpc.errors import CheckpointError, ConfigError, TaskError, WorkerError
+from iqmpc.errors import CheckpointError, ConfigError, Interrupted, TaskError, WorkerError
 from iqmpc.evaluation import reward_correlation
 from iqmpc.frames import stacked
 from iqmpc.kernels import layers
@@ -164,7 +164,7 @@ def test_terminations_reach_the_replay(tmp_path, small_config, point_env, point_
 
 def tensors_of(run):
     _, tensors, meta = checkpoint.newest(run)
-    del meta["wall_s"]
+    del meta["wall_s"], meta["settings"]  # such as how updates overlap
     return tensors, meta
 
 
@@ -246,7 +246,6 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, small_config, point_en
         trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run",
                           resume=True)
     assert trainer.env_steps == 80
-    newest.with_name(newest.name + ".damaged").rename(newest)  # set aside by the resumed run
     with pytest.warns(RuntimeWarning, match=newest.name):
         Agent.load(tmp_path / "run")
 
@@ -311,7 +310,8 @@ def test_another_models_checkpoint_is_refused(tmp_path, small_config, point_env,
     train(small_config.replace({"train.steps": 20}), point_env, point_demonstrations,
           tmp_path / "run")
     wider = small_config.replace({"model.hidden_dim": 40})
-    with pytest.raises(CheckpointError, match="does not fit this run's settings"):
+    with pytest.raises(ConfigError, match="what a run learns cannot change when it is resumed: "
+                                          "model.hidden_dim is 40, was 32"):
         Trainer(wider, point_env, point_demonstrations, run=tmp_path / "run", resume=True)
 
 
@@ -713,8 +713,11 @@ def test_resume_drops_unfinished_episodes_of_the_others(
     """Cut in tick 31; the checkpoint of tick 28 holds what had ended by then."""
     config = three.replace({"train.checkpoint_every": 80})
     before, after = marked(fails_at=30), marked()
+    killed = Trainer(config, before, point_demonstrations, run=tmp_path / "run",
+                     eval_env=point_env)
+    killed._rescue = lambda: None  # which a killed process has no time for
     with pytest.raises(KeyboardInterrupt):
-        train(config, before, point_demonstrations, tmp_path / "run", eval_env=point_env)
+        killed.train()
     trainer = Trainer(config, after, point_demonstrations, run=tmp_path / "run",
                       eval_env=point_env, resume=True)
     assert trainer.env_steps == 84 and len(trainer.behaviour) == 25 + 28 + 22
@@ -1081,3 +1084,247 @@ def test_images_that_do_not_fit_are_refused(
 
     with pytest.raises(TaskError, match="must be its last three frames each"):
         train(small_config, Flickering(image_point_env), image_demonstrations, tmp_path / "run")
+
+
+def interrupted_at(trainer, step, number):
+    """Send this process a signal in the step after `step`."""
+    act = trainer._act
+
+    def acting(obs):
+        if trainer.env_steps == step:
+            os.kill(os.getpid(), number)
+        return act(obs)
+
+    trainer._act = acting
+    return trainer
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_run_after_the_step_and_loses_nothing(
+        tmp_path, small_config, point_env, point_demonstrations, number):
+    """In step 76 of a run that would not have saved before 100; the continuation is exact."""
+    config = small_config.replace({"train.checkpoint_every": 1000})
+    messages = []
+    trainer = interrupted_at(Trainer(
+        config, point_env, point_demonstrations, run=tmp_path / "cut",
+        on_message=messages.append), 75, number)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as caught:
+        trainer.train()
+    assert caught.value.signal == number and trainer.env_steps == 76
+    assert signal.getsignal(number) == before
+    assert checkpoint.newest(tmp_path / "cut")[2]["env_steps"] == 60
+    name = signal.Signals(number).name
+    assert messages[-2].startswith(f"{name}: ending after this step")
+    assert messages[-1] == "saved as of step 60, the end of the last whole episode"
+    train(config, point_env, point_demonstrations, tmp_path / "cut", resume=True)
+    train(config, point_env, point_demonstrations, tmp_path / "straight")
+    assert_same_state(tmp_path / "cut", tmp_path / "straight")
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "straight")
+
+
+def test_a_signal_during_an_evaluation_and_one_that_is_handled_elsewhere(
+        tmp_path, small_config, point_env, point_demonstrations):
+    class Stops(type(point_env)):
+        def step(self, action):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(action)
+
+    config = small_config.replace({"train.checkpoint_every": 1000})
+    trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run",
+                      eval_env=Stops())
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert checkpoint.newest(tmp_path / "run")[2]["env_steps"] == 40
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(1))
+    try:
+        trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run",
+                          eval_env=Stops(), resume=True)
+        assert trainer.train()["env_steps"] == 100 and came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_error_of_the_environment_saves_the_last_whole_episode(
+        tmp_path, small_config, point_env, point_demonstrations):
+    class Once(gymnasium.ObservationWrapper):
+        seen = 0
+
+        def observation(self, obs):
+            Once.seen += 1
+            return obs * np.nan if Once.seen == 90 else obs
+
+    config = small_config.replace({"train.checkpoint_every": 1000, "train.eval_every": 1000})
+    with pytest.raises(TaskError, match="point, episode 4, step 5: the observation is nan at"):
+        train(config, Once(point_env), point_demonstrations, tmp_path / "run")
+    path, tensors, meta = checkpoint.newest(tmp_path / "run")
+    assert meta["env_steps"] == 80
+    assert all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
+    train(config, point_env, point_demonstrations, tmp_path / "run", resume=True)
+
+
+def test_a_replay_that_was_overwritten_is_not_saved_as_it_was(
+        tmp_path, small_config, point_env, point_demonstrations):
+    """The interruption comes when the next episode has taken the place of an older one."""
+    config = small_config.replace({"train.capacity": 64, "train.checkpoint_every": 1000,
+                                   "train.eval_every": 1000})
+    trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
+    keep = trainer._keep
+
+    def keeping(episode):
+        keep(episode)
+        if trainer.env_steps == 80:
+            raise KeyboardInterrupt
+
+    trainer._keep = keeping
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.behaviour.overwritten == 1 and not checkpoint.exists(tmp_path / "run")
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+        tmp_path, small_config, point_env, point_demonstrations):
+    trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run")
+    update = trainer.learner.update
+
+    def spoil(batch):
+        metrics = update(batch)
+        if trainer.env_steps == 70:
+            with torch.no_grad():
+                trainer.learner.model.encoder[0].weight[0, 0] = torch.nan
+        return metrics
+
+    trainer.learner.update = spoil
+    with (pytest.raises(CheckpointError, match="step 80: .* tensors of the learner are not finite"),
+          pytest.warns(RuntimeWarning, match="no trajectory of a plan")):
+        trainer.train()
+    assert checkpoint.newest(tmp_path / "run")[2]["env_steps"] == 40
+
+
+def test_two_processes_do_not_resume_one_run(
+        tmp_path, small_config, point_env, point_demonstrations):
+    run = tmp_path / "run"
+    train(small_config.replace({"train.steps": 40}), point_env, point_demonstrations, run)
+    one, two = (Trainer(small_config, point_env, point_demonstrations, run=run, resume=True)
+                for _ in range(2))
+    with checkpoint.locked(run), pytest.raises(
+            ConfigError, match="run is being trained by another process"):
+        one.train()
+    one.train()
+    with pytest.raises(ConfigError, match="was continued by another process since step_000000040"):
+        two.train()
+
+
+def test_what_a_kill_has_left_is_removed_at_resume(
+        tmp_path, small_config, point_env, point_demonstrations):
+    run = tmp_path / "run"
+    train(small_config, point_env, point_demonstrations, run)
+    folder = run / "checkpoints"
+    first = folder / "step_000000080.safetensors"
+    kept = [folder / "step_best.safetensors", folder / "mine.tmp"]
+    left = [folder / ".step_000000120.safetensors.0123abcd.tmp", run / ".config.yaml.00000000.tmp",
+            folder / "step_000000020.safetensors"]
+    for path in (*kept, *left):
+        path.write_bytes(first.read_bytes())
+    train(small_config.replace({"train.steps": 120}), point_env, point_demonstrations, run,
+          resume=True)
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in left)
+    assert checkpoint.newest(run)[2]["env_steps"] == 120
+
+
+def test_settings_that_differ_from_the_checkpoints_are_named(
+        tmp_path, small_config, point_env, point_demonstrations):
+    run = tmp_path / "run"
+    train(small_config, point_env, point_demonstrations, run)
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("rho: 0.5", "rho: 0.7"))
+    said = "config.yaml is not what step_000000100.safetensors was made with: learner.rho is 0.7, "
+    with pytest.raises(CheckpointError, match=said + "was 0.5"):
+        Agent.load(run)
+    with pytest.raises(CheckpointError, match=said):
+        Trainer(small_config, point_env, point_demonstrations, run=run, resume=True)
+    path.write_text(path.read_text().replace("rho: 0.7", "rho: 0.5").replace(
+        "checkpoint_every: 40", "checkpoint_every: 41"))
+    messages = []
+    Trainer(small_config.replace({"train.checkpoint_every": 41, "demos.path": "elsewhere.h5"}),
+            point_env, point_demonstrations, run=run, resume=True, on_message=messages.append)
+    assert messages[0].endswith("train.checkpoint_every is 41, was 40")
+
+
+def test_a_run_of_another_device_goes_on_and_acts_here(
+        tmp_path, small_config, point_env, point_demonstrations, monkeypatch):
+    run = tmp_path / "run"
+    train(small_config.replace({"train.steps": 40}), point_env, point_demonstrations, run)
+    path, tensors, meta = checkpoint.newest(run)
+    meta["device"], meta["settings"]["device"] = "cuda", "cuda"
+    meta["settings"]["planner"]["precision"] = "tf32"
+    for name in ("learner.generator", "trainer.generator"):
+        tensors[name] = torch.zeros(16, dtype=torch.uint8)
+    checkpoint.save(run, 40, tensors, meta)
+    changed = small_config.replace({"device": "cuda", "planner.precision": "tf32"})
+    checkpoint.save_config(run, changed, new=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with (pytest.warns(RuntimeWarning, match="which is not here: acting on the CPU"),
+          pytest.warns(RuntimeWarning, match="acting with planner.backend=auto in float32")):
+        agent = Agent.load(run)
+    assert evaluate(agent, point_env, episodes=1).returns.shape == (1,)
+    with pytest.raises(ConfigError, match="device=cuda was asked for"):
+        Agent.load(run, changes={"device": "cuda"})
+    messages = []
+    train(small_config, point_env, point_demonstrations, run, resume=True,
+          on_message=messages.append)
+    assert any("made on cuda and goes on on cpu: not bit for bit" in m for m in messages)
+
+
+def test_episodes_that_are_all_too_short_are_an_error(
+        tmp_path, small_config, point_env, point_demonstrations):
+    messages = []
+    with pytest.raises(TaskError, match="point: all 20 episodes were shorter than "
+                                        "learner.horizon=3, so nothing can be learnt"):
+        train(small_config, type(point_env)(2), point_demonstrations, tmp_path / "run",
+              on_message=messages.append)
+    assert "an episode of 2 steps is shorter than learner.horizon=3" in messages[0]
+
+    class Some(type(point_env)):
+        def reset(self, **how):
+            self.episode_length = 2 if self.episode_length == 20 else 20
+            return super().reset(**how)
+
+    messages.clear()
+    train(small_config, Some(), point_demonstrations, tmp_path / "some",
+          on_message=messages.append, eval_env=point_env)
+    assert sum("shorter than learner.horizon" in m for m in messages) == 2
+
+
+def test_an_environment_that_never_ends_is_cut(
+        tmp_path, small_config, point_env, point_demonstrations):
+    messages = []
+    summary = train(small_config, type(point_env)(10**9), point_demonstrations, tmp_path / "run",
+                    on_message=messages.append)
+    assert summary["updates"] == 5 + 60
+    assert sum("cut after task.episode_length=20" in m for m in messages) == 1
+
+
+def test_a_negative_return_is_said_without_a_percentage(
+        tmp_path, small_config, point_env, point_demonstrations):
+    costs = dataclasses.replace(point_demonstrations, episodes=tuple(
+        dataclasses.replace(e, rewards=e.rewards - 100) for e in point_demonstrations.episodes))
+    messages = []
+    summary = train(small_config, point_env, costs, tmp_path / "run", on_message=messages.append)
+    assert summary["ratio"] is None
+    assert any(f"(the demonstrator's is {costs.return_mean:.1f})" in m for m in messages)
+
+
+def test_torch_is_set_as_the_settings_say(tmp_path, small_config, point_env, point_demonstrations):
+    assert torch.tensor([1e-40]).mul(1.0).item() != 0
+    Trainer(small_config.replace({"threads": 1}), point_env, point_demonstrations, run=tmp_path)
+    assert torch.get_num_threads() == 1 and torch.tensor([1e-40]).mul(1.0).item() == 0
+
+
+def test_an_agent_of_several_environments_is_loaded(
+        tmp_path, small_config, point_env, point_demonstrations):
+    train(small_config.replace({"train.steps": 20}), point_env, point_demonstrations,
+          tmp_path / "run")
+    agent = Agent.load(tmp_path / "run", num_envs=3)
+    assert agent.act(np.zeros((3, 2), np.float32)).shape == (3, 2)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <limits>
@@ -86,6 +87,16 @@ void check(const PlannerSettings& s) {
   at_least("elites", s.elites, 1);
   at_least("policy_trajectories", s.policy_trajectories, 0);
   at_least("iterations", s.iterations, 1);
+  // Beyond these a plan's sizes would not be numbers any more, long after they were no plan's.
+  constexpr Index kMost = Index{1} << 20, kSteps = Index{1} << 32;
+  for (const auto& [name, value] : {std::pair{"num_envs", s.num_envs}, {"horizon", s.horizon},
+                                    {"samples", s.samples}, {"iterations", s.iterations}}) {
+    if (value > kMost) refuse(name, "at most " + std::to_string(kMost), double(value));
+  }
+  if (s.num_envs * s.horizon > kSteps / s.samples) {
+    refuse("num_envs * horizon * samples", "at most " + std::to_string(kSteps),
+           double(s.num_envs) * double(s.horizon) * double(s.samples));
+  }
   if (s.elites > s.samples) {
     refuse("elites", "at most samples = " + std::to_string(s.samples), double(s.elites));
   }
@@ -268,6 +279,7 @@ struct Planner::State {
   std::uint64_t step = 0;
   Models models;
   std::mutex plan_mutex;
+  std::atomic<bool> busy{false};  // while plan_mutex is held
   ThreadPool pool;
   const detail::Blocks prior_blocks, sample_blocks;
   std::vector<Problem> problems;
@@ -497,6 +509,16 @@ Planner::Planner(std::shared_ptr<const WorldModel> model, const PlannerSettings&
 
 Planner::~Planner() = default;
 
+// One call at a time, which a forked process can see was under way.
+struct Planner::Busy {
+  explicit Busy(State& state) : state(state), lock(state.plan_mutex) { state.busy = true; }
+  ~Busy() { state.busy = false; }
+  State& state;
+  std::lock_guard<std::mutex> lock;
+};
+
+bool Planner::forked_while_busy() const noexcept { return state_->pool.forked() && state_->busy; }
+
 void Planner::publish(std::shared_ptr<const WorldModel> model) {
   state_->models.publish(packed_of(std::move(model)));
 }
@@ -504,7 +526,7 @@ void Planner::publish(std::shared_ptr<const WorldModel> model) {
 void Planner::publish(const WorldModelView& view) { state_->models.publish(view); }
 
 PlanResult Planner::plan(const float* obs, bool explore, float* action) noexcept {
-  std::lock_guard<std::mutex> lock(state_->plan_mutex);
+  const Busy busy(*state_);
   const PlannerSettings& s = state_->settings;
   const PlanResult result = state_->run(obs, explore, s.iterations, s.budget_us, action);
   ++state_->step;
@@ -513,7 +535,7 @@ PlanResult Planner::plan(const float* obs, bool explore, float* action) noexcept
 
 void Planner::warm_up() noexcept {
   State& s = *state_;
-  std::lock_guard<std::mutex> lock(s.plan_mutex);
+  const Busy busy(s);
   std::copy(s.mean.begin(), s.mean.end(), s.warm_mean.begin());
   s.run(s.warm_obs.data(), false, std::min<Index>(s.settings.iterations, 3), 0,
         s.warm_action.data());
@@ -526,13 +548,13 @@ void Planner::reset(std::ptrdiff_t problem) {
     throw std::out_of_range("problem must lie in [0, " + std::to_string(envs) + "), got " +
                             std::to_string(problem));
   }
-  std::lock_guard<std::mutex> lock(state_->plan_mutex);
+  const Busy busy(*state_);
   const Index each = static_cast<Index>(state_->mean.size()) / envs;
   std::fill_n(state_->mean.begin() + problem * each, each, 0.0f);
 }
 
 void Planner::reset() noexcept {
-  std::lock_guard<std::mutex> lock(state_->plan_mutex);
+  const Busy busy(*state_);
   std::fill(state_->mean.begin(), state_->mean.end(), 0.0f);
 }
 

@@ -1,5 +1,7 @@
 #include "iqmpc/thread_pool.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <stdexcept>
@@ -45,38 +47,50 @@ void relax() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) : patience_(kMostPatience) {
+ThreadPool::ThreadPool(int threads)
+    : patience_(kMostPatience),
+      process_(::getpid()),
+      sleep_(std::make_unique<Sleep>()),
+      workers_(std::make_unique<std::vector<std::thread>>()) {
   if (threads < 1 || threads > kMaxThreads) {
     throw std::invalid_argument("threads must lie in [1, " + std::to_string(kMaxThreads) +
                                 "], got " + std::to_string(threads));
   }
-  workers_.reserve(static_cast<std::size_t>(threads - 1));
+  workers_->reserve(static_cast<std::size_t>(threads - 1));
   try {
     for (int thread = 1; thread < threads; ++thread) {
-      workers_.emplace_back([this, thread] { work(thread); });
+      workers_->emplace_back([this, thread] { work(thread); });
     }
   } catch (...) {
     stop_ = true;
     wake();
-    for (std::thread& worker : workers_) worker.join();
+    for (std::thread& worker : *workers_) worker.join();
     throw;
   }
 }
 
+bool ThreadPool::forked() const noexcept { return ::getpid() != process_; }
+
 ThreadPool::~ThreadPool() {
+  if (forked()) {
+    static_cast<void>(workers_.release());
+    static_cast<void>(sleep_.release());
+    return;
+  }
   stop_ = true;
   wake();
-  for (std::thread& worker : workers_) worker.join();
+  for (std::thread& worker : *workers_) worker.join();
 }
 
 void ThreadPool::wake() noexcept {
+  if (forked()) return;
   calls_.fetch_add(1);
   // The increment before this read, and the sleeper's registration before its own reading of what
   // it waits for, are sequentially consistent: one of the two sees the other.
   if (asleep_.load() == 0) return;
   woken_.store(now(), std::memory_order_relaxed);
-  { std::lock_guard<std::mutex> lock(mutex_); }
-  wake_workers_.notify_all();
+  { std::lock_guard<std::mutex> lock(sleep_->mutex); }
+  sleep_->workers.notify_all();
 }
 
 // Takes and runs one task; false where none is left.
@@ -90,8 +104,8 @@ bool ThreadPool::take(int thread) noexcept {
   job_.call(job_.context, static_cast<std::ptrdiff_t>(task), thread);
   if (done_.fetch_add(1) + 1 == static_cast<std::ptrdiff_t>(count_of(ticket)) &&
       caller_asleep_.load()) {
-    { std::lock_guard<std::mutex> lock(mutex_); }
-    wake_caller_.notify_one();
+    { std::lock_guard<std::mutex> lock(sleep_->mutex); }
+    sleep_->caller.notify_one();
   }
   return true;
 }
@@ -126,10 +140,10 @@ void ThreadPool::work(int thread) noexcept {
     const std::uint32_t calls = calls_.load();
     if (take(thread)) continue;
     if (spin([&] { return take(thread) || stop_.load(std::memory_order_relaxed); })) continue;
-    std::unique_lock<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(sleep_->mutex);
     const std::int64_t asleep = now();
     asleep_.fetch_add(1);
-    wake_workers_.wait(lock, [&] { return calls_.load() != calls || stop_.load(); });
+    sleep_->workers.wait(lock, [&] { return calls_.load() != calls || stop_.load(); });
     asleep_.fetch_sub(1);
     // A call that came before it slept woke nobody.
     const std::int64_t woken = woken_.load(std::memory_order_relaxed);
@@ -140,7 +154,7 @@ void ThreadPool::work(int thread) noexcept {
 }
 
 void ThreadPool::run_job(const Job& job, std::ptrdiff_t tasks) noexcept {
-  if (workers_.empty() || tasks == 1) {
+  if (workers_->empty() || tasks == 1 || forked()) {
     for (std::ptrdiff_t task = 0; task < tasks; ++task) job.call(job.context, task, 0);
     return;
   }
@@ -155,9 +169,9 @@ void ThreadPool::run_job(const Job& job, std::ptrdiff_t tasks) noexcept {
   // The caller waits as long for others' last tasks before it sleeps too: past that something else
   // holds a core, which ours may then have.
   if (done() || spin(done)) return;
-  std::unique_lock<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(sleep_->mutex);
   caller_asleep_.store(true);
-  wake_caller_.wait(lock, [&] { return done_.load() == tasks; });
+  sleep_->caller.wait(lock, [&] { return done_.load() == tasks; });
   caller_asleep_.store(false);
 }
 

@@ -1,5 +1,10 @@
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -87,6 +92,43 @@ void bad_counts() {
   }
 }
 
+// A child has no workers: its caller does everything, and the pool ends without waiting for them.
+void forked() {
+  for (const bool during : {false, true}) {
+    auto pool = std::make_unique<ThreadPool>(3);
+    std::atomic<int> child{-1};
+    const auto fork_here = [&] {
+      const int number = ::fork();
+      CHECK(number >= 0);
+      if (number == 0) {
+        ::alarm(20);  // instead of hanging
+        std::atomic<int> sum{0};
+        const bool seen = pool->forked();
+        pool->wake();
+        if (!during) {
+          pool->run(7, [&](std::ptrdiff_t, int thread) { sum += 1 + thread; });
+          pool.reset();
+        }
+        std::_Exit(seen && sum == (during ? 0 : 7) ? 0 : 1);
+      }
+      child = number;
+    };
+    if (during) {
+      pool->run(3, [&](std::ptrdiff_t task, int) {
+        if (task == 1) fork_here();
+      });
+    } else {
+      pool->run(3, [](std::ptrdiff_t, int) {});
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));  // they sleep, and are waited in
+      fork_here();
+    }
+    int status = 0;
+    CHECK(::waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    CHECK(!pool->forked());
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -95,5 +137,6 @@ int main() {
   beside_others();
   many_pools();
   bad_counts();
+  forked();
   return 0;
 }

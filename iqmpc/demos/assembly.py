@@ -7,22 +7,29 @@ from pathlib import Path
 
 import numpy as np
 
+from iqmpc.demos import budget
 from iqmpc.demos.h5 import matrix
-from iqmpc.demos.types import Defect, Draft
+from iqmpc.demos.types import Defect, Draft, Facts
 
 
 class Assembly:
     """Collects a file's episodes; what had to be left out is counted and put into the provenance.
 
-    Arrays are float32; every value may be the Defect for which it could not be read.
+    Arrays are float32; every value may be the Defect for which it could not be read. `full` says
+    that there are as many episodes as `facts` asks for.
     """
 
-    def __init__(self, kind: str, path: Path) -> None:
+    def __init__(self, kind: str, path: Path, facts: Facts) -> None:
+        self._wanted = facts.episodes
         self.at = partial(Defect, str(path))
         self._path = path
         self._episodes: list[dict[str, object] | Defect] = []
         self._notes = {"source_format": kind, "source": path.name}
         self._dropped = self._ends = self._short = 0
+
+    @property
+    def full(self) -> bool:
+        return self._wanted is not None and len(self._episodes) >= self._wanted
 
     def here(self) -> partial[Defect]:
         """Makes the defects of the episode that is added next."""
@@ -44,6 +51,7 @@ class Assembly:
         the last action goes, as what followed it is not known, and with it the end that it led
         to; an episode of one step then goes whole.
         """
+        budget.spend_episode()
         observations, actions, next_observations = (
             matrix(value) if isinstance(value, np.ndarray) else value
             for value in (observations, actions, next_observations)
@@ -77,6 +85,7 @@ class Assembly:
 
     def add_defect(self, defect: Defect) -> None:
         """Add an episode, or the whole of what follows, that could not be read."""
+        budget.spend_episode()
         self._episodes.append(defect)
 
     def draft(

@@ -10,7 +10,7 @@ import numpy as np
 
 from iqmpc.config import names_task
 from iqmpc.demos.types import Defect, Draft
-from iqmpc.frames import SIZE
+from iqmpc.frames import LARGEST, SIZE
 
 
 def find_defects(
@@ -54,7 +54,8 @@ def _find(
     elif not isinstance(draft.task, str) or not draft.task:
         yield at("task", describe(draft.task), "the task's name")
     elif task is not None and not names_task(draft.task, task):
-        yield at("task", repr(draft.task), repr(task))
+        hint = "iqmpc demos convert --task renames it, a run's own is task.name"
+        yield at("task", repr(draft.task), f"{task!r} ({hint})")
 
     if isinstance(draft.provenance, Defect):
         yield draft.provenance
@@ -163,9 +164,11 @@ def _array_defects(
         numbers = ", ".join("any" if size is None else str(size) for size in shape)
         yield at(f"shape {list(array.shape)}", f"shape {symbols} = [{numbers}]")
     if array.dtype.kind == "f":
-        bad = ~np.isfinite(array)
+        bad, far = ~np.isfinite(array), np.abs(array) > LARGEST
         if bad.any():
             yield at(_first(array, bad), "finite values")
+        elif far.any():
+            yield at(_first(array, far), f"values within ±{LARGEST:g}")
 
 
 def _first(array: np.ndarray, bad: np.ndarray) -> str:

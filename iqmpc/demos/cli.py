@@ -5,7 +5,6 @@ Errors that are the input's fault are left to `iqmpc.cli.main`, which prints the
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +17,11 @@ from rich.text import Text
 
 from iqmpc.demos.checks import find_defects
 from iqmpc.demos.demonstrations import Demonstrations, packaged_path, packaged_tasks
-from iqmpc.demos.formats import FORMATS, read
+from iqmpc.demos.formats import FORMATS
+from iqmpc.demos.isolated import read
 from iqmpc.demos.types import DemonstrationError, Draft, Facts
+from iqmpc.errors import printable
+from iqmpc.runlog import strict_json
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check and convert demonstrations.")
 
@@ -43,6 +45,17 @@ Length = Annotated[
     int | None, typer.Option(min=1, help="Steps to a time limit, where the file marks none.")
 ]
 Mask = Annotated[str | None, typer.Option(help="Take this subset of a robomimic file.")]
+Clip = Annotated[
+    bool,
+    typer.Option("--clip-actions", help="Clip actions to [-1, 1], as their simulator did."),
+]
+ActionKey = Annotated[
+    str | None, typer.Option(help="The actions of a LeRobot dataset; by default 'action'.")
+]
+AllowGaps = Annotated[
+    bool,
+    typer.Option("--allow-gaps", help="Take a LeRobot dataset in which episodes are missing."),
+]
 
 
 def _facts(
@@ -52,6 +65,10 @@ def _facts(
     action_high: str | None,
     episode_length: int | None,
     mask: str | None,
+    clip_actions: bool,
+    action_key: str | None,
+    allow_gaps: bool,
+    episodes: int | None = None,
 ) -> Facts:
     def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         try:
@@ -66,6 +83,10 @@ def _facts(
         action_high=numbers("--action-high", action_high),
         episode_length=episode_length,
         mask=mask,
+        clip_actions=clip_actions,
+        action_key=action_key,
+        allow_gaps=allow_gaps,
+        episodes=episodes,
     )
 
 
@@ -95,9 +116,15 @@ def info(
     action_high: High = None,
     episode_length: Length = None,
     mask: Mask = None,
+    clip_actions: Clip = False,
+    action_key: ActionKey = None,
+    allow_gaps: AllowGaps = False,
 ) -> None:
     """Show what a demonstration set holds."""
-    facts = _facts(task, obs_keys, action_low, action_high, episode_length, mask)
+    facts = _facts(
+        task, obs_keys, action_low, action_high, episode_length, mask, clip_actions, action_key,
+        allow_gaps,
+    )
     demos = Demonstrations.load(_locate(path), format=format, facts=facts)
     returns = demos.returns()
     lengths = [len(episode.actions) for episode in demos.episodes]
@@ -116,7 +143,7 @@ def info(
         "provenance": demos.provenance,
     }
     if as_json:
-        typer.echo(json.dumps(summary, indent=2))
+        typer.echo(strict_json(summary))
     else:
         _print_table(summary)
     if out is not None:
@@ -142,7 +169,7 @@ def _print_table(summary: dict[str, Any]) -> None:
     }
     table = Table(show_header=False)
     for name, value in rows.items():
-        table.add_row(Text(name), Text(str(value)))
+        table.add_row(Text(printable(name)), Text(printable(str(value))))
     Console().print(table)
 
 
@@ -156,18 +183,25 @@ def check(
     action_high: High = None,
     episode_length: Length = None,
     mask: Mask = None,
+    clip_actions: Clip = False,
+    action_key: ActionKey = None,
+    allow_gaps: AllowGaps = False,
 ) -> None:
     """List every defect of a demonstration file; exit with 1 if it has any."""
-    facts = _facts(task, obs_keys, action_low, action_high, episode_length, mask)
+    facts = _facts(
+        task, obs_keys, action_low, action_high, episode_length, mask, clip_actions, action_key,
+        allow_gaps,
+    )
     draft = read(_locate(path), format, facts)
     defects = list(find_defects(draft, task=task))
     for defect in defects:
-        typer.echo(str(defect))
+        typer.echo(printable(str(defect)))
     if defects:
         typer.echo(f"{path}: {len(defects)} defect(s)")
         raise typer.Exit(1)
     demos = Demonstrations.from_draft(draft)
-    typer.echo(f"{path}: ok, {len(demos)} episodes, {demos.transitions} steps of {demos.task}")
+    typer.echo(f"{path}: ok, {len(demos)} episodes, {demos.transitions} steps of "
+               + printable(demos.task))
 
 
 @app.command()
@@ -175,7 +209,9 @@ def convert(
     source: Source,
     target: Annotated[Path, typer.Argument(help="The .h5 file to write.")],
     task: Annotated[str | None, typer.Option(help="Name the task so in the new file.")] = None,
-    episodes: Annotated[int | None, typer.Option(help="Take only the first so many.")] = None,
+    episodes: Annotated[
+        int | None, typer.Option(min=1, help="Take only the first so many.")
+    ] = None,
     provenance: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Note how it was made; may be repeated."),
@@ -195,9 +231,15 @@ def convert(
     action_high: High = None,
     episode_length: Length = None,
     mask: Mask = None,
+    clip_actions: Clip = False,
+    action_key: ActionKey = None,
+    allow_gaps: AllowGaps = False,
 ) -> None:
     """Write any readable demonstration file as HDF5."""
-    facts = _facts(task, obs_keys, action_low, action_high, episode_length, mask)
+    facts = _facts(
+        task, obs_keys, action_low, action_high, episode_length, mask, clip_actions, action_key,
+        allow_gaps, episodes,
+    )
     notes = [note.partition("=") for note in provenance or []]
     for key, equals, value in notes:
         if not (key and equals and value):

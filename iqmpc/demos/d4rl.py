@@ -24,18 +24,28 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
 
 
 def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
-    assembly = Assembly("d4rl", path)
+    assembly = Assembly("d4rl", path, facts)
     terminals, ends = _ends(file, facts.episode_length, assembly)
+    at = assembly.at
+    columns = [
+        h5.rows(file, "observations", at, state=True),
+        h5.rows(file, "next_observations", at, state=True),
+        h5.rows(file, "actions", at),
+        h5.rows(file, "rewards", at),
+    ]
     for start, stop in pairwise([0, *ends]):
-        rows, here = slice(start, stop), assembly.here()
-        observations = h5.observations(file, "observations", None, here, rows)
-        following = h5.observations(file, "next_observations", None, here, rows)
+        if assembly.full:
+            break
+        observations, following, actions, rewards = (
+            column.take(start, stop) if isinstance(column, h5.Rows) else column
+            for column in columns
+        )
         if isinstance(observations, np.ndarray) and isinstance(following, np.ndarray):
-            following = _continued(observations, following, here)
+            following = _continued(observations, following, assembly.here())
         assembly.add(
             observations,
-            h5.numbers(file, "actions", here, rows),
-            rewards=h5.numbers(file, "rewards", here, rows),
+            actions,
+            rewards=rewards,
             terminated=bool(terminals[stop - 1]),
             next_observations=following,
         )

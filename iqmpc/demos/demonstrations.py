@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from iqmpc.demos import hdf5
+from iqmpc.demos import formats, hdf5, isolated
 from iqmpc.demos.checks import find_defects
-from iqmpc.demos.formats import read
 from iqmpc.demos.types import Defect, DemonstrationError, Draft, Episode, Facts
 from iqmpc.files import write_atomically
 from iqmpc.frames import STACK, is_image
@@ -100,13 +99,14 @@ class Demonstrations:
 
         task, obs_dim and action_dim are what the set must be for; None accepts any. A gym task may
         be named by its env id. format: None goes by the content. facts: what the format does not
-        say; the task is `task` where neither they nor the file name it.
+        say; the task is `task` where neither they nor the file name it. It is read in a process of
+        its own, which a damaged file may hang or crash.
         Raises DemonstrationError, which lists the first defects and holds all of them.
         """
         facts = facts or Facts()
         if facts.task is None:
             facts = replace(facts, task=task)
-        return cls.from_draft(read(path, format, facts), task, obs_dim, action_dim)
+        return cls.from_draft(isolated.read(path, format, facts), task, obs_dim, action_dim)
 
     @classmethod
     def from_draft(
@@ -127,7 +127,7 @@ class Demonstrations:
     @classmethod
     def packaged(cls, task: str) -> Demonstrations:
         """The demonstrations that ship for a task; DemonstrationError lists those that do."""
-        return cls.load(packaged_path(task), task=task)
+        return cls.from_draft(formats.read(packaged_path(task)), task)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an HDF5 file (.h5 or .hdf5), replacing any; DemonstrationError if that fails.

@@ -5,19 +5,30 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from iqmpc.demos import d4rl, h5, hdf5, legacy, lerobot, maniskill, minari, npz, robomimic
+from iqmpc.demos import (
+    budget,
+    d4rl,
+    h5,
+    hdf5,
+    legacy,
+    lerobot,
+    maniskill,
+    minari,
+    npz,
+    robomimic,
+)
 from iqmpc.demos.types import Defect, DemonstrationError, Draft, Facts
 
 _PICKLES = (".pkl", ".pickle", ".p", ".pt", ".pth", ".joblib")
 _SUFFIXES = {".h5": "hdf5", ".hdf5": "hdf5", ".npz": "npz"}
-_ALWAYS = {"task", "action_low", "action_high"}
+_ALWAYS = {"task", "action_low", "action_high", "clip_actions", "episodes", "task_obs_keys"}
 
 
 @dataclass(frozen=True)
@@ -30,13 +41,15 @@ class _Format:
 
 
 FORMATS = {
-    "hdf5": _Format(lambda path, facts: hdf5.read(path)),
-    "npz": _Format(lambda path, facts: npz.read(path)),
+    "hdf5": _Format(hdf5.read),
+    "npz": _Format(npz.read),
     "minari": _Format(minari.read, frozenset({"obs_keys"}), folder=True),
     "d4rl": _Format(d4rl.read, frozenset({"episode_length"})),
     "robomimic": _Format(robomimic.read, frozenset({"obs_keys", "mask"})),
     "maniskill": _Format(maniskill.read, frozenset({"obs_keys"})),
-    "lerobot": _Format(lerobot.read, frozenset({"obs_keys"}), folder=True),
+    "lerobot": _Format(
+        lerobot.read, frozenset({"obs_keys", "action_key", "allow_gaps"}), folder=True
+    ),
 }
 
 
@@ -49,10 +62,19 @@ def read(
 ) -> Draft | Defect:
     """Read a file or folder for the checks, by its content unless a format is named.
 
-    Raises DemonstrationError where there is no reader, where it cannot be opened, and for facts
-    that the format has no use for.
+    `iqmpc.demos.isolated` does the same in a process of its own, for files that may hang or crash
+    their libraries. Raises DemonstrationError where there is no reader, where it cannot be opened,
+    and for facts that the format has no use for.
     """
     path, facts = Path(path), facts or Facts()
+    try:
+        with budget.of(path):
+            return _read(path, format, facts)
+    except budget.OverBudget as error:
+        return Defect(str(path), "", str(error), "no more than its size can hold")
+
+
+def _read(path: Path, format: str | None, facts: Facts) -> Draft | Defect:
     if path.suffix.lower() in _PICKLES and format != LEGACY:
         raise _refused(path)
     if format not in (None, LEGACY, *FORMATS):
@@ -70,10 +92,12 @@ def read(
     if name == "lerobot" and not path.is_dir():
         raise DemonstrationError(f"{path}: a file, and format lerobot is a folder")
     for field in fields(Facts):
-        given = getattr(facts, field.name) is not None
+        given = getattr(facts, field.name) not in (None, False)
         if given and field.name not in chosen.facts | _ALWAYS:
             option = field.name.replace("_", "-")
             raise DemonstrationError(f"{path}: --{option} means nothing in the format {name}")
+    if facts.obs_keys is None and "obs_keys" in chosen.facts:
+        facts = replace(facts, obs_keys=facts.task_obs_keys)
     draft = chosen.read(path, facts)
     return in_range(draft, facts) if isinstance(draft, Draft) else draft
 
@@ -147,18 +171,44 @@ def _hdf5_layout(file: h5py.File) -> str:
 
 
 def in_range(draft: Draft, facts: Facts) -> Draft:
-    """The set with its actions rescaled to [-1, 1], from the range that `facts` or the file gives.
+    """The set with its actions rescaled to [-1, 1], from the range that `facts` or the file gives,
+    and clipped to it where facts.clip_actions says so.
 
     Raises DemonstrationError for a range that is none.
     """
-    draft.range_hint = "; --action-low and --action-high rescale from another range"
+    draft.range_hint = (
+        "; --clip-actions where the simulator clipped them, --action-low and --action-high rescale "
+        "from another range"
+    )
+    _rescale(draft, facts)
+    if facts.clip_actions:
+        _clip(draft)
+    return draft
+
+
+def _clip(draft: Draft) -> None:
+    values = steps = 0
+    for episode in draft.episodes:
+        if isinstance(episode, Defect) or not isinstance(episode["actions"], np.ndarray):
+            continue
+        actions = episode["actions"]
+        beyond = np.isfinite(actions) & (np.abs(actions) > 1)
+        if beyond.any():
+            values += int(beyond.sum())
+            steps += int(beyond.reshape(len(beyond), -1).any(axis=1).sum())
+            episode["actions"] = np.where(beyond, np.sign(actions), actions).astype(actions.dtype)
+    if values and isinstance(draft.provenance, dict):
+        draft.provenance["actions_clipped"] = f"{values} values to [-1, 1], in {steps} steps"
+
+
+def _rescale(draft: Draft, facts: Facts) -> None:
     found = draft.action_range
     if (facts.action_low is None) != (facts.action_high is None):
         raise DemonstrationError("--action-low and --action-high must be given together")
     if facts.action_low is not None:
         found = np.array(facts.action_low), np.array(facts.action_high)
     if found is None:
-        return draft
+        return
     # Rounded as the actions are, so that one at a bound stays there.
     low, high = (bound.astype(np.float32).astype(np.float64) for bound in found)
     finite = np.isfinite(low).all() and np.isfinite(high).all()
@@ -167,7 +217,7 @@ def in_range(draft: Draft, facts: Facts) -> Draft:
     if not (low < high).all():
         raise DemonstrationError(f"{draft.source}: action range {_said(low, high)} is empty")
     if (low == -1).all() and (high == 1).all():
-        return draft
+        return
     for index, episode in enumerate(draft.episodes):
         if isinstance(episode, Defect) or not isinstance(episode["actions"], np.ndarray):
             continue
@@ -181,7 +231,6 @@ def in_range(draft: Draft, facts: Facts) -> Draft:
             episode["actions"] = scaled.astype(np.float32)
     if isinstance(draft.provenance, dict):
         draft.provenance["actions_rescaled_from"] = _said(low, high)
-    return draft
 
 
 def _said(low: np.ndarray, high: np.ndarray) -> str:

@@ -10,12 +10,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from iqmpc.demos import budget
 from iqmpc.demos.types import Defect, Draft
 
 # h5py has no exception of its own: damaged structures surface as any of these.
 DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError)
 # gzip, HDF5's strongest common filter, shrinks by at most 1032; small datasets may say anything.
 MAX_RATIO, _FREE_BYTES = 1100, 2**24
+_BLOCK_BYTES = 2**18
 # A dictionary of observations: groups may be linked into themselves.
 _MAX_DEPTH, _MAX_LEAVES = 6, 512
 
@@ -66,9 +68,18 @@ def values(dataset: h5py.Dataset, at: partial[Defect], rows: slice | tuple = ())
         claimed, kept = dataset.size * dataset.dtype.itemsize, dataset.id.get_storage_size()
         if claimed > _FREE_BYTES + MAX_RATIO * kept:
             return at(f"{claimed} bytes of data claimed and {kept} stored", "an intact dataset")
+        budget.spend(_bytes_of(dataset, rows))
         return dataset[rows]
     except DAMAGE as error:
         return at(f"unreadable data ({error})", "an intact dataset")
+
+
+def _bytes_of(dataset: h5py.Dataset, rows: slice | tuple) -> int:
+    """That its rows take, as they are stored or as float32."""
+    count = dataset.size
+    if isinstance(rows, slice) and dataset.ndim:
+        count = len(range(*rows.indices(len(dataset)))) * int(np.prod(dataset.shape[1:]))
+    return count * max(dataset.dtype.itemsize, 4)
 
 
 def numbers(
@@ -155,13 +166,57 @@ def floats(
         return array.astype(np.float32)
 
 
+class Rows:
+    """A dataset of numbers whose rows are taken in order, some at a time.
+
+    It is read in blocks of whole chunks, so that each chunk is unpacked once or twice: chunks do
+    not end where episodes do. at: takes found and expected.
+    """
+
+    def __init__(self, dataset: h5py.Dataset, at: partial[Defect]) -> None:
+        self._dataset, self._at = dataset, at
+        width = max(1, int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize)
+        self._chunk = dataset.chunks[0] if dataset.chunks else 1
+        self._rows = max(1, _BLOCK_BYTES // width)
+        self._first, self._block = 0, np.zeros(0, np.float32)
+
+    def take(self, start: int, stop: int) -> np.ndarray | Defect:
+        """Rows start to stop as float32, of the dataset's own shape."""
+        if start < self._first or stop > self._first + len(self._block):
+            first = start // self._chunk * self._chunk
+            end = -(-max(stop, first + self._rows) // self._chunk) * self._chunk
+            block = floats(self._dataset, self._at, slice(first, end))
+            if isinstance(block, Defect):
+                return block
+            self._first, self._block = first, block
+        return self._block[start - self._first : stop - self._first]
+
+
+def rows(
+    group: h5py.Group, name: str, at: partial[Defect], state: bool = False
+) -> Rows | Defect | None:
+    """A dataset of numbers, to be read in parts; None where there is none. state: no images."""
+    dataset = stored(group, name, h5py.Dataset, at)
+    if not isinstance(dataset, h5py.Dataset):
+        return dataset
+    if state and _is_image(dataset):
+        return _no_state(dataset, partial(at, name))
+    return Rows(dataset, partial(at, name))
+
+
 def _state(dataset: h5py.Dataset, at: partial[Defect], rows: slice | tuple) -> np.ndarray | Defect:
-    if dataset.ndim > 3 or (dataset.ndim == 3 and dataset.dtype == np.uint8):
-        return at(
-            f"images of shape {list(dataset.shape)}", "state values; choose with --obs-keys"
-        )
+    if _is_image(dataset):
+        return _no_state(dataset, at)
     array = floats(dataset, at, rows)
     return array if isinstance(array, Defect) else matrix(array)
+
+
+def _is_image(dataset: h5py.Dataset) -> bool:
+    return dataset.ndim > 3 or (dataset.ndim == 3 and dataset.dtype == np.uint8)
+
+
+def _no_state(dataset: h5py.Dataset, at: partial[Defect]) -> Defect:
+    return at(f"images of shape {list(dataset.shape)}", "state values; choose with --obs-keys")
 
 
 def _chosen(

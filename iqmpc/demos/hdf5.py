@@ -11,9 +11,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from iqmpc.demos import h5
+from iqmpc.demos import budget, h5
 from iqmpc.demos.checks import describe
-from iqmpc.demos.types import Defect, Draft, Episode
+from iqmpc.demos.types import Defect, Draft, Episode, Facts
 
 FORMAT = "iqmpc-demonstrations"
 VERSION = 1
@@ -54,13 +54,13 @@ def encode(task: str, episodes: Sequence[Episode], provenance: Mapping[str, str]
     return buffer.getvalue()
 
 
-def read(path: Path) -> Draft | Defect:
+def read(path: Path, facts: Facts) -> Draft | Defect:
     """Read a file for the checks; a Defect when it is no readable file of this format."""
     at = partial(Defect, str(path))
-    return h5.read_file(path, at, partial(_read, at=at))
+    return h5.read_file(path, at, partial(_read, at=at, wanted=facts.episodes))
 
 
-def _read(file: h5py.File, at: partial[Defect]) -> Draft | Defect:
+def _read(file: h5py.File, at: partial[Defect], wanted: int | None) -> Draft | Defect:
     kind, version = h5.text(file, "format"), file.attrs.get("version")
     if not isinstance(kind, str) or kind != FORMAT:
         return at(
@@ -76,13 +76,14 @@ def _read(file: h5py.File, at: partial[Defect]) -> Draft | Defect:
     provenance = h5.text(file, "provenance")
     try:
         provenance = {} if provenance is None else json.loads(provenance)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         provenance = at("provenance", describe(provenance), "a JSON object")
 
     episodes: list[dict[str, object] | Defect] = []
     group = h5.stored(file, "episodes", h5py.Group, at)
     if isinstance(group, h5py.Group):
-        for index in range(len(group)):
+        for index in range(len(group) if wanted is None else min(wanted, len(group))):
+            budget.spend_episode()
             episodes.append(_read_episode(group, index, partial(at, episode=index)))
     elif group is not None:
         episodes.append(group)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from iqmpc.demos import budget as shared
 from iqmpc.demos.assembly import Assembly
 from iqmpc.demos.types import Defect, DemonstrationError, Draft, Facts
 
@@ -63,6 +64,7 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
     """
     at = partial(Defect, str(path))
     try:
+        shared.spend(path.stat().st_size)
         data = path.read_bytes()
     except OSError as error:
         raise DemonstrationError(f"{path}: cannot be read: {error.strerror}") from error
@@ -236,6 +238,7 @@ class _Budget:
 
     def spend(self, count: int) -> None:
         self.left -= count
+        shared.spend(count)
         if self.left < 0:
             raise _Refused("references that repeat its data many times over")
 
@@ -272,7 +275,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _draft(content: object, path: Path, facts: Facts, budget: _Budget) -> Draft:
-    assembly = Assembly("legacy pickle", path)
+    assembly = Assembly("legacy pickle", path, facts)
     for trajectory in _trajectories(content, budget):
         fields = {key: _matrix(value, budget) for key, value in trajectory.items()}
         terminals = fields.pop("terminals", None)
@@ -377,6 +380,8 @@ def _matrix(value: object, budget: _Budget) -> np.ndarray:
             return value.astype(np.float32)
     if not isinstance(value, (list, tuple)):
         raise _Refused(f"a {_kind(value)} where there should be a list or an array")
+    if value and all(type(x) in (int, float, bool) for x in value):
+        return _row(value, budget)  # at once: one by one each is an array
     rows = [_row(item, budget) for item in value]
     if len({row.shape for row in rows}) > 1:
         raise _Refused("rows of different lengths")
@@ -391,7 +396,7 @@ def _row(item: object, budget: _Budget) -> np.ndarray:
         with np.errstate(over="ignore"):
             return item.astype(np.float32)
     numbers = item if isinstance(item, (list, tuple)) else [item]
-    budget.spend(4 * len(numbers))
+    budget.spend(4 * len(numbers) + 16)
     if not all(type(x) in (int, float, bool) for x in numbers):
         raise _Refused("a list of other things than numbers")
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from iqmpc.demos import budget
 from iqmpc.demos.assembly import Assembly, last
 from iqmpc.demos.checks import describe
 from iqmpc.demos.h5 import MAX_RATIO
@@ -25,7 +26,8 @@ _OPTIONAL = ("next.reward", "next.success", "frame_index")
 def read(path: Path, facts: Facts) -> Draft | Defect:
     """Read a dataset's folder for the checks; a Defect when it is none.
 
-    Observations are the numeric observation.* columns in sorted order, or facts.obs_keys. The
+    Observations are the numeric observation.* columns in sorted order, or facts.obs_keys; actions
+    are facts.action_key. Episodes without gaps in their numbers, unless facts.allow_gaps. The
     tasks are described in words, which go to the provenance: facts.task gives the name. Success is
     next.success of an episode's last recorded step; `terminated` is false throughout, as
     next.done does not tell a terminal state from the end of a recording.
@@ -38,32 +40,41 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
             f"{path}: LeRobot datasets need the extra 'lerobot': pip install 'iqmpc[lerobot]' "
             f"({error})"
         ) from error
-    assembly = Assembly("lerobot", path)
+    assembly = Assembly("lerobot", path, facts)
     at = assembly.at
     info = _info(path, facts, at)
     if isinstance(info, Defect):
         return info
     columns, total, version = info
-    seen = 0
+    action = facts.action_key or "action"
+    seen, before = 0, -1
     try:
-        for number, parts in _episodes(path, columns, at):
-            here = partial(at, episode=number)
-            if number != seen:
-                found = at("episode_index", str(number), f"{seen}, without gaps or repeats")
-                assembly.add_defect(found)
+        for number, parts in _episodes(path, columns, action, at):
+            if assembly.full:
                 break
-            seen += 1
-            observations, actions, rest = _fields(parts, columns, here)
+            here = partial(at, episode=seen if facts.allow_gaps else number)
+            if number <= before or (number != seen and not facts.allow_gaps):
+                expected = f"above {before}" if facts.allow_gaps else \
+                    f"{seen}, without gaps or repeats (--allow-gaps takes those that are there)"
+                assembly.add_defect(at("episode_index", str(number), expected))
+                break
+            seen, before = seen + 1, number
+            observations, actions, rest = _fields(parts, columns, action, here)
             assembly.add(observations, actions, **rest)
         else:
-            if total != seen:
+            if total != seen and not facts.allow_gaps:
                 expected = f"{describe(total)}, as total_episodes says"
                 assembly.add_defect(at("data", f"{seen} episodes", expected))
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, _Unreadable) as error:
         found = error.args[0] if isinstance(error, _Unreadable) else f"damage ({error})"
         expected = "whole Parquet files with the columns of meta/info.json"
         assembly.add_defect(at("data", found, expected))
-    return assembly.draft(facts.task, dataset_version=version, **_described(path))
+    notes = {}
+    if seen and before + 1 != seen:
+        notes["episodes_missing"] = f"{before + 1 - seen} of {before + 1}"
+    if action != "action":
+        notes["action_key"] = action
+    return assembly.draft(facts.task, dataset_version=version, **notes, **_described(path))
 
 
 class _Unreadable(Exception):
@@ -92,8 +103,11 @@ def _info(
     for name in columns:
         if name not in numeric:
             return at("features", f"no {name} of numbers", f"one of: {held}")
-    if "action" not in numeric:
-        return at("features", "no action of numbers", "actions")
+    action = facts.action_key or "action"
+    if action not in numeric:
+        held = ", ".join(name for name in numeric if "action" in name) or "none"
+        return at("features", f"no {action} of numbers",
+                  f"actions; --action-key names another column (of numbers there are: {held})")
     return columns, info.get("total_episodes"), version
 
 
@@ -102,7 +116,7 @@ def _is_numeric(kind: object) -> bool:
 
 
 def _episodes(
-    path: Path, columns: list[str], at: partial[Defect]
+    path: Path, columns: list[str], action: str, at: partial[Defect]
 ) -> Iterator[tuple[int, dict[str, list[np.ndarray]]]]:
     """(episode_index, parts of each column) of one episode after the other."""
     import pyarrow.parquet as parquet
@@ -120,10 +134,11 @@ def _episodes(
             if rows > _FREE_ROWS + MAX_RATIO * size:
                 raise _Unreadable(f"{name.name}, which claims {rows} rows in {size} bytes")
             held = set(file.schema_arrow.names)
-            missing = {*columns, "action", "episode_index"} - held
+            missing = {*columns, action, "episode_index"} - held
             if missing:
                 raise _Unreadable(f"{name.name} without {', '.join(sorted(missing))}")
-            wanted = [*columns, "action", "episode_index", *(k for k in _OPTIONAL if k in held)]
+            wanted = [*columns, action, "episode_index", *(k for k in _OPTIONAL if k in held)]
+            budget.spend(_claimed(file.metadata, wanted))
             for batch in file.iter_batches(batch_size=4096, columns=wanted):
                 if not len(batch):
                     continue
@@ -152,6 +167,18 @@ def _episodes(
         yield current, parts
 
 
+def _claimed(metadata: Any, wanted: list[str]) -> int:
+    """The bytes that columns take when they are unpacked, at 8 each value."""
+    total = 0
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            column = metadata.row_group(group).column(index)
+            name = column.path_in_schema
+            if any(name == key or name.startswith(f"{key}.") for key in wanted):
+                total += 8 * column.num_values
+    return total
+
+
 def _array(column: Any, name: str) -> np.ndarray:
     """A column float32 [rows, values]; indices stay whole numbers."""
     import pyarrow as pa
@@ -177,7 +204,7 @@ def _array(column: Any, name: str) -> np.ndarray:
 
 
 def _fields(
-    parts: dict[str, list[np.ndarray]], columns: list[str], at: partial[Defect]
+    parts: dict[str, list[np.ndarray]], columns: list[str], action: str, at: partial[Defect]
 ) -> tuple[object, object, dict[str, object]]:
     """(observations, actions, rewards and success) of an episode."""
     whole = {key: np.concatenate(arrays) for key, arrays in parts.items()}
@@ -186,7 +213,7 @@ def _fields(
     if frames is not None and not np.array_equal(frames[:, 0], np.arange(len(frames))):
         observations = at("frame_index", "a gap or another order", "0, 1, 2, … without gaps")
     rewards, success = whole.get("next.reward"), whole.get("next.success")
-    return observations, whole["action"].astype(np.float32), {
+    return observations, whole[action].astype(np.float32), {
         "rewards": None if rewards is None else rewards.astype(np.float32),
         "success": None if success is None else last(success[:, 0] == 1),
     }
@@ -199,6 +226,8 @@ def _described(path: Path) -> dict[str, str]:
 
     try:
         if (path / "meta/tasks.parquet").is_file():
+            with parquet.ParquetFile(path / "meta/tasks.parquet") as file:
+                budget.spend(64 * file.metadata.num_rows)
             columns = parquet.read_table(path / "meta/tasks.parquet").columns
             words = [c.to_pylist() for c in columns if pa.types.is_string(c.type)][0]
         else:

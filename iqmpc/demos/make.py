@@ -17,7 +17,7 @@ from iqmpc.agent import Agent
 from iqmpc.demos import npg, scripted
 from iqmpc.demos.demonstrations import Demonstrations
 from iqmpc.demos.types import DemonstrationError, Episode
-from iqmpc.envs import maniskill, myosuite
+from iqmpc.envs import interface, maniskill, myosuite
 from iqmpc.envs.pixels import FrameRecorder
 from iqmpc.evaluation import Noisy, rollout
 from iqmpc.seeding import stream_seed
@@ -36,10 +36,10 @@ _PACKAGES = {
 
 
 class Policy(Protocol):
-    """Acts in one environment, from step to step of an episode."""
+    """Acts in one environment, from step to step of an episode; a plain function is one too."""
 
     def reset(self, env: gymnasium.Env) -> None:
-        """An episode has begun: `env` has just been reset, and may be looked into."""
+        """An episode has begun: `env` has just been reset, and may be looked into. Optional."""
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """obs float32 [O] -> action [A] in [-1, 1]."""
@@ -96,7 +96,7 @@ class AgentPolicy:
 
 
 def record(
-    demonstrator: Demonstrator,
+    demonstrator: Demonstrator | Policy | Callable[[np.ndarray], np.ndarray],
     env: gymnasium.Env,
     *,
     task: str,
@@ -107,19 +107,23 @@ def record(
     min_return: float | None = None,
     successes_only: bool | None = None,
     fewer: bool = False,
+    episode_length: int | None = None,
     provenance: Mapping[str, str] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Demonstrations:
-    """Episodes of a demonstrator until `episodes` are kept, from at most `max_tries`.
+    """Episodes of a demonstrator (or policy) until `episodes` are kept, of at most `max_tries`.
 
     Kept are those with at least `min_return` and, with `successes_only`, success at the last step.
     `noise` and `successes_only`: None takes the demonstrator's. `fewer`: take what was kept, if it
-    is any. `provenance` is added to the demonstrator's. `progress(kept, tried, return)` is called
-    after each. The same arguments give the same episodes. Of an `env` that is a `FrameRecorder` the
-    frames are kept, in the place of what the policy observed.
+    is any. `episode_length` cuts episodes that do not end by themselves. `provenance` is added to
+    the demonstrator's. `progress(kept, tried, return)` is called after each. The same arguments
+    give the same episodes. Of an `env` that is a `FrameRecorder` the frames are kept, in the place
+    of what the policy observed.
     Raises DemonstrationError that counts what was reached when too few were kept, and where
     successes are asked for and the task tells none.
     """
+    if not isinstance(demonstrator, Demonstrator):
+        demonstrator = Demonstrator(demonstrator)
     if max_tries < episodes:
         raise DemonstrationError(f"{episodes} episodes cannot be kept from {max_tries} tries")
     noise = demonstrator.noise if noise is None else noise
@@ -129,7 +133,9 @@ def record(
     while len(kept) < episodes and tried < max_tries:
         actor = Noisy(
             _Actor(demonstrator.policy, env), noise, stream_seed(seed, "noise", tried))
-        episode = rollout(actor, env, seed=stream_seed(seed, "record", tried))
+        with interface.at(f"{task}, recorded episode {tried}"):
+            episode = rollout(actor, env, seed=stream_seed(seed, "record", tried),
+                              episode_length=episode_length)
         if isinstance(env, FrameRecorder):
             episode = replace(episode, observations=np.stack(env.frames))
         if successes_only and episode.success is None:
@@ -171,10 +177,16 @@ class _Actor:
         self._policy, self._env = policy, env
 
     def reset(self) -> None:
-        self._policy.reset(self._env)
+        if hasattr(self._policy, "reset"):
+            self._policy.reset(self._env)
 
     def act(self, obs: np.ndarray) -> np.ndarray:
-        return self._policy(obs)
+        action = np.asarray(self._policy(obs.copy()), np.float32)  # it may change what it is given
+        if not np.isfinite(action).all():
+            index = int(np.argmin(np.isfinite(action).ravel()))
+            raise DemonstrationError(f"the demonstrator's actions: found {action.ravel()[index]} "
+                                     f"at index {index}, expected finite values")
+        return action
 
 
 def _versions() -> dict[str, str]:

@@ -23,12 +23,14 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
 
 
 def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
-    assembly = Assembly("maniskill", path)
+    assembly = Assembly("maniskill", path, facts)
     for name in h5.numbered(file, "traj_"):
+        if assembly.full:
+            break
         here = assembly.here()
         group = h5.stored(file, name, h5py.Group, here)
         if not isinstance(group, h5py.Group):
-            assembly.add_defect(group)
+            assembly.add_defect(group or here(name, "nothing", "a trajectory's group"))
             continue
         observations = h5.observations(group, "obs", facts.obs_keys, here)
         if observations is None:

@@ -59,7 +59,7 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
 def _read(
     file: h5py.File, path: Path, metadata: dict[str, object], facts: Facts
 ) -> Draft | Defect:
-    assembly = Assembly("minari", path)
+    assembly = Assembly("minari", path, facts)
     at = assembly.at
     metadata = {key: metadata.get(key, h5.text(file, key)) for key in _USED}
     action_range = _action_range(metadata["action_space"], at)
@@ -67,14 +67,16 @@ def _read(
         assembly.add_defect(action_range)
         action_range = None
     names, total = h5.numbered(file, "episode_"), metadata["total_episodes"]
-    if total is not None and total != len(names):
+    if total is not None and describe(total) != str(len(names)):
         expected = f"{describe(total)}, as total_episodes says"
         assembly.add_defect(at("", f"{len(names)} episodes", expected))
     for name in names:
+        if assembly.full:
+            break
         here = assembly.here()
         group = h5.stored(file, name, h5py.Group, here)
         if not isinstance(group, h5py.Group):
-            assembly.add_defect(group)
+            assembly.add_defect(group or here(name, "nothing", "an episode's group"))
             continue
         assembly.add(
             h5.observations(group, "observations", facts.obs_keys, here),

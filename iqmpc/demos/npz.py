@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from iqmpc.demos import budget
 from iqmpc.demos.checks import describe
-from iqmpc.demos.types import Defect, Draft
+from iqmpc.demos.types import Defect, Draft, Facts
 
 # What a damaged archive raises from zipfile, zlib and numpy's header parser.
 _DAMAGE = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
@@ -28,7 +29,7 @@ _LAYOUT = {
 }
 
 
-def read(path: Path) -> Draft | Defect:
+def read(path: Path, facts: Facts) -> Draft | Defect:
     """Read an archive for the checks; a Defect when it is no readable archive. Never unpickles."""
     at = partial(Defect, str(path))
     if not zipfile.is_zipfile(path):
@@ -41,7 +42,7 @@ def read(path: Path) -> Draft | Defect:
     task = members.pop("task")
     if isinstance(task, np.ndarray):
         task = str(task)
-    return Draft(str(path), task, _episodes(members, at), {})
+    return Draft(str(path), task, _episodes(members, at)[:facts.episodes], {})
 
 
 def _member(archive: np.lib.npyio.NpzFile, key: str, at: partial[Defect]) -> object:
@@ -50,6 +51,7 @@ def _member(archive: np.lib.npyio.NpzFile, key: str, at: partial[Defect]) -> obj
     if key not in archive.files:
         return None if key in _OPTIONAL else at(key, "nothing", expected)
     try:
+        budget.spend(_size(archive, key))
         value = archive[key]
     except _DAMAGE as error:
         pickled = "allow_pickle" in str(error)
@@ -62,6 +64,12 @@ def _member(archive: np.lib.npyio.NpzFile, key: str, at: partial[Defect]) -> obj
     return value
 
 
+def _size(archive: np.lib.npyio.NpzFile, key: str) -> int:
+    """The bytes that a member unpacks to, as the archive says (zipfile reads no more)."""
+    names = {info.filename.removesuffix(".npy"): info.file_size for info in archive.zip.infolist()}
+    return names.get(key, 0)
+
+
 def _episodes(members: dict[str, object], at: partial[Defect]) -> list[dict[str, object] | Defect]:
     lengths = members.pop("episode_lengths")
     if isinstance(lengths, np.ndarray) and (lengths < 0).any():
@@ -69,6 +77,8 @@ def _episodes(members: dict[str, object], at: partial[Defect]) -> list[dict[str,
     if isinstance(lengths, Defect):
         return [lengths, *(value for value in members.values() if isinstance(value, Defect))]
 
+    for _ in lengths:
+        budget.spend_episode()
     steps = lengths.tolist()
     rows = {"observations": [t + 1 for t in steps], "actions": steps, "rewards": steps}
     episodes: list[dict[str, object] | Defect] = [{} for _ in steps]

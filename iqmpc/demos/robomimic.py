@@ -24,7 +24,7 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
 
 
 def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
-    assembly = Assembly("robomimic", path)
+    assembly = Assembly("robomimic", path, facts)
     at = assembly.at
     data = h5.stored(file, "data", h5py.Group, at)
     if not isinstance(data, h5py.Group):
@@ -33,6 +33,8 @@ def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
     if isinstance(names, Defect):
         return names
     for name in names:
+        if assembly.full:
+            break
         here = assembly.here()
         demo = h5.stored(data, name, h5py.Group, here)
         if not isinstance(demo, h5py.Group):

@@ -25,6 +25,7 @@ from iqmpc.demos.types import DemonstrationError
 
 _ACTIVATIONS = {c.__name__: c for c in (nn.ReLU, nn.Tanh, nn.ELU, nn.SiLU, nn.GELU, nn.LeakyReLU)}
 _MAX_MEMBER = 2**28  # bytes; the largest MLP policies have a few million weights
+_FREE_BYTES, _RATIO = 2**20, 20  # neither the library nor torch compresses what it saves
 # Layers of the deterministic actor by kind of policy: hidden ones by prefix, then the last.
 _SAC = (("actor.latent_pi.",), ("actor.mu.", "actor.mu.0."))
 _PPO = (("mlp_extractor.shared_net.", "mlp_extractor.policy_net."), ("action_net.",))
@@ -85,12 +86,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
     """(settings, the policy's weights, digest of the file)."""
     try:
         content = path.read_bytes()
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            members = {}
-            for name in ("data", "policy.pth"):
-                if archive.getinfo(name).file_size > _MAX_MEMBER:
-                    raise DemonstrationError(f"{path}: {name} has over {_MAX_MEMBER} bytes")
-                members[name] = archive.read(name)
+        members = _unpacked(content, ("data", "policy.pth"), path)
+        _unpacked(members["policy.pth"], (), path)
         settings = json.loads(members["data"])
         weights = torch.load(io.BytesIO(members["policy.pth"]), "cpu", weights_only=True)
     except DemonstrationError:
@@ -106,7 +103,26 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
         isinstance(tensor, torch.Tensor) for tensor in weights.values()
     ):
         raise DemonstrationError(f"{path}: data or policy.pth is not what Stable-Baselines3 saves")
+    claimed = sum(tensor.nelement() * tensor.element_size() for tensor in weights.values())
+    if claimed > len(members["policy.pth"]):  # one number that is said to be many
+        raise DemonstrationError(f"{path}: {claimed} bytes of weights are claimed by a policy.pth "
+                                 f"of {len(members['policy.pth'])} bytes")
     return settings, weights, hashlib.sha256(content).hexdigest()[:16]
+
+
+def _unpacked(content: bytes, wanted: tuple[str, ...], path: Path) -> dict[str, bytes]:
+    """Members of a zip, which may not be larger than its size allows, all of them together."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        claimed = sum(info.file_size for info in archive.infolist())
+        limit = min(_FREE_BYTES + _RATIO * len(content), 4 * _MAX_MEMBER)
+        if claimed > limit:
+            raise DemonstrationError(
+                f"{path}: its zip unpacks to {claimed} bytes, expected at most {limit} from "
+                f"{len(content)}")
+        for name in wanted:
+            if archive.getinfo(name).file_size > _MAX_MEMBER:
+                raise DemonstrationError(f"{path}: {name} has over {_MAX_MEMBER} bytes")
+        return {name: archive.read(name) for name in wanted}
 
 
 def _actor(

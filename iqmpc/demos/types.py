@@ -28,9 +28,9 @@ class Episode:
 
     observations: np.ndarray
     actions: np.ndarray
-    rewards: np.ndarray | None
-    terminated: bool
-    success: bool | None
+    rewards: np.ndarray | None = None
+    terminated: bool = False
+    success: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,12 @@ class Facts:
     action_low, action_high: the range of the file's actions, one value or A; they are rescaled
         from it to [-1, 1]. Both or neither.
     episode_length: T of every episode, where the file marks no time limits.
+    task_obs_keys: the task's, which stand for obs_keys in formats that have use for them.
     mask: the name of the subset to take.
+    clip_actions: actions beyond [-1, 1] become -1 or 1, as their simulator acted on them.
+    episodes: read only the first so many, or all where there are fewer.
+    action_key: what a LeRobot dataset calls its actions; None means "action".
+    allow_gaps: of a LeRobot dataset, take the episodes that are there where numbers are missing.
     """
 
     task: str | None = None
@@ -72,6 +77,11 @@ class Facts:
     action_high: tuple[float, ...] | None = None
     episode_length: int | None = None
     mask: str | None = None
+    clip_actions: bool = False
+    episodes: int | None = None
+    action_key: str | None = None
+    allow_gaps: bool = False
+    task_obs_keys: tuple[str, ...] | None = None
 
 
 @dataclass

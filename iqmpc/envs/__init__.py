@@ -70,8 +70,10 @@ def check_spaces(env: gymnasium.Env, name: str) -> tuple[tuple[int, ...], int]:
     images = isinstance(obs, gymnasium.spaces.Box) and is_image(obs.shape) and \
         obs.dtype == np.uint8 and obs.shape[0] % STACK == 0 and obs.shape[1:] == (SIZE, SIZE)
     if not images and (not isinstance(obs, gymnasium.spaces.Box) or len(obs.shape) != 1):
+        hint = "; wrap it: iqmpc.envs.gym.FlatObservation(env)" \
+            if isinstance(obs, gymnasium.spaces.Dict) else ""
         raise TaskError(f"{name}: the observation space must be a flat Box, or one of uint8 images "
-                        f"[{STACK}C, {SIZE}, {SIZE}], got {obs}")
+                        f"[{STACK}C, {SIZE}, {SIZE}], got {obs}{hint}")
     if not isinstance(action, gymnasium.spaces.Box) or len(action.shape) != 1:
         raise TaskError(f"{name}: the action space must be a flat Box, got {action}")
     if not (np.all(action.low == -1) and np.all(action.high == 1)):

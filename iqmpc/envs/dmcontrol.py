@@ -13,7 +13,7 @@ import numpy as np
 
 from iqmpc.config import TaskConfig
 from iqmpc.envs.actions import scaled
-from iqmpc.envs.extras import import_extra
+from iqmpc.envs.extras import GL_ADVICE, cannot_render, import_extra
 from iqmpc.envs.pixels import FrameStack
 from iqmpc.errors import TaskError
 from iqmpc.frames import SIZE
@@ -32,10 +32,6 @@ TASKS = {
     "dog-run": ("dog", "run"),
 }
 
-_GL = ("without a screen, rendering needs EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri, "
-       "or libosmesa6, and MUJOCO_GL=egl or MUJOCO_GL=osmesa to choose one")
-
-
 def import_suite(render: bool) -> Any:
     """Import `dm_control.suite`, with GL only where something will be rendered.
 
@@ -49,7 +45,7 @@ def import_suite(render: bool) -> Any:
         elif not os.environ.get("DISPLAY"):
             found = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
             if not found:
-                raise TaskError(f"no graphics library was found: {_GL}")
+                raise TaskError(f"no graphics library was found: {GL_ADVICE}")
             os.environ["MUJOCO_GL"] = found[0].lower()
     # With software Mesa, loading Triton after GL ends the process (two LLVMs in one process), and
     # torch loads Triton lazily, from a compile or an optimiser: so Triton comes first.
@@ -61,7 +57,7 @@ def import_suite(render: bool) -> Any:
         if not render or importlib.util.find_spec("dm_control") is None:
             raise
         raise TaskError(f"dm_control cannot be imported with MUJOCO_GL="
-                        f"{os.environ.get('MUJOCO_GL')}: {error} ({_GL})") from error
+                        f"{os.environ.get('MUJOCO_GL')}: {error} ({GL_ADVICE})") from error
 
 
 class DMControlEnv(gymnasium.Env):
@@ -139,9 +135,8 @@ class DMControlEnv(gymnasium.Env):
         try:
             return self._env.physics.render(
                 size, size, camera_id=camera, render_flag_overrides=flags)
-        except Exception as error:  # every graphics library raises its own type
-            raise TaskError(
-                f"cannot render here: {error or type(error).__name__} ({_GL})") from error
+        except Exception as error:
+            raise cannot_render(error) from error
 
     def close(self) -> None:
         self._env.close()

@@ -6,11 +6,28 @@ import contextlib
 import importlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
 from iqmpc.errors import TaskError
+
+GL_ADVICE = (
+    "without a screen, rendering needs EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri, or "
+    "libosmesa6, and MUJOCO_GL=egl or MUJOCO_GL=osmesa to choose one")
+# Every graphics library raises its own type.
+_GRAPHICS = re.compile(
+    r"gl\b|^gl|egl|osmesa|glfw|glx|x11|display|framebuffer|vulkan", re.IGNORECASE)
+
+
+def cannot_render(error: Exception) -> TaskError:
+    """The error to raise for what rendering raised, with advice where it is about graphics."""
+    kind = type(error)
+    said = " ".join(str(error).split())[:200] or kind.__name__
+    about = f"{kind.__module__.replace('.', ' ')} {kind.__name__} {said}"
+    advice = f" ({GL_ADVICE})" if _GRAPHICS.search(about) else ""
+    return TaskError(f"the environment cannot render here: {said}{advice}")
 
 
 def import_extra(module: str, suite: str, extra: str) -> ModuleType:

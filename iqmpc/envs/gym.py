@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import re
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -12,19 +15,76 @@ import numpy as np
 from gymnasium.spaces import Box, Dict
 
 from iqmpc.config import TaskConfig
+from iqmpc.envs import interface
 from iqmpc.envs.actions import scaled
 from iqmpc.envs.pixels import FrameStack, resized
 from iqmpc.errors import TaskError
+
+
+class FlatObservation(gymnasium.ObservationWrapper):
+    """A dictionary of Boxes as one array [O], its members side by side in sorted order of the keys.
+
+    That is the order of demonstrations, at every level (`FlattenObservation` of gymnasium takes the
+    order in which the space was declared). `keys` chooses members, in their order: "agent/qpos" for
+    nested ones. One member alone may be an image, which is left as it is.
+
+    Raises `TaskError` that names a member that is no Box, an image among others, or not there.
+    """
+
+    def __init__(self, env: gymnasium.Env, keys: tuple[str, ...] | None = None):
+        super().__init__(env)
+        if not isinstance(env.observation_space, Dict):
+            raise TaskError(f"the observation space must be a Dict, got {env.observation_space}")
+        members = dict(_members(env.observation_space))
+        self._keys = tuple(members) if keys is None else keys
+        self._image = False
+        for key in self._keys:
+            if key not in members:
+                raise TaskError(f"the observation has no {key!r} (it has: {', '.join(members)})")
+            space = members[key]
+            if len(self._keys) == 1 and _is_image(space):
+                self._image, self.observation_space = True, space
+                return
+            number = isinstance(space, Box) and space.dtype.kind in "biuf"
+            if not number or len(space.shape) > 2 - (space.dtype == np.uint8):
+                what = "an image" if number else "no Box"
+                raise TaskError(
+                    f"the observation's {key!r} is {what}, {space}: choose the members to observe, "
+                    f"task.obs_keys={','.join(k for k in members if k != key) or 'A,B'}")
+        size = sum(int(np.prod(members[key].shape)) for key in self._keys)
+        self.observation_space = Box(-np.inf, np.inf, (size,), np.float32)
+
+    def observation(self, observation: Any) -> np.ndarray:
+        parts = []
+        for key in self._keys:
+            part = observation
+            for name in key.split("/"):
+                if not isinstance(part, Mapping) or name not in part:
+                    raise TaskError(f"the observation has no {key!r}, which its space has")
+                part = part[name]
+            parts.append(np.asarray(part))
+        return parts[0] if self._image else np.concatenate([np.ravel(part) for part in parts])
+
+
+def _members(space: Dict, prefix: str = "") -> list[tuple[str, gymnasium.Space]]:
+    found = []
+    for key in sorted(space.spaces):
+        member = space.spaces[key]
+        if isinstance(member, Dict):
+            found += _members(member, f"{prefix}{key}/")
+        else:
+            found.append((prefix + key, member))
+    return found
 
 
 class ControlEnv(gymnasium.Wrapper):
     """Observations float32 [O], actions float32 [A] in [-1, 1], control steps counted.
 
     Images, uint8 [H, W, 3] or [H, W, 1], are left as they are. Dictionaries of Boxes are flattened
-    in the order of their keys. An action is scaled to the environment's range and repeated
-    `action_repeat` times, rewards summed, unless the episode ends before. `terminated` is the
-    environment's own; `truncated` too, or after `episode_length` control steps. With a `seed`, the
-    first `reset()` uses it.
+    by `FlatObservation`, of `task.obs_keys` if these are given. An action is scaled to the
+    environment's range and repeated `action_repeat` times, rewards summed, unless the episode ends
+    before. `terminated` is the environment's own; `truncated` too, or after `episode_length`
+    control steps. With a `seed`, the first `reset()` uses it.
 
     What a suite calls `success` (some say `is_success`) is given as `info["success"]` too. With
     `terminates=False` an end that the environment announces is ignored: the episode has its full
@@ -40,15 +100,19 @@ class ControlEnv(gymnasium.Wrapper):
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise TaskError(
                 f"{task.name}: the action space must be bounded, got {env.action_space}")
+        keys = None if task.obs_keys is None else tuple(task.obs_keys.split(","))
         if isinstance(env.observation_space, Dict):
-            env = gymnasium.wrappers.FlattenObservation(env)
+            with interface.at(task.name):
+                env = FlatObservation(env, keys)
+        elif keys is not None:
+            raise TaskError(f"{task.name}: task.obs_keys chooses from a dictionary of "
+                            f"observations, the environment's are {env.observation_space}")
         images = _is_image(env.observation_space)
         if not images:
             _check_box(env.observation_space, f"{task.name}: the observation space")
         super().__init__(env)
         self.config = task
         self._low, self._high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-        self._dtype = np.uint8 if images else np.float32
         self.observation_space = env.observation_space if images else Box(
             -np.inf, np.inf, env.observation_space.shape, np.float32)
         self.action_space = Box(-1.0, 1.0, env.action_space.shape, np.float32)
@@ -61,24 +125,25 @@ class ControlEnv(gymnasium.Wrapper):
         if seed is None:
             seed, self._seed = self._seed, None
         self._steps = 0
-        obs, info = self.env.reset(seed=seed, options=options)
-        return np.asarray(obs, self._dtype), info
+        obs, info = interface.reset(self.env, seed=seed, options=options)
+        return interface.observation(obs, self.observation_space), info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         command = scaled(action, self._low, self._high).astype(self.env.action_space.dtype)
         total = 0.0
         for _ in range(self.config.action_repeat):
-            obs, reward, terminated, truncated, info = self.env.step(command)
-            total += float(reward)
-            terminated = bool(terminated) and self._terminates
+            obs, reward, terminated, truncated, info = interface.step(self.env, command)
+            total += reward
+            terminated = terminated and self._terminates
             if terminated or truncated:
                 break
         self._steps += 1
-        truncated = bool(truncated) or self._steps >= self.config.episode_length
-        success = "success" if "success" in info else self._success
-        if success in info:
-            info = {**info, "success": bool(info[success])}
-        return np.asarray(obs, self._dtype), total, terminated, truncated, info
+        truncated = truncated or self._steps >= self.config.episode_length
+        success = interface.success(info, self._success)
+        if success is not None:
+            info = {**info, "success": success}
+        obs = interface.observation(obs, self.observation_space)
+        return obs, total, terminated, truncated, info
 
 
 def make(
@@ -96,7 +161,7 @@ def make(
     options = {} if render_mode is None else {"render_mode": render_mode}
     # "module:Name-v0" is gymnasium's own way of importing what registers an id
     if ":" in task.env_id and not re.search(r"-v\d+$", task.env_id):
-        env = _entry_point(task.env_id)(**options)
+        env = _called(task.env_id, options)
         if not isinstance(env, gymnasium.Env):
             raise TaskError(f"{task.env_id} must return a gymnasium.Env, got {type(env).__name__}")
     else:
@@ -112,7 +177,10 @@ def make(
 
 def _registered(env_id: str, options: dict[str, Any]) -> gymnasium.Env:
     try:
-        return gymnasium.make(env_id, **options)
+        with warnings.catch_warnings():
+            if options:  # an environment that cannot draw itself says so in an error below
+                warnings.simplefilter("ignore")
+            return gymnasium.make(env_id, **options)
     except gymnasium.error.DependencyNotInstalled as error:
         raise TaskError(f"{env_id} needs a package that is not installed: {error}") from error
     except gymnasium.error.Error as error:
@@ -121,16 +189,32 @@ def _registered(env_id: str, options: dict[str, Any]) -> gymnasium.Env:
         raise TaskError(f"gymnasium makes no {env_id!r}: {error}{hint}") from error
     except ModuleNotFoundError as error:
         raise TaskError(f"{env_id} cannot be imported: {error}") from error
+    except TypeError as error:
+        if "render_mode" not in str(error):
+            raise
+        raise TaskError(f"{env_id} takes no render_mode, so it cannot be drawn: {error}") from error
 
 
-def _entry_point(path: str) -> Any:
+def _called(path: str, options: dict[str, Any]) -> Any:
+    """What the function `module:function` returns."""
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         raise TaskError(f"{path} cannot be imported: {error}") from error
     except AttributeError:
         raise TaskError(f"{path}: the module has no {name!r}") from None
+    if not callable(function):
+        raise TaskError(f"{path} must be a function that makes an environment, got a "
+                        f"{type(function).__name__}")
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        wanted = "called with render_mode='rgb_array'" if options else "called without arguments"
+        raise TaskError(f"{path} must be a function that can be {wanted}: {error}") from None
+    except ValueError:  # a builtin, which has no signature
+        pass
+    return function(**options)
 
 
 def _is_image(space: gymnasium.Space) -> bool:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import gymnasium
 import numpy as np
 
-from iqmpc.envs import check_spaces
+from iqmpc.envs import check_spaces, interface
 from iqmpc.errors import TaskError
-from iqmpc.frames import observed
 from iqmpc.seeding import stream_seed
 
 
 @dataclass(eq=False)
 class Recording:
     """An episode so far: T+1 observations, float32 [O] or images, T actions float32 [A], T rewards.
+
+    `number` counts the run's episodes from 0.
     """
 
     observations: list[np.ndarray]
+    number: int
     actions: list[np.ndarray] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     terminated: bool = False
@@ -31,18 +33,26 @@ class VectorEnv:
     Nothing is reset by itself (`gymnasium.vector` does so, and otherwise in every version): an
     environment whose episode has ended waits for `start`. Episode k of all that were started is
     reset with `stream_seed(seed, "train", k)`; `started` counts them and may be set to continue.
+    An episode that does not end by itself is cut after `episode_length` steps (None: never), which
+    is told to `on_message` once.
 
     Raises `TaskError` for spaces that do not fit the method or differ between the environments,
-    and for an environment that is given twice.
+    and for an environment that is given twice; `start` and `step` for what an environment gives
+    and must not (`iqmpc.envs.interface`), by episode and step.
     """
 
-    def __init__(self, envs: Sequence[gymnasium.Env], name: str, *, seed: int = 0):
+    def __init__(
+        self, envs: Sequence[gymnasium.Env], name: str, *, seed: int = 0,
+        episode_length: int | None = None, on_message: Callable[[str], None] | None = None,
+    ):
         """`name` is the task's, for messages."""
         if not envs:
             raise ValueError("no environment was given")
         if len({id(env) for env in envs}) < len(envs):
             raise TaskError(f"{name}: each of the {len(envs)} environments must be another object")
-        self.envs, self.seed, self.started = list(envs), seed, 0
+        self.envs, self.name, self.seed, self.started = list(envs), name, seed, 0
+        self._episode_length, self._cut_before = episode_length, False
+        self._on_message = on_message or (lambda text: None)
         self.obs_shape, self.action_dim = check_spaces(envs[0], name)
         for index, env in enumerate(envs[1:], 1):
             check_alike(env, envs[0], f"{name}: environment {index}", "environment 0")
@@ -60,12 +70,11 @@ class VectorEnv:
         """
         idle = waiting = self._idle()
         while waiting:
-            seeds = {}
-            for index in waiting:
-                seeds[index] = stream_seed(self.seed, "train", self.started)
-                self.started += 1
-            for index, obs in self._reset(seeds).items():
-                self._episodes[index] = Recording([obs])
+            numbers = dict(zip(waiting, range(self.started, self.started + len(waiting)),
+                               strict=True))
+            self.started += len(waiting)
+            for index, obs in self._reset(numbers).items():
+                self._episodes[index] = Recording([obs], numbers[index])
             waiting = self._idle()
         return idle
 
@@ -86,9 +95,13 @@ class VectorEnv:
             episode = episodes[index]
             episode.observations.append(obs)
             episode.actions.append(actions[index])
-            episode.rewards.append(float(reward))
-            if terminated or truncated:
-                episode.terminated = bool(terminated)
+            episode.rewards.append(reward)
+            over = terminated or truncated
+            if not over and len(episode.actions) == self._episode_length:
+                over = True
+                self._say_cut()
+            if over:
+                episode.terminated = terminated
                 self._episodes[index] = None
                 ended.append(episode)
         return ended
@@ -102,17 +115,38 @@ class VectorEnv:
     def close(self) -> None:
         """End what was started for these environments; those in this process are the caller's."""
 
-    def _reset(self, seeds: dict[int, int]) -> dict[int, np.ndarray]:
-        """Reset environments, {index: seed} -> {index: observation} of those that could be."""
-        return {i: observed(self.envs[i].reset(seed=seed)[0]) for i, seed in seeds.items()}
+    def _reset(self, numbers: dict[int, int]) -> dict[int, np.ndarray]:
+        """Begin episodes, {index: its number} -> {index: observation} of those that could be."""
+        result = {}
+        for index, number in numbers.items():
+            with interface.at(self._place(number, 0)):
+                obs, _ = interface.reset(self.envs[index], seed=self._seed_of(number))
+                result[index] = interface.observation(obs, self.envs[index].observation_space)
+        return result
 
     def _step(self, actions: np.ndarray) -> dict[int, tuple[np.ndarray, float, bool, bool]]:
         """{index: (observation, reward, terminated, truncated)} of those that made the step."""
         result = {}
         for index, action in enumerate(actions):
-            obs, *rest, _ = self.envs[index].step(action)
-            result[index] = observed(obs), *rest
+            episode = self._running(index)
+            with interface.at(self._place(episode.number, len(episode.actions) + 1)):
+                obs, *rest, _ = interface.step(self.envs[index], action)
+                obs = interface.observation(obs, self.envs[index].observation_space)
+            result[index] = obs, *rest
         return result
+
+    def _seed_of(self, number: int) -> int:
+        return stream_seed(self.seed, "train", number)
+
+    def _place(self, number: int, step: int) -> str:
+        return f"{self.name}, episode {number}, {f'step {step}' if step else 'its reset'}"
+
+    def _say_cut(self) -> None:
+        if not self._cut_before:
+            self._cut_before = True
+            self._on_message(
+                f"warning: an episode of {self.name} did not end by itself and was cut after "
+                f"task.episode_length={self._episode_length} steps, as all such will be")
 
     def _idle(self) -> list[int]:
         return [index for index, episode in enumerate(self._episodes) if episode is None]

@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from iqmpc.envs import check_spaces
+from iqmpc.envs import check_spaces, interface
 from iqmpc.envs.vector import VectorEnv, check_alike
 from iqmpc.errors import TaskError, WorkerError
-from iqmpc.frames import observed
 
 # Neither torch, MuJoCo nor GL survives a fork.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -59,6 +58,7 @@ class WorkerVectorEnv(VectorEnv):
         seed: int = 0,
         max_restarts: int = 10,
         timeout_s: float = 120.0,
+        episode_length: int | None = None,
         on_message: Callable[[str], None] | None = None,
     ):
         check_spaces(like, name)
@@ -70,9 +70,9 @@ class WorkerVectorEnv(VectorEnv):
         workers = [
             _Worker(index, factory, name, spaces, self._observations, self._actions, timeout_s)
             for index, factory in enumerate(factories)]
-        super().__init__(workers, name, seed=seed)
-        self.name, self.max_restarts = name, max_restarts
-        self._on_message = on_message or (lambda text: None)
+        super().__init__(
+            workers, name, seed=seed, episode_length=episode_length, on_message=on_message)
+        self.max_restarts = max_restarts
         self._finalizer = weakref.finalize(self, _end, workers)
         try:
             for worker in workers:
@@ -90,24 +90,34 @@ class WorkerVectorEnv(VectorEnv):
         """End the workers."""
         self._finalizer()
 
-    def _reset(self, seeds: dict[int, int]) -> dict[int, np.ndarray]:
-        answers = self._ask(seeds)
-        return {index: observed(self._observations.array[index]) for index in answers}
+    def _reset(self, numbers: dict[int, int]) -> dict[int, np.ndarray]:
+        answers = self._ask({index: self._seed_of(number) for index, number in numbers.items()},
+                            {index: (number, 0) for index, number in numbers.items()})
+        return {index: self._observations.array[index].copy() for index in answers}
 
     def _step(self, actions: np.ndarray) -> dict[int, tuple[np.ndarray, float, bool, bool]]:
         self._actions.array[:len(actions)] = actions
-        answers = self._ask(dict.fromkeys(range(len(actions))))
-        return {index: (observed(self._observations.array[index]), *answer)
+        episodes = [self._running(index) for index in range(len(actions))]
+        answers = self._ask(dict.fromkeys(range(len(actions))), {
+            i: (e.number, len(e.actions) + 1) for i, e in enumerate(episodes)})
+        return {index: (self._observations.array[index].copy(), *answer)
                 for index, answer in answers.items()}
 
-    def _ask(self, commands: dict[int, int | None]) -> dict[int, tuple]:
-        """Send every command, then gather the answers of those workers that did not fail."""
+    def _ask(
+        self, commands: dict[int, int | None], places: dict[int, tuple[int, int]]
+    ) -> dict[int, tuple]:
+        """Send every command, then gather the answers of those workers that did not fail.
+
+        `places` is each one's episode and the step in it, for messages.
+        """
         for index, command in commands.items():
             self.envs[index].send(command)
         answers = {}
         for index in commands:
             try:
                 answers[index] = self.envs[index].receive()
+            except _Breach as breach:
+                self._replace(index, f"{breach} ({self._place(*places[index])})")
             except _Failure as failure:
                 self._replace(index, str(failure))
         return answers
@@ -142,6 +152,10 @@ class _Spaces(NamedTuple):
 
 class _Failure(Exception):
     """What a worker did instead of answering."""
+
+
+class _Breach(_Failure):
+    """Its environment gave what it must not."""
 
 
 class _Shared:
@@ -202,6 +216,8 @@ class _Worker:
         except (EOFError, OSError):
             self.process.join(_GRACE_S)
             raise self._failure(_ending(self.process.exitcode)) from None
+        if isinstance(answer, TaskError):
+            raise _Breach(str(self._failure(f"failed: {answer}")))
         if isinstance(answer, str):
             raise self._failure(f"raised\n{answer.rstrip()}")
         return answer
@@ -251,7 +267,8 @@ def _serve(
     spaces: _Spaces, observations: _Shared, actions: _Shared,
 ) -> None:
     """The worker: a made environment, then seeds to reset it and None to step it, until EOF."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which closes the pipe
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are the parent's, which closes the pipe
     faulthandler.enable()  # where a simulator crashes, the last words are Python's
     env, observation, action = None, observations.array[index], actions.array[index]
 
@@ -263,15 +280,11 @@ def _serve(
 
     def act(seed: int | None) -> tuple:
         if seed is None:
-            obs, reward, terminated, truncated, _ = env.step(action.copy())
-            answer = float(reward), bool(terminated), bool(truncated)
+            obs, *answer, _ = interface.step(env, action)
         else:
-            obs, answer = env.reset(seed=seed)[0], ()
-        if np.shape(obs) != observation.shape:  # NumPy might broadcast it
-            raise ValueError(
-                f"the observation has shape {np.shape(obs)}, its space {observation.shape}")
-        observation[...] = obs
-        return answer
+            obs, answer = interface.reset(env, seed=seed)[0], []
+        observation[...] = interface.observation(obs, env.observation_space)
+        return tuple(answer)
 
     with contextlib.suppress(EOFError, OSError):  # the parent has closed the pipe, or is dead
         pipe.send(_tried(make))
@@ -281,9 +294,11 @@ def _serve(
         env.close()
 
 
-def _tried(function: Callable[..., tuple], *args: Any) -> tuple | str:
-    """The function's value, or the traceback of what it raised."""
+def _tried(function: Callable[..., tuple], *args: Any) -> tuple | str | TaskError:
+    """The function's value, or the traceback of what it raised (a `TaskError` says it itself)."""
     try:
         return function(*args)
+    except TaskError as error:
+        return TaskError(str(error))  # without what it came from, which may not be picklable
     except BaseException:  # also SystemExit: whatever ends the environment is told
         return traceback.format_exc()

@@ -16,6 +16,9 @@ def draft(demos):
     return Draft("f.h5", demos.task, [dict(vars(e)) for e in demos.episodes], demos.provenance)
 
 
+RENAMED = "(iqmpc demos convert --task renames it, a run's own is task.name)"
+
+
 def messages(draft, **expected):
     return [str(defect) for defect in find_defects(draft, **expected)]
 
@@ -34,7 +37,7 @@ def test_a_sound_set_has_none(draft):
 
 def test_what_the_task_expects(draft):
     assert messages(draft, task="walker-run", obs_dim=24, action_dim=6) == [
-        "f.h5, task: found 'walker-walk', expected 'walker-run'",
+        f"f.h5, task: found 'walker-walk', expected 'walker-run' {RENAMED}",
         "f.h5, observations: found 3 values a step, expected 24",
         "f.h5, actions: found 2 values a step, expected 6",
     ]
@@ -69,6 +72,10 @@ CASES = {
     "infinity": (
         lambda e: {"rewards": spoilt(e["rewards"], (3, -np.inf))},
         "rewards: found -inf at [3], expected finite values",
+    ),
+    "far beyond": (
+        lambda e: {"observations": spoilt(e["observations"], ((1, 0), -1e30))},
+        "observations: found -1.0000000150474662e+30 at [1, 0], expected values within ±1e+12",
     ),
     "infinite action": (
         lambda e: {"actions": spoilt(e["actions"], ((0, 0), np.inf))},
@@ -179,7 +186,7 @@ def test_all_defects_are_found(draft):
     second["observations"] = spoilt(second["observations"], ((0, 0), np.nan))[:-1]
     third["terminated"] = None
     assert messages(draft, task="x") == [
-        "f.h5, task: found 'walker-walk', expected 'x'",
+        f"f.h5, task: found 'walker-walk', expected 'x' {RENAMED}",
         "f.h5, episode 0, actions: found nan at [1, 0], expected finite values",
         "f.h5, episode 0, actions: found 2.0 at [0, 0], expected values in [-1, 1]",
         "f.h5, episode 1, observations: found shape [5, 3], expected shape [T+1, O] = [6, 3]",

@@ -102,7 +102,8 @@ def test_check_lists_every_defect(iqmpc, tmp_path, demos, write_npz):
     code, out, _ = iqmpc("check", "set.npz", "--task", "walker-run")
     lines = out.splitlines()
     assert code == 1
-    assert lines[0] == "set.npz, task: found 'walker-walk', expected 'walker-run'"
+    assert lines[0] == ("set.npz, task: found 'walker-walk', expected 'walker-run' (iqmpc demos "
+                        "convert --task renames it, a run's own is task.name)")
     assert len(lines) == 1 + 3 + 3 + 1
     assert lines[-1] == "set.npz: 7 defect(s)"
 
@@ -354,3 +355,27 @@ def test_make_refuses_what_it_cannot_do(iqmpc, tmp_path, words, message):
     code, out, err = iqmpc("make", *words)
     assert (code, out) == (2, "") and message in err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(iqmpc, demos):
+    from dataclasses import replace
+
+    replace(demos, provenance={"by": "\x1b[2J\x1b]0;owned\x07"}).save("set.h5")
+    code, out, err = iqmpc("info", "set.h5")
+    assert code == 0 and "\x1b[2J" not in out and "\\x1b[2J" in out
+    replace(demos, task="\x1b[31m").save("odd.h5")
+    code, out, err = iqmpc("check", "odd.h5", "--task", "x")
+    assert code == 1 and "\x1b" not in out + err
+    code, out, err = iqmpc("check", "odd.h5")
+    assert code == 0 and "\x1b" not in out + err
+
+
+def test_actions_that_the_simulator_clips_are_converted(iqmpc, demos, write_npz, tmp_path):
+    actions = np.concatenate([e.actions for e in demos.episodes])
+    actions[0, 0] = 3.0
+    write_npz(tmp_path / "set.npz", demos, actions=actions)
+    code, out, err = iqmpc("convert", "set.npz", "a.h5", "--clip-actions", "--episodes", 2)
+    assert code == 0, err
+    found = Demonstrations.load("a.h5")
+    assert len(found) == 2 and found.episodes[0].actions[0, 0] == 1
+    assert found.provenance["actions_clipped"] == "1 values to [-1, 1], in 1 steps"

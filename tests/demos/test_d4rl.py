@@ -104,7 +104,7 @@ def test_episodes_glued_together_are_found(path):
         ({"terminals": None}, ", terminals: found nothing, expected true or false per step"),
         ({"actions": np.zeros((14, 2))}, ", actions: found shape [14, 2], expected 15 rows, as"),
         ({"terminals": np.full(15, 0.5)}, ", terminals: found other numbers, expected true or"),
-        ({"rewards": np.array([b"a"] * 15)}, ", episode 0, rewards: found dtype |S1 of shape [15]"),
+        ({"rewards": np.array([b"a"] * 15)}, ", rewards: found dtype |S1 of shape [15]"),
         ({"rewards": np.float32(3)}, ", rewards: found shape [], expected 15 rows"),
     ],
 )

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from iqmpc.demos import DemonstrationError, Demonstrations
 from iqmpc.demos.checks import find_defects
-from iqmpc.demos.demonstrations import packaged_path, packaged_tasks, read
+from iqmpc.demos.demonstrations import packaged_path, packaged_tasks
+from iqmpc.demos.formats import read
 from iqmpc.errors import IqmpcError
 
 DOCS = Path(__file__).parents[2] / "docs" / "demonstrations.md"

@@ -77,7 +77,8 @@ def test_actions_outside_are_a_defect_that_names_the_options(tmp_path, write, de
     if name != "minari":  # whose own action space is used
         assert len(defects) == 3
         for defect in defects:
-            assert "expected values in [-1, 1]; --action-low and --action-high rescale" in defect
+            assert "expected values in [-1, 1]; --clip-actions where the simulator" in defect
+            assert "--action-low and --action-high rescale from another range" in defect
     told = Facts(task=demos.task, action_low=(-4.0,), action_high=(4.0, 4.0))
     found = Demonstrations.load(path, facts=told)
     for one, other in zip(demos.episodes, found.episodes, strict=True):
@@ -229,8 +230,8 @@ def test_a_group_linked_into_itself_ends(write):
     assert len(found) == 1 and "episode 1" in found[0] and "found groups without end" in found[0]
 
 
-def test_streaming_reads_an_episode_at_a_time(write, monkeypatch, demos):
-    """No array of a flat file is ever read whole, but for the marks of the episodes' ends."""
+def test_a_flat_file_is_read_in_blocks_of_whole_chunks(write, monkeypatch, demos):
+    """No array is read whole, but for the marks of the episodes' ends; no chunk more than twice."""
     from iqmpc.demos import h5
 
     seen = []
@@ -240,12 +241,21 @@ def test_streaming_reads_an_episode_at_a_time(write, monkeypatch, demos):
         seen.append((dataset.name, rows))
         return values(dataset, at, rows)
 
+    path = write("d4rl")
+    with h5py.File(path, "a") as file:
+        for key in ("observations", "actions"):
+            whole = file[key][()]
+            del file[key]
+            file.create_dataset(key, data=whole, chunks=(2, whole.shape[1]), compression="gzip")
     monkeypatch.setattr(h5, "values", spy)
-    Demonstrations.load(write("d4rl"), task="t")
-    whole = {name for name, rows in seen if rows == ()}
-    assert whole == {"/terminals", "/timeouts"}
+    monkeypatch.setattr(h5, "_BLOCK_BYTES", 4 * 5)  # a row or two
+    read(path, facts=Facts(task="t"))
+    assert {name for name, rows in seen if rows == ()} == {"/terminals", "/timeouts"}
     parts = [rows for name, rows in seen if name == "/observations"]
-    assert parts == [slice(0, 4), slice(4, 9), slice(9, 15)]
+    assert parts == [slice(0, 4), slice(4, 10), slice(8, 16)]
+    seen.clear()
+    read(path, facts=Facts(task="t", episodes=2))
+    assert [rows for name, rows in seen if name == "/observations"] == parts[:2]
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -256,10 +266,11 @@ def test_a_file_is_not_in_memory_twice(tmp_path, write_format, make_episode, nam
     size = sum(e.observations.nbytes for e in episodes)
     assert size > 2**22
     del episodes
-    Demonstrations.load(path, task="t")  # what is imported on the way
+    facts = Facts(task="t")
+    read(path, facts=facts)  # what is imported on the way
     tracemalloc.start()
     try:
-        found = Demonstrations.load(path, task="t")
+        found = Demonstrations.from_draft(read(path, facts=facts))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

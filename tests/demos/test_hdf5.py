@@ -225,3 +225,10 @@ def test_data_in_another_file_is_refused(path):
         f", episode {i}, rewards: found data kept in another file, expected data in this file"
         for i in (0, 1)
     ]
+
+
+def test_a_provenance_without_end_is_a_defect(path):
+    with h5py.File(path, "a") as file:
+        file.attrs["provenance"] = np.bytes_(b"[" * 30000)
+    (defect,) = defects_of(path)
+    assert defect.startswith(", provenance: ") and defect.endswith("expected a JSON object")

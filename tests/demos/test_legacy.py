@@ -409,8 +409,8 @@ def test_values_are_checked_as_everywhere(tmp_path, demos):
     found = [str(d).split(": ")[1] for d in find_defects(draft(tmp_path, held))]
     assert found == [
         "found nan at [1, 1], expected finite values",
-        "found 2.0 at [0, 0] and 9 more, expected values in [-1, 1]; --action-low and "
-        "--action-high rescale from another range",
+        "found 2.0 at [0, 0] and 9 more, expected values in [-1, 1]; --clip-actions where "
+        "the simulator clipped them, --action-low and --action-high rescale from another range",
     ]
 
 

@@ -148,4 +148,27 @@ def test_data_that_is_not_there(path):
 def test_without_pyarrow_the_extra_is_named(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DemonstrationError, match=r"need the extra 'lerobot': pip install 'iqmpc\["):
-        Demonstrations.load(path)
+        read(path)
+
+
+def test_missing_episodes_and_an_action_of_another_name(path, demos):
+    file = path / "data/chunk-000/episode_000001.parquet"
+    if not file.exists():
+        pytest.skip("all episodes in one file")
+    file.unlink()
+    (found,) = messages(path)
+    assert "--allow-gaps takes those that are there" in found
+    gaps = Demonstrations.load(path, task="t", facts=Facts(task="t", allow_gaps=True))
+    assert len(gaps) == 2 and gaps.provenance["episodes_missing"] == "1 of 3"
+    for file in path.glob("data/*/*"):
+        table = parquet.read_table(file)
+        names = ["action.joints" if name == "action" else name for name in table.column_names]
+        parquet.write_table(table.rename_columns(names), file)
+    info = path / "meta/info.json"
+    info.write_text(info.read_text().replace('"action"', '"action.joints"'))
+    (found,) = messages(path)
+    assert "--action-key names another column (of numbers there are: action.joints)" in found
+    facts = Facts(task="t", allow_gaps=True, action_key="action.joints")
+    found = Demonstrations.load(path, facts=facts)
+    assert len(found) == 2 and found.provenance["action_key"] == "action.joints"
+    np.testing.assert_array_equal(found.episodes[1].actions, gaps.episodes[1].actions)

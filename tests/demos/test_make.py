@@ -103,3 +103,8 @@ def test_actions_beyond_finite_numbers_are_not_saved(point_env):
 
     with pytest.raises(DemonstrationError, match="actions: found nan"):
         record(Demonstrator(Broken()), point_env, task="point", episodes=1, max_tries=1)
+
+
+def test_a_plain_function_demonstrates(point_env):
+    kept = record(lambda obs: -obs, point_env, task="point", episodes=2, max_tries=2)
+    assert len(kept) == 2

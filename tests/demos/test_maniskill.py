@@ -110,3 +110,14 @@ def test_without_its_description_the_task_is_asked_for(path):
     (defect,) = find_defects(read(path))
     assert str(defect) == f"{path}, task: found nothing, expected the task's name"
     assert Demonstrations.load(path, task="lift-cube").task == "lift-cube"
+
+
+def test_a_listed_member_that_is_not_there_is_a_defect(path, monkeypatch):
+    """As a damaged file's listing has one."""
+    from iqmpc.demos import h5
+
+    numbered = h5.numbered
+    monkeypatch.setattr(h5, "numbered", lambda group, prefix: [
+        *numbered(group, prefix), "traj_77"])
+    found = [str(d) for d in find_defects(read(path))]
+    assert any("traj_77: found nothing" in defect for defect in found)

@@ -136,3 +136,14 @@ def test_metadata_that_is_no_json(path):
 def test_a_dataset_without_its_file(path):
     (path / "data/main_data.hdf5").unlink()
     assert messages(path) == [", main_data.hdf5: found nothing, expected the dataset's episodes"]
+
+
+def test_a_listed_member_that_is_not_there_is_a_defect(path, monkeypatch):
+    """As a damaged file's listing has one."""
+    from iqmpc.demos import h5
+
+    numbered = h5.numbered
+    monkeypatch.setattr(h5, "numbered", lambda group, prefix: [
+        *numbered(group, prefix), "episode_77"])
+    found = [str(d) for d in find_defects(read(path))]
+    assert any("episode_77: found nothing" in defect for defect in found)

@@ -168,5 +168,6 @@ def test_values_are_checked_in_the_episode_where_they_lie(defects_of, demos):
     actions[4 + 2, 1] = 1.25
     assert defects_of(actions=actions) == [
         ", episode 1, actions: found 1.25 at [2, 1], expected values in [-1, 1]; "
-        "--action-low and --action-high rescale from another range"
+        "--clip-actions where the simulator clipped them, --action-low and --action-high "
+        "rescale from another range"
     ]

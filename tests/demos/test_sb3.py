@@ -202,3 +202,22 @@ def test_files_that_are_no_models(tmp_path):
             Sb3Policy(path, 3, 1)
         except DemonstrationError as error:
             assert "model.zip: " in str(error)
+
+
+def test_small_zips_that_unpack_to_much_are_refused(tmp_path):
+    """Deflated zeros, in the model's zip and in that of its weights, and one number as many."""
+    _, path = saved(tmp_path, "SAC")
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(2**27))
+    with pytest.raises(DemonstrationError, match="its zip unpacks to 134217728 bytes, expected"):
+        Sb3Policy(rewritten(path, policy=inner.getvalue()), 3, 1)
+    content = io.BytesIO()
+    torch.save({"actor.mu.weight": torch.zeros(1).expand(10**6, 10**3)}, content)
+    with pytest.raises(DemonstrationError, match="4000000000 bytes of weights are claimed by a"):
+        Sb3Policy(rewritten(path, policy=content.getvalue()), 3, 1)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data", b" " * 2**27)
+        archive.writestr("policy.pth", b"")
+    with pytest.raises(DemonstrationError, match="its zip unpacks to 134217728 bytes, expected"):
+        Sb3Policy(path, 3, 1)

@@ -8,6 +8,7 @@ import pytest
 from iqmpc import compose, make_env
 from iqmpc.config import TaskConfig
 from iqmpc.envs import check_spaces
+from iqmpc.envs.gym import ControlEnv
 from iqmpc.errors import ConfigError, TaskError
 
 
@@ -191,3 +192,104 @@ def test_transition_noise_replaces_actions(p):
 def test_transition_noise_is_a_probability():
     with pytest.raises(ConfigError, match=r"task.transition_noise must lie in \[0, 1\], got 1.5"):
         compose(["task.transition_noise=1.5"])
+
+
+class Nested(gymnasium.Env):
+    """Declared in another order than the sorted one, at both levels, with a camera."""
+
+    observation_space = gymnasium.spaces.Dict([
+        ("velocity", gymnasium.spaces.Box(-9, 9, (2,), np.float64)),
+        ("agent", gymnasium.spaces.Dict([
+            ("tip", gymnasium.spaces.Box(-9, 9, (1,), np.float64)),
+            ("joint", gymnasium.spaces.Box(-9, 9, (1,), np.float64))])),
+    ])
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observe(), {}
+
+    def observe(self):
+        return {"velocity": np.full(2, 3.0 + self.steps),
+                "agent": {"tip": np.full(1, 2.0), "joint": np.full(1, 1.0)}}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observe(), 1.0, False, self.steps >= 4, {}
+
+
+class Camera(Nested):
+    observation_space = gymnasium.spaces.Dict({
+        "state": gymnasium.spaces.Box(-9, 9, (3,), np.float32),
+        "camera": gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)})
+
+    def observe(self):
+        return {"state": np.zeros(3, np.float32), "camera": np.full((64, 64, 3), 7, np.uint8)}
+
+
+def test_a_dictionary_has_the_order_of_its_demonstrations(tmp_path):
+    """Recorded by Minari from the environment as it was declared."""
+    minari = pytest.importorskip("minari")
+    from minari.data_collector import EpisodeBuffer
+    from minari.dataset.minari_storage import MinariStorage
+
+    from iqmpc import Demonstrations
+    from iqmpc.demos import Facts
+
+    assert minari.__version__
+    env = Nested()
+    rows = [env.reset()[0]] + [env.step(np.zeros(1))[0] for _ in range(4)]
+    (tmp_path / "data").mkdir()
+    storage = MinariStorage.new(
+        tmp_path / "data", observation_space=env.observation_space,
+        action_space=env.action_space,
+        env_spec=gymnasium.envs.registration.EnvSpec("Nested-v0", entry_point="module:Env"))
+    storage.update_episodes([EpisodeBuffer(
+        id=None, seed=0, observations={
+            "velocity": np.array([r["velocity"] for r in rows]),
+            "agent": {k: np.array([r["agent"][k] for r in rows]) for k in ("tip", "joint")}},
+        actions=np.zeros((4, 1), np.float32), rewards=[1.0] * 4, terminations=[False] * 4,
+        truncations=[False] * 3 + [True], infos={})])
+    controlled = ControlEnv(Nested(), task("Nested-v0"))
+    observed = [controlled.reset()[0]] + [controlled.step(np.zeros(1))[0] for _ in range(4)]
+    assert observed[0].tolist() == [1, 2, 3, 3]
+    demos = Demonstrations.load(tmp_path, task="gym-nested-v0")
+    np.testing.assert_array_equal(demos.episodes[0].observations, observed)
+
+    keys = "velocity,agent/tip"
+    controlled = ControlEnv(Nested(), task("Nested-v0", obs_keys=keys))
+    assert controlled.reset()[0].tolist() == [3, 3, 2]
+    demos = Demonstrations.load(tmp_path, facts=Facts(obs_keys=tuple(keys.split(","))))
+    assert demos.episodes[0].observations[0].tolist() == [3, 3, 2]
+
+
+def test_an_image_among_others_is_named_and_can_be_left_out():
+    with pytest.raises(TaskError, match=r"gym-x: the observation's 'camera' is an image, .*choose "
+                                        r"the members to observe, task.obs_keys=state$"):
+        ControlEnv(Camera(), task("x"))
+    env = ControlEnv(Camera(), task("x", obs_keys="state"))
+    assert env.reset()[0].shape == env.observation_space.shape == (3,)
+    env = ControlEnv(Camera(), task("x", obs_keys="camera"))
+    assert env.reset()[0].dtype == np.uint8 and env.observation_space.shape == (64, 64, 3)
+    with pytest.raises(TaskError, match=r"has no 'hand' \(it has: camera, state\)"):
+        ControlEnv(Camera(), task("x", obs_keys="state,hand"))
+    with pytest.raises(TaskError, match="chooses from a dictionary of observations"):
+        ControlEnv(gymnasium.make("Pendulum-v1"), task("x", obs_keys="state"))
+    with pytest.raises(TaskError, match=r"wrap it: iqmpc.envs.gym.FlatObservation\(env\)"):
+        check_spaces(Nested(), "nested")
+
+
+def test_functions_that_cannot_be_called_are_named(module, monkeypatch):
+    import somebodys_envs
+
+    somebodys_envs.fixed = lambda: gymnasium.make("Pendulum-v1")
+    somebodys_envs.needs = lambda size: None
+    somebodys_envs.number = 3
+    for name, options, said in (
+            ("fixed", {"render_mode": "rgb_array"},
+             "that can be called with render_mode='rgb_array': got an unexpected"),
+            ("needs", {}, "that can be called without arguments: missing a required"),
+            ("number", {}, "must be a function that makes an environment, got a int")):
+        with pytest.raises(TaskError, match=f"somebodys_envs:{name} .*{said}"):
+            make_env(task(f"somebodys_envs:{name}"), **options)

@@ -300,3 +300,17 @@ def running(process):
         return process.joinpath("stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_signals_that_end_the_run_are_not_the_workers():
+    """A terminal or a scheduler may send them to all processes; the run then saves and ends."""
+    messages = []
+    envs = vector(Walk, on_message=messages.append)
+    envs.start()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(envs.envs[0].process.pid, number)
+        envs.step(np.zeros((1, 2), np.float32))
+        envs.start()
+    process = envs.envs[0].process
+    envs.close()
+    assert envs.restarts == 0 and not messages and not process.is_alive()

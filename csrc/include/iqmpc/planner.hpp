@@ -75,6 +75,10 @@ class Planner {
   // Changes neither step nor mean.
   void warm_up() noexcept;
 
+  // Whether this process was forked in the middle of a call, which will never end here: nothing but
+  // the destructor may then be called.
+  bool forked_while_busy() const noexcept;
+
   // Forget the previous plan: of one problem, or of all. Throws std::out_of_range.
   void reset(std::ptrdiff_t problem);
   void reset() noexcept;
@@ -94,6 +98,7 @@ class Planner {
 
  private:
   struct State;
+  struct Busy;
   std::unique_ptr<State> state_;
 };
 

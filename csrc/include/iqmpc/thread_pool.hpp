@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -14,7 +15,8 @@ namespace iqmpc {
 
 // Workers spin for a moment after each loop, so that the next one starts without a system call, and
 // then sleep; for a shorter moment where others want the machine's cores. One caller at a time: `run`
-// must not be called from two threads at once.
+// must not be called from two threads at once. In a process that was forked there are no workers:
+// the caller does everything, with the same results.
 class ThreadPool {
  public:
   // `threads` includes the caller; throws std::invalid_argument below 1 or above kMaxThreads, and
@@ -26,7 +28,10 @@ class ThreadPool {
 
   static constexpr int kMaxThreads = 1024;
 
-  int threads() const noexcept { return static_cast<int>(workers_.size()) + 1; }
+  int threads() const noexcept { return static_cast<int>(workers_->size()) + 1; }
+
+  // Whether this process was forked since the pool was made.
+  bool forked() const noexcept;
 
   // Calls f(task, thread) for every task in [0, tasks), thread in [0, threads()), and returns when
   // all are done. Tasks are taken one by one, by whoever is free; f must not throw. Up to 2^24 - 1
@@ -66,9 +71,15 @@ class ThreadPool {
   std::atomic<bool> caller_asleep_{false};
   std::atomic<bool> stop_{false};
   Job job_;
-  std::mutex mutex_;
-  std::condition_variable wake_workers_, wake_caller_;
-  std::vector<std::thread> workers_;
+  const long process_;
+  // A forked process leaves both as they are: it has none of these threads to wait for, and what
+  // they wait in would wait for them.
+  struct Sleep {
+    std::mutex mutex;
+    std::condition_variable workers, caller;
+  };
+  std::unique_ptr<Sleep> sleep_;
+  std::unique_ptr<std::vector<std::thread>> workers_;
 };
 
 }  // namespace iqmpc

@@ -1,0 +1,28 @@
+"""The C++ compiler that torch.compile needs when a program runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from iqmpc.config import Config
+from iqmpc.errors import ConfigError
+
+
+def cpp_compiler() -> str | None:
+    """The path of the one that torch.compile would call on a CPU (CXX, or g++); None without."""
+    return shutil.which(os.environ.get("CXX", "").split(" ")[0] or "g++")
+
+
+def check_compiler(config: Config, device: str, learner: str) -> None:
+    """`ConfigError`, where torch.compile would run on a CPU without a C++ compiler.
+
+    `learner` is the mode that `learner.mode` comes to.
+    """
+    modes = {"learner": learner, "planner": config.planner.mode}
+    asked = [f"{section}.mode=compile" for section, mode in modes.items() if mode == "compile"]
+    if asked and device == "cpu" and cpp_compiler() is None:
+        raise ConfigError(
+            f"{' and '.join(asked)} needs a C++ compiler while it runs, and neither CXX nor g++ is "
+            "one (Debian: apt-get install g++); without, give "
+            + " ".join(text.replace("compile", "eager") for text in asked))

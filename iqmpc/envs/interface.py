@@ -1,0 +1,140 @@
+"""What an environment gives, checked before anything is learnt from it.
+
+Every path to an environment (this process, workers, evaluation, recordings, `task=gym`) steps it
+through these functions, so that the same fault is the same error everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from iqmpc.errors import TaskError
+from iqmpc.frames import LARGEST, observed
+
+_RESET = "(observation, info)"
+_STEP = "(observation, reward, terminated, truncated, info)"
+
+
+def reset(env: gymnasium.Env, **how: Any) -> tuple[Any, dict[str, Any]]:
+    """`env.reset(**how)`; `TaskError` where it is not what gymnasium's interface wants."""
+    with _of_gymnasium("reset", _RESET):
+        result = env.reset(**how)
+    obs, info = _parts(result, "reset", _RESET)
+    return obs, info
+
+
+def step(env: gymnasium.Env, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    """`env.step` of a copy of the action, which an environment may change in place.
+
+    The reward is a number or an array of one. Raises `TaskError` where what is given is not what
+    gymnasium's interface wants.
+    """
+    with _of_gymnasium("step", _STEP):
+        result = env.step(np.array(action))
+    obs, reward, terminated, truncated, info = _parts(result, "step", _STEP)
+    return (obs, _reward(reward), _flag("terminated", terminated), _flag("truncated", truncated),
+            info)
+
+
+def observation(obs: Any, space: gymnasium.spaces.Box) -> np.ndarray:
+    """A copy of what was observed: float32 [O], or an image of the space's dtype.
+
+    Raises `TaskError` for another shape, for an image of another type, and for a value that is
+    not finite or beyond ±`LARGEST`, by its index.
+    """
+    if isinstance(obs, dict):
+        raise TaskError(f"the observation is a dictionary of {', '.join(map(str, obs))}, its space "
+                        f"{space}")
+    try:
+        found = np.asarray(obs)
+    except ValueError:  # rows of different lengths
+        found = np.array(None)
+    if found.dtype.kind not in "biuf":
+        raise TaskError(f"the observation is a {type(obs).__name__} of no numbers, its space "
+                        f"{space}")
+    if found.shape != space.shape:
+        raise TaskError(f"the observation has shape {found.shape}, its space {space.shape}")
+    if len(space.shape) == 3 and found.dtype != space.dtype:
+        raise TaskError(f"the image is {found.dtype}, its space {space.dtype}")
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf
+        found = observed(found)
+    if found.dtype.kind == "f":
+        sound = np.abs(found) <= LARGEST  # false for NaN
+        if not sound.all():
+            index = int(np.argmin(sound))
+            raise TaskError(f"the observation is {found[index]:g} at index {index}, expected a "
+                            f"finite value within ±{LARGEST:g}")
+    return found
+
+
+def success(info: dict[str, Any], key: str = "is_success") -> bool | None:
+    """What the environment says of the task: `info["success"]`, else `info[key]`, else None."""
+    for name in ("success", key):
+        if name in info:
+            return bool(np.all(info[name]))
+    return None
+
+
+@contextlib.contextmanager
+def at(place: str) -> Iterator[None]:
+    """Say where it was, such as "point, episode 3, step 17", in a `TaskError` from inside."""
+    try:
+        yield
+    except TaskError as error:
+        raise TaskError(f"{place}: {error}") from error
+
+
+def _parts(result: Any, function: str, expected: str) -> tuple:
+    if not isinstance(result, tuple) or len(result) != expected.count(",") + 1:
+        length = f"a tuple of {len(result)}" if isinstance(result, tuple) else \
+            f"a {type(result).__name__}"
+        raise TaskError(f"{function}() gave {length}, gymnasium's interface wants {expected}"
+                        + (" (an environment of the older gym has another)"
+                           if function == "step" or not isinstance(result, tuple) else ""))
+    if not isinstance(result[-1], dict):
+        raise TaskError(f"{function}() gave a {type(result[-1]).__name__} for info, gymnasium's "
+                        f"interface wants {expected} with a dictionary")
+    return result
+
+
+def _reward(value: Any) -> float:
+    try:
+        found = np.asarray(value)
+        reward = float(found.item()) if found.dtype.kind in "biuf" else None
+    except (ValueError, TypeError):
+        reward = None
+    if reward is None:
+        shape = f" of shape {np.shape(value)}" if isinstance(value, np.ndarray) else ""
+        raise TaskError(f"the reward is a {type(value).__name__}{shape}, expected a number")
+    if not math.isfinite(reward) or abs(reward) > np.finfo(np.float32).max:
+        raise TaskError(f"the reward is {reward:g}, expected a finite number")
+    return reward
+
+
+def _flag(name: str, value: Any) -> bool:
+    if np.size(value) == 1 and np.asarray(value).dtype.kind in "biuf":
+        return bool(np.all(value))
+    raise TaskError(f"{name} is a {type(value).__name__}, expected true or false")
+
+
+@contextlib.contextmanager
+def _of_gymnasium(function: str, expected: str) -> Iterator[None]:
+    """An error that gymnasium's own wrappers raise is about the interface that they wrap."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, AssertionError, gymnasium.error.Error) as error:
+        frames = traceback.walk_tb(sys.exc_info()[2])
+        raised_in = [frame.f_globals.get("__name__", "") for frame, _ in frames][-1]
+        if not raised_in.startswith(("gymnasium.wrappers.", "gymnasium.utils.", "gymnasium.core")):
+            raise
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TaskError(f"{function}() does not give what gymnasium's interface wants, {expected}: "
+                        f"{said}") from error
