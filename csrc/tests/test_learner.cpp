@@ -452,6 +452,42 @@ void no_allocation_after_the_first_call() {
   CHECK(allocations > before);  // the count counts
 }
 
+// A learner that has seen batches of other sizes makes of the next what a new one would. Sizes are
+// chosen so that buffers of the one before fit: rows are summed in pairs, and what an odd number
+// leaves over must be zero.
+void sizes_of_batches_change_and_change_back() {
+  LearnerSettings s = settings();
+  s.horizon = 1;
+  for (const auto& [objective, c_gp] : {std::pair{Objective::iq, 0.0f}, {Objective::iq, 0.5f},
+                                        {Objective::v_diff, 0.0f}, {Objective::td, 0.0f}}) {
+    for (const Precision precision : {Precision::float32, Precision::bf16}) {
+      s.objective = objective;
+      s.c_gp = c_gp;
+      s.precision = precision;
+      ModelStorage model = random_model(sizes());
+      Learner learner(model.learner_view(), s, 3);
+      std::uint64_t update = 0;
+      for (const auto& [experts, behaviour] :
+           {std::pair{8, 8}, {7, 7}, {8, 8}, {4, 11}, {3, 12}, {20, 20}, {4, 4}, {3, 3}, {8, 8}}) {
+        if (c_gp > 0 && experts != behaviour) continue;
+        for (const bool finite : {false, true}) {
+          Batch batch(sizes(), 1, objective == Objective::td ? 0 : experts, behaviour,
+                      static_cast<unsigned>(update));
+          if (!finite) batch.obs.back() = kInfinity;
+          const Floats before = memory(model);
+          CHECK(learner.update(batch.view(), update, update, update).model_skipped == !finite);
+          const Floats after = memory(model);
+          std::copy(before.begin(), before.end(), model.data());
+          Learner fresh(model.learner_view(), s, 3);
+          fresh.update(batch.view(), update, update, update);
+          CHECK(same_bits(memory(model), after));
+          ++update;
+        }
+      }
+    }
+  }
+}
+
 void a_replay_is_not_needed_after_the_call() {
   ModelStorage kept = random_model(sizes()), freed = random_model(sizes());
   Learner learner(kept.learner_view(), settings(), 3), other(freed.learner_view(), settings(), 3);
@@ -598,6 +634,7 @@ int main() {
   what_is_not_finite_changes_nothing();
   a_policys_step_is_left_out_alone();
   no_allocation_after_the_first_call();
+  sizes_of_batches_change_and_change_back();
   a_replay_is_not_needed_after_the_call();
   calls_from_several_threads_take_turns();
   refuses_what_does_not_fit();
