@@ -524,6 +524,19 @@ void check_columns(const LearnerSettings& s, Index columns, Index experts) {
   }
 }
 
+// What a batch, or a replay, points to; `reward` only where it is read.
+template <class View>
+void check_pointers(const LearnerSettings& s, const char* what, const View& view) {
+  const auto need = [&](const char* name, const float* pointer) {
+    if (pointer != nullptr) return;
+    throw std::invalid_argument(std::string(what) + " needs " + name + ", got null");
+  };
+  need("obs", view.obs);
+  need("action", view.action);
+  need("terminated", view.terminated);
+  if (s.objective == Objective::td) need("reward", view.reward);
+}
+
 void draw_slices(const DrawKey& key, bool experts, const ReplayView& replay, Index horizon,
                  Index batch, std::int64_t* rows) {
   if (replay.slices < 1 || replay.starts == nullptr) {
@@ -550,6 +563,8 @@ UpdateMetrics Learner::learn(const ReplayView* experts, const ReplayView& behavi
   const std::lock_guard<std::mutex> lock(s.mutex);
   const Index demonstrations = experts != nullptr ? batch : 0;
   check_columns(s.settings, batch + demonstrations, demonstrations);
+  if (experts != nullptr) check_pointers(s.settings, "the replay of demonstrations", *experts);
+  check_pointers(s.settings, "the replay of behaviour", behaviour);
   s.resize(batch + demonstrations, demonstrations);
   const DrawKey key(s.seed, update);
   if (experts != nullptr) {
@@ -566,6 +581,7 @@ UpdateMetrics Learner::update(const BatchView& batch, std::uint64_t update,
   State& s = *state_;
   const std::lock_guard<std::mutex> lock(s.mutex);
   check_columns(s.settings, batch.columns, batch.experts);
+  check_pointers(s.settings, "a batch", batch);
   const Source source{&batch,        {nullptr, nullptr}, nullptr,
                       batch.experts, s.obs_dim,          s.action_dim};
   return s.run(source, batch.columns, update, model_steps, policy_steps);
@@ -613,6 +629,7 @@ void Learner::slices(std::uint64_t update, bool experts, const ReplayView& repla
 
 std::vector<LearnerGradient> Learner::gradients() const {
   std::vector<LearnerGradient> all;
+  if (state_->columns == 0) return all;
   const auto add = [&](const Stack& stack) {
     for (const Layer& layer : stack.layers) {
       all.push_back({layer.weight_gradient.data(), layer.out, layer.in, layer.padded_in});

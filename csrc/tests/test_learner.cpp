@@ -495,7 +495,8 @@ void a_replay_is_not_needed_after_the_call() {
   for (int i = 0; i < 3; ++i) {
     const ReplayView of_experts = experts.view();
     kept.learn(learner, &of_experts, behaviour.view(), 5);
-    auto first = std::make_unique<Episodes>(experts), second = std::make_unique<Episodes>(behaviour);
+    auto first = std::make_unique<Episodes>(experts);
+    auto second = std::make_unique<Episodes>(behaviour);
     const auto view = std::make_unique<ReplayView>(first->view());
     freed.learn(other, view.get(), second->view(), 5);
     std::fill(first->obs.begin(), first->obs.end(), kNaN);
@@ -568,8 +569,8 @@ void refuses_what_does_not_fit() {
         "policy: every parameter needs both of Adam's moments");
   CHECK(refused([](LearnerView& v, LearnerSettings&) { v.critics[2][0].beta.first = nullptr; }) ==
         "critics: every parameter needs both of Adam's moments");
-  CHECK(refused([](LearnerView& v, LearnerSettings&) { v.termination[0].bias.average = nullptr; }) ==
-        "termination: either every parameter has an average or none");
+  CHECK(refused([](LearnerView& v, LearnerSettings&) { v.policy[1].beta.average = nullptr; }) ==
+        "policy: either every parameter has an average or none");
   CHECK(refused([](LearnerView& v, LearnerSettings&) { v.targets[0][2].bias.value = nullptr; }) ==
         "critic 0 layer 2: needs weight and bias, and has no LayerNorm");
   CHECK(refused([](LearnerView& v, LearnerSettings&) { v.simnorm_dim = 4; }) ==
@@ -577,6 +578,7 @@ void refuses_what_does_not_fit() {
 
   ModelStorage model = random_model(sizes());
   Learner learner(model.learner_view(), settings(), 0);
+  CHECK(learner.gradients().empty());
   const auto refuses = [&](auto call) { return message_of<std::invalid_argument>(call); };
   const Batch batch(sizes(), 2, 4, 5);
   const auto update = [&](Index columns, Index experts) {
@@ -613,16 +615,29 @@ void refuses_what_does_not_fit() {
   CHECK(refuses([&] { learner.learn(nullptr, whole, 4, 0, 0, 0); })
             .find("a batch must have demonstrations and behaviour") == 0);
 
+  BatchView missing = batch.view();
+  missing.action = nullptr;
+  CHECK(refuses([&] { learner.update(missing, 0, 0, 0); }) == "a batch needs action, got null");
+  view = whole;
+  view.terminated = nullptr;
+  CHECK(learn(view) == "the replay of behaviour needs terminated, got null");
+  CHECK(refuses([&] { learner.learn(&view, whole, 4, 0, 0, 0); }) ==
+        "the replay of demonstrations needs terminated, got null");
+
   LearnerSettings s = settings();
   s.c_gp = 1;
   Learner penalised(model.learner_view(), s, 0);
   CHECK(refuses([&] { penalised.update(batch.view(), 0, 0, 0); })
-            .find("a batch must have as many demonstrations as behaviour for the gradient penalty") ==
-        0);
+            .find("a batch must have as many demonstrations as behaviour") == 0);
   s.objective = Objective::td;
   Learner td(model.learner_view(), s, 0);
   CHECK(refuses([&] { td.update(batch.view(), 0, 0, 0); })
             .find("a batch must have no demonstrations for the objective td") == 0);
+  view = whole;
+  view.reward = nullptr;
+  CHECK(refuses([&] { td.learn(nullptr, view, 4, 0, 0, 0); }) ==
+        "the replay of behaviour needs reward, got null");
+  CHECK(!learner.learn(&view, view, 4, 0, 0, 0).model_skipped);  // which reads no reward
   CHECK(!learner.update(batch.view(), 0, 0, 0).model_skipped);  // none of it left anything behind
 }
 
