@@ -26,8 +26,8 @@ struct LayerParameters {
   std::ptrdiff_t in = 0;
 };
 
-// All that an update changes. Parts as in WorldModelView; `targets` are the target critics, of which
-// only values are used.
+// All that an update changes. Parts as in WorldModelView; `targets` are the target critics, of
+// which only values are used.
 struct LearnerView {
   std::vector<LayerParameters> encoder, dynamics, policy;
   std::vector<std::vector<LayerParameters>> critics, targets;
@@ -71,7 +71,8 @@ struct LearnerSettings {
 };
 
 // Slices in time-major order: obs [H+1, N, O], action [H, N, A], reward and terminated [H, N]. The
-// first `experts` of the N columns are demonstrations. Reward may be null for all objectives but td.
+// first `experts` of the N columns are demonstrations. Reward may be null for all objectives but
+// td.
 struct BatchView {
   const float* obs = nullptr;
   const float* action = nullptr;
