@@ -212,6 +212,14 @@ iqmpc::Score score_from_name(const std::string& name) {
   throw py::value_error("score must be advantage or unrolled, got " + name);
 }
 
+template <class Object>
+void check_fork(const Object& object, const std::string& name) {
+  if (object.forked_while_busy()) {
+    throw std::runtime_error("this process was forked while the " + name +
+                             " was at work, which never ends here: make another " + name);
+  }
+}
+
 void rollout(const Model& model, const py::object& z0, const py::object& actions,
              const py::object& policy_noise, std::pair<py::ssize_t, py::ssize_t> critic_pair,
              float discount, const std::string& score, float entropy, const py::object& returns,
@@ -240,17 +248,9 @@ void rollout(const Model& model, const py::object& z0, const py::object& actions
   iqmpc::rollout(*model, pool, view);
 }
 
-void check_fork(const iqmpc::Planner& planner) {
-  if (planner.forked_while_busy()) {
-    throw std::runtime_error(
-        "this process was forked while the planner was planning, which never ends here: make "
-        "another planner");
-  }
-}
-
 py::tuple plan(iqmpc::Planner& planner, const py::object& obs, bool explore,
                const py::object& action) {
-  check_fork(planner);
+  check_fork(planner, "planner");
   const py::ssize_t envs = planner.settings().num_envs;
   const py::array input = checked(obs, "obs", {envs, planner.obs_dim()});
   float* output = writeable(action, "action", {envs, planner.action_dim()});
@@ -314,17 +314,17 @@ struct BoundLearner {
 };
 
 // (value, first, second, average) or, of a target, (value,): None where there is none.
+// What a sequence yields is kept while it is read: it may have made it for this alone.
 iqmpc::Parameter parameter(const py::handle& object, const std::string& name,
                            const std::vector<Side>& shape, std::vector<py::array>& arrays) {
   iqmpc::Parameter result;
   float** fields[] = {&result.value, &result.first, &result.second, &result.average};
   const char* names[] = {"", "'s first moment", "'s second moment", "'s average"};
   std::size_t i = 0;
-  for (const py::handle part : py::cast<py::sequence>(object)) {
+  for (const py::object part : py::cast<py::sequence>(object)) {
     if (i == 4) throw py::value_error(name + " must be at most four arrays");
     if (!part.is_none()) {
-      const auto array = py::reinterpret_borrow<py::object>(part);
-      *fields[i] = writeable(array, (name + names[i]).c_str(), shape);
+      *fields[i] = writeable(part, (name + names[i]).c_str(), shape);
       arrays.push_back(py::reinterpret_borrow<py::array>(part));
     }
     ++i;
@@ -336,7 +336,7 @@ std::vector<iqmpc::LayerParameters> layer_parameters(const py::sequence& layers,
                                                      const std::string& part,
                                                      std::vector<py::array>& arrays) {
   std::vector<iqmpc::LayerParameters> result;
-  for (const py::handle layer : layers) {
+  for (const py::object layer : layers) {
     const std::string name = part + " layer " + std::to_string(result.size());
     const auto parts = py::cast<py::sequence>(layer);
     if (parts.size() != 2 && parts.size() != 4) {
@@ -386,12 +386,12 @@ std::unique_ptr<BoundLearner> bound_learner(
   view.dynamics = layer_parameters(dynamics, "dynamics", bound->arrays);
   view.policy = layer_parameters(policy, "policy", bound->arrays);
   view.termination = layer_parameters(termination, "termination", bound->arrays);
-  for (const py::handle critic : critics) {
+  for (const py::object critic : critics) {
     view.critics.push_back(layer_parameters(py::cast<py::sequence>(critic),
                                             "critic " + std::to_string(view.critics.size()),
                                             bound->arrays));
   }
-  for (const py::handle target : targets) {
+  for (const py::object target : targets) {
     view.targets.push_back(layer_parameters(py::cast<py::sequence>(target),
                                             "target " + std::to_string(view.targets.size()),
                                             bound->arrays));
@@ -473,6 +473,7 @@ py::tuple as_tuple(const iqmpc::UpdateMetrics& m) {
 py::tuple learn(const BoundLearner& bound, const py::object& experts,
                 const py::sequence& behaviour, py::ssize_t batch, std::uint64_t update,
                 std::uint64_t model_steps, std::uint64_t policy_steps) {
+  check_fork(*bound.learner, "learner");
   std::vector<py::array> arrays;
   iqmpc::ReplayView of_experts;
   const bool demonstrations = !experts.is_none();
@@ -492,6 +493,7 @@ py::tuple learn(const BoundLearner& bound, const py::object& experts,
 py::tuple update(const BoundLearner& bound, const py::object& obs, const py::object& action,
                  const py::object& reward, const py::object& terminated, py::ssize_t experts,
                  std::uint64_t update, std::uint64_t model_steps, std::uint64_t policy_steps) {
+  check_fork(*bound.learner, "learner");
   const py::ssize_t h = bound.learner->settings().horizon;
   const py::array a = checked(action, "action", {h, "N", bound.learner->action_dim()});
   const py::ssize_t columns = a.shape(1);
@@ -579,6 +581,17 @@ py::dict draws(const iqmpc::Planner& planner, std::uint64_t step) {
   return named;
 }
 
+// Objects that were made by __new__ alone are refused. pybind11 would hand out memory in which there
+// is nothing yet; the type's allocator, which it asks for that and for nothing else, throws.
+template <class T, class... Options>
+py::class_<T, Options...> expose(py::module_& module, const char* name, const char* doc) {
+  py::class_<T, Options...> bound(module, name, doc);
+  py::detail::get_type_info(typeid(T))->operator_new = [](std::size_t) -> void* {
+    throw py::type_error("an iqmpc._C object was made without its __init__");
+  };
+  return bound;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -599,7 +612,7 @@ PYBIND11_MODULE(_C, module) {
       "Name of the level that layers packed now use: the best one, or the one the environment "
       "variable IQMPC_ISA names. Raises ValueError where that one is unknown or cannot run.");
 
-  py::class_<iqmpc::NormedLinear>(
+  expose<iqmpc::NormedLinear>(
       module, "NormedLinear",
       "mish(layer_norm(x W^T + bias) * gamma + beta) with weights packed for one instruction-set "
       "level.")
@@ -616,7 +629,7 @@ PYBIND11_MODULE(_C, module) {
         return std::string(iqmpc::isa_name(layer.isa()));
       });
 
-  py::class_<ModelView>(
+  expose<ModelView>(
       module, "ModelView",
       "A world model's layers where they lie: packing one reads what the arrays hold then.")
       .def(py::init(&model_view), py::kw_only(), py::arg("encoder"), py::arg("dynamics"),
@@ -628,7 +641,7 @@ PYBIND11_MODULE(_C, module) {
            "layers observations are latents. The arrays are kept, not copied. Raises ValueError "
            "for wrong shapes, dtypes and layouts.");
 
-  py::class_<iqmpc::WorldModel, Model>(
+  expose<iqmpc::WorldModel, Model>(
       module, "WorldModel",
       "An immutable copy of a world model, packed for one instruction-set level and precision.")
       .def(py::init(&world_model), py::arg("view"), py::kw_only(),
@@ -660,7 +673,7 @@ PYBIND11_MODULE(_C, module) {
       py::call_guard<py::gil_scoped_release>(), "Whether a CUDA device can run them.");
 
 #ifdef IQMPC_HAS_CUDA
-  py::class_<iqmpc::CudaWorldModel, CudaModel>(
+  expose<iqmpc::CudaWorldModel, CudaModel>(
       module, "CudaWorldModel",
       "An immutable copy of a world model in the memory of one CUDA device. Only in builds with "
       "CUDA.")
@@ -679,16 +692,16 @@ PYBIND11_MODULE(_C, module) {
       .def("work_bytes", &iqmpc::CudaWorldModel::work_bytes, py::arg("problems"),
            "Bytes of device memory that cuda_rollout works in.");
 
-  module.def("cuda_rollout", &cuda_rollout, py::arg("model").none(false), py::kw_only(), py::arg("problems"),
-             py::arg("horizon"), py::arg("samples"), py::arg("z0"), py::arg("actions"),
-             py::arg("policy_noise"), py::arg("critic_pair"), py::arg("discount"),
-             py::arg("score"), py::arg("entropy"), py::arg("returns"), py::arg("work"),
-             py::arg("stream"),
+  module.def("cuda_rollout", &cuda_rollout, py::arg("model").none(false), py::kw_only(),
+             py::arg("problems"), py::arg("horizon"), py::arg("samples"), py::arg("z0"),
+             py::arg("actions"), py::arg("policy_noise"), py::arg("critic_pair"),
+             py::arg("discount"), py::arg("score"), py::arg("entropy"), py::arg("returns"),
+             py::arg("work"), py::arg("stream"),
              "Enqueue iqmpc.kernels.mppi_rollout on a stream. Arrays are addresses in the memory "
              "of the model's device: float32, dense, critic_pair int64. Only in builds with CUDA.");
 #endif
 
-  py::class_<iqmpc::Planner>(module, "Planner", "MPPI for E problems: a whole plan in one call.")
+  expose<iqmpc::Planner>(module, "Planner", "MPPI for E problems: a whole plan in one call.")
       .def(py::init([](Model model, py::ssize_t num_envs, py::ssize_t horizon,
                        py::ssize_t samples, py::ssize_t elites, py::ssize_t policy_trajectories,
                        py::ssize_t iterations, float temperature, float std_min, float std_max,
@@ -712,34 +725,34 @@ PYBIND11_MODULE(_C, module) {
       .def(
           "publish",
           [](iqmpc::Planner& planner, Model model) {
-            check_fork(planner);
+            check_fork(planner, "planner");
             planner.publish(std::move(model));
           },
           py::arg("model").none(false), "Plan with this model from now on.")
       .def(
           "publish",
           [](iqmpc::Planner& planner, const ModelView& view) {
-            check_fork(planner);
+            check_fork(planner, "planner");
             py::gil_scoped_release release;
             planner.publish(view.view);
           },
           py::arg("view"), "Plan from now on with what the view shows now.")
       .def("warm_up",
            [](iqmpc::Planner& planner) {
-             check_fork(planner);
+             check_fork(planner, "planner");
              py::gil_scoped_release release;
              planner.warm_up();
            })
       .def("reset",
            [](iqmpc::Planner& planner) {
-             check_fork(planner);
+             check_fork(planner, "planner");
              py::gil_scoped_release release;
              planner.reset();
            })
       .def(
           "reset",
           [](iqmpc::Planner& planner, std::ptrdiff_t problem) {
-            check_fork(planner);
+            check_fork(planner, "planner");
             py::gil_scoped_release release;
             planner.reset(problem);
           },
@@ -757,7 +770,7 @@ PYBIND11_MODULE(_C, module) {
       .def_property("step", &iqmpc::Planner::step, &iqmpc::Planner::set_step)
       .def("draws", &draws, py::arg("step"), "What plan number `step` draws, by name.");
 
-  py::class_<BoundLearner>(
+  expose<BoundLearner>(
       module, "Learner",
       "Updates a model in the memory of the arrays given: iqmpc.kernels.iq_update.")
       .def(py::init(&bound_learner), py::kw_only(), py::arg("encoder"), py::arg("dynamics"),

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/calls.hpp"
 #include "cpu/learner_state.hpp"
 #include "cpu/view_checks.hpp"
 #include "iqmpc/world_model.hpp"
@@ -564,7 +565,7 @@ UpdateMetrics Learner::learn(const ReplayView* experts, const ReplayView& behavi
                              std::ptrdiff_t batch, std::uint64_t update, std::uint64_t model_steps,
                              std::uint64_t policy_steps) {
   State& s = *state_;
-  const std::lock_guard<std::mutex> lock(s.mutex);
+  const detail::ExclusiveCall call(s.calls, s.mutex);
   const Index demonstrations = experts != nullptr ? batch : 0;
   check_columns(s.settings, batch + demonstrations, demonstrations);
   if (experts != nullptr) check_pointers(s.settings, "the replay of demonstrations", *experts);
@@ -583,12 +584,16 @@ UpdateMetrics Learner::learn(const ReplayView* experts, const ReplayView& behavi
 UpdateMetrics Learner::update(const BatchView& batch, std::uint64_t update,
                               std::uint64_t model_steps, std::uint64_t policy_steps) {
   State& s = *state_;
-  const std::lock_guard<std::mutex> lock(s.mutex);
+  const detail::ExclusiveCall call(s.calls, s.mutex);
   check_columns(s.settings, batch.columns, batch.experts);
   check_pointers(s.settings, "a batch", batch);
   const Source source{&batch,        {nullptr, nullptr}, nullptr,
                       batch.experts, s.obs_dim,          s.action_dim};
   return s.run(source, batch.columns, update, model_steps, policy_steps);
+}
+
+bool Learner::forked_while_busy() const noexcept {
+  return state_->pool.forked() && state_->calls != 0;
 }
 
 void Learner::draws(std::uint64_t update, std::ptrdiff_t columns, std::ptrdiff_t experts,

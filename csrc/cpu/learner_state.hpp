@@ -1,6 +1,7 @@
 // What an update works on: csrc/cpu/learner.cpp drives it, csrc/cpu/learner_blocks.cpp computes.
 #pragma once
 
+#include <atomic>
 #include <mutex>
 #include <vector>
 
@@ -177,6 +178,7 @@ struct Learner::State {
   const detail::KernelTable& draw;
   ThreadPool pool;
   std::mutex mutex;
+  std::atomic<int> calls{0};  // under way: those that take the mutex
   detail::Index obs_dim, action_dim, latent_dim, hidden_dim, simnorm_dim;
   float log_std_min, log_std_max;
   std::uint32_t threshold;  // of dropout, in 2^-16

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/budget.hpp"
+#include "cpu/calls.hpp"
 #include "cpu/rollout.hpp"
 #include "cpu/threefry.hpp"
 #include "iqmpc/thread_pool.hpp"
@@ -279,7 +280,7 @@ struct Planner::State {
   std::uint64_t step = 0;
   Models models;
   std::mutex plan_mutex;
-  std::atomic<bool> busy{false};  // while plan_mutex is held
+  std::atomic<int> calls{0};  // under way: those that take a mutex
   ThreadPool pool;
   const detail::Blocks prior_blocks, sample_blocks;
   std::vector<Problem> problems;
@@ -509,24 +510,22 @@ Planner::Planner(std::shared_ptr<const WorldModel> model, const PlannerSettings&
 
 Planner::~Planner() = default;
 
-// One call at a time, which a forked process can see was under way.
-struct Planner::Busy {
-  explicit Busy(State& state) : state(state), lock(state.plan_mutex) { state.busy = true; }
-  ~Busy() { state.busy = false; }
-  State& state;
-  std::lock_guard<std::mutex> lock;
-};
-
-bool Planner::forked_while_busy() const noexcept { return state_->pool.forked() && state_->busy; }
+bool Planner::forked_while_busy() const noexcept {
+  return state_->pool.forked() && state_->calls != 0;
+}
 
 void Planner::publish(std::shared_ptr<const WorldModel> model) {
+  const detail::Call call(state_->calls);
   state_->models.publish(packed_of(std::move(model)));
 }
 
-void Planner::publish(const WorldModelView& view) { state_->models.publish(view); }
+void Planner::publish(const WorldModelView& view) {
+  const detail::Call call(state_->calls);
+  state_->models.publish(view);
+}
 
 PlanResult Planner::plan(const float* obs, bool explore, float* action) noexcept {
-  const Busy busy(*state_);
+  const detail::ExclusiveCall call(state_->calls, state_->plan_mutex);
   const PlannerSettings& s = state_->settings;
   const PlanResult result = state_->run(obs, explore, s.iterations, s.budget_us, action);
   ++state_->step;
@@ -535,7 +534,7 @@ PlanResult Planner::plan(const float* obs, bool explore, float* action) noexcept
 
 void Planner::warm_up() noexcept {
   State& s = *state_;
-  const Busy busy(s);
+  const detail::ExclusiveCall call(s.calls, s.plan_mutex);
   std::copy(s.mean.begin(), s.mean.end(), s.warm_mean.begin());
   s.run(s.warm_obs.data(), false, std::min<Index>(s.settings.iterations, 3), 0,
         s.warm_action.data());
@@ -548,13 +547,13 @@ void Planner::reset(std::ptrdiff_t problem) {
     throw std::out_of_range("problem must lie in [0, " + std::to_string(envs) + "), got " +
                             std::to_string(problem));
   }
-  const Busy busy(*state_);
+  const detail::ExclusiveCall call(state_->calls, state_->plan_mutex);
   const Index each = static_cast<Index>(state_->mean.size()) / envs;
   std::fill_n(state_->mean.begin() + problem * each, each, 0.0f);
 }
 
 void Planner::reset() noexcept {
-  const Busy busy(*state_);
+  const detail::ExclusiveCall call(state_->calls, state_->plan_mutex);
   std::fill(state_->mean.begin(), state_->mean.end(), 0.0f);
 }
 
@@ -567,6 +566,7 @@ std::ptrdiff_t Planner::action_dim() const noexcept { return state_->action_dim;
 
 void Planner::draws(std::uint64_t step, PlanDraws& draws) const {
   const PlannerSettings& s = state_->settings;
+  const detail::Call call(state_->calls);
   const Models::Held model(state_->models);
   const detail::PackedModel& packed = *model;
   const Index pad = packed.action_pad, a = packed.action_dim;

@@ -1,8 +1,7 @@
-"""A process that was forked after a plan plans, forgets and ends as any other."""
+"""A process that was forked after a plan or an update goes on as any other, and ends."""
 
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -19,6 +18,7 @@ model = WorldModel(3, 2, ModelConfig(hidden_dim=32, latent_dim=32, encoder_dim=3
 config = PlannerConfig(backend="cpu", threads=3, samples={samples}, elites=16, iterations={rounds})
 planner = Planner(model.weights(), config, discount=0.99)
 obs = torch.zeros(1, 3)
+work = lambda: planner.plan(obs)
 """
 AFTER = """
 first = planner.plan(obs)
@@ -32,28 +32,76 @@ if os.fork() == 0:
 _, status = os.wait()
 print(os.waitstatus_to_exitcode(status), torch.equal(planner.plan(obs), first))
 """
+# Forks until one falls into a call: the child then says so (0), else it has worked there (3).
 DURING = """
-thread = threading.Thread(target=planner.plan, args=(obs,))
+over = threading.Event()
+def go_on():
+    while not over.is_set():
+        work()
+thread = threading.Thread(target=go_on)
 thread.start()
-time.sleep(0.3)
+for _ in range(100):
+    if os.fork() == 0:
+        signal.alarm(60)
+        code = 3
+        try:
+            work()
+        except RuntimeError as error:
+            code = 0 if "this process was forked while the" in str(error) else 1
+        {forget}
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.wait()[1])
+    if code != 3:
+        break
+over.set()
+thread.join()
+print(code, True)
+"""
+
+LEARNER = """
+import os, signal, sys, threading, time
+import torch
+from iqmpc.config import Config
+from iqmpc.learner import Learner
+from iqmpc.losses import Batch
+from iqmpc.threads import set_threads
+set_threads(3, torch_idle=True)
+torch.manual_seed(0)
+config = Config().replace({{"model.hidden_dim": {width}, "model.latent_dim": 32,
+                           "model.encoder_dim": 32, "learner.mode": "fused"}})
+learner = Learner(3, 2, config)
+n = {columns}
+obs, action, zeros = torch.randn(4, n, 3), torch.rand(3, n, 2), torch.zeros(3, n)
+batch = Batch(obs, action, zeros, zeros, n // 2)
+work = lambda: learner.update(batch)
+"""
+AFTER_AN_UPDATE = """
+learner.update(batch)
+before = {{k: v.clone() for k, v in learner.state_dict().items()}}
+learner.update(batch)
+after = {{k: v.clone() for k, v in learner.state_dict().items()}}
+learner.load_state_dict(before)
+same = lambda: all(torch.equal(v, after[k]) for k, v in learner.state_dict().items())
 if os.fork() == 0:
     signal.alarm(60)
-    try:
-        planner.plan(obs)
-    except RuntimeError as error:
-        said = "forked while the planner was planning" in str(error)
-    del planner
-    os._exit(not said)
+    learner.update(batch)
+    code = not same()
+    del learner
+    sys.exit(code)
 _, status = os.wait()
-thread.join()
-print(os.waitstatus_to_exitcode(status), True)
+learner.update(batch)
+print(os.waitstatus_to_exitcode(status), same())
 """
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("code", "samples", "rounds"), [(AFTER, 64, 2), (DURING, 8192, 200)])
-def test_a_fork(code, samples, rounds):
-    program = SETUP.format(samples=samples, rounds=rounds) + textwrap.dedent(code)
+@pytest.mark.parametrize("program", [
+    (SETUP + AFTER).format(samples=64, rounds=2),
+    (SETUP + DURING).format(samples=2048, rounds=20, forget="del planner"),
+    (LEARNER + AFTER_AN_UPDATE).format(width=32, columns=8),
+    (LEARNER + DURING).format(width=256, columns=512, forget="del learner"),
+], ids=["plan-after", "plan-during", "update-after", "update-during"])
+def test_a_fork(program):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           timeout=100)
     assert done.stdout == "0 True\n", done.stderr

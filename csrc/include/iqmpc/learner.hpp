@@ -130,7 +130,8 @@ struct LearnerGradient {
 // Owns its threads and every buffer: after the first call with a batch of some size, a call with
 // another of that size allocates nothing. All parameters stay the caller's, who must not touch them
 // during a call. Calls from several threads wait for each other. The same parameters, seed and
-// number of update give the same result, bit for bit, on any number of threads.
+// number of update give the same result, bit for bit, on any number of threads. A forked process has
+// none of the threads, and updates on its caller's alone.
 class Learner {
  public:
   // Throws std::invalid_argument for parts that do not fit together, settings that cannot be, and
@@ -152,6 +153,10 @@ class Learner {
   // and where something is missing.
   UpdateMetrics update(const BatchView& batch, std::uint64_t update, std::uint64_t model_steps,
                        std::uint64_t policy_steps);
+
+  // Whether this process was forked in the middle of an update, which will never end here: neither
+  // of the two above may then be called.
+  bool forked_while_busy() const noexcept;
 
   // What update number `update` draws for a batch of so many columns.
   void draws(std::uint64_t update, std::ptrdiff_t columns, std::ptrdiff_t experts,

@@ -98,7 +98,6 @@ class Planner {
 
  private:
   struct State;
-  struct Busy;
   std::unique_ptr<State> state_;
 };
 
