@@ -241,7 +241,7 @@ def test_a_run_knows_its_preset():
     (["task=gym", "env_id=HalfCheetah-v4"], ""),
     (["task=gym", "env_id=my.module:make", "task.terminates=false"], "task.terminates=false"),
     (["learner.batch=128", "learner.lr=1e-3", "learner.gradient_penalty=null"],
-     "learner.batch=128 learner.lr=0.001"),
+     "learner.batch=128 learner.gradient_penalty=null learner.lr=0.001"),
     (["learner=td", "planner.iterations=null"], "planner.iterations=null learner.objective=td"),
     (["demos.path=/data/mine.h5", "demos.episodes=5"], "demos.path=mine.h5 demos.episodes=5"),
     (["task.name=own", "task.suite=own", "task.episode_length=9", "model.critics=3"],

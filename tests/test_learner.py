@@ -1,11 +1,14 @@
 import dataclasses
+import importlib.util
 import math
 
 import pytest
 import torch
 
 from iqmpc import Learner, losses
+from iqmpc.errors import ConfigError
 from iqmpc.kernels.weights import map_layers, snapshot
+from iqmpc.learner import update_mode
 from iqmpc.losses import Batch
 from iqmpc.replay import SliceReplay, join
 
@@ -521,3 +524,118 @@ def test_a_termination_head_learns_and_is_continued(small_config):
     assert torch.equal(parameters(learner), parameters(other))
     with pytest.raises(RuntimeError, match="termination"):
         Learner(2, 2, small_config).load_state_dict(learner.state_dict())
+
+
+def fused_and_eager(config, monkeypatch):
+    """Two learners, of which the eager one draws what the fused one does."""
+    fused, eager = (Learner(2, 2, with_(config, mode=mode)) for mode in ("fused", "eager"))
+
+    def drawn():
+        experts = 0 if config.learner.objective == "td" else 8
+        draws = fused._fused.native.draws(eager.updates, 16, experts)
+        return {k: torch.tensor(v) for k, v in draws.items()}
+
+    def model_noise(data):
+        d = drawn()
+        always = config.learner.dropout == "always"
+        return losses.ModelNoise(
+            d["target"], d["initial"], d["keep"], d["mix"] if eager.penalise else None, d["pair"],
+            keep_target=d["keep_target"] if always else None,
+            keep_value=d["keep_value"] if always and data.experts else None,
+            keep_penalty=d["keep_penalty"] if always and eager.penalise else None)
+
+    def policy_noise(latents):
+        d = drawn()
+        keep = d["keep_policy"] if config.learner.dropout == "always" else None
+        return losses.PolicyNoise(d["policy"], d["policy_pair"], keep)
+
+    monkeypatch.setattr(eager, "_model_noise", model_noise)
+    monkeypatch.setattr(eager, "_policy_noise", policy_noise)
+    return fused, eager
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"learner.objective": "td"}, {"learner.objective": "v_diff", "model.termination": True},
+    {"learner.gradient_penalty": True, "learner.dropout": "always",
+     "learner.entropy": "presquash", "agent.average": "evaluation", "learner.tau": 0.3}], ids=str)
+def test_fused_is_eager(small_config, monkeypatch, settings):
+    config = small_config.replace({"model.dropout": 0.125, **settings})
+    fused, eager = fused_and_eager(config, monkeypatch)
+    assert (fused.mode, eager.mode) == ("fused", "eager")
+    data = batch()
+    if config.learner.objective == "td":
+        data = data._replace(experts=0)
+    if config.termination:
+        data = data._replace(terminated=(data.action[..., 0] > 0.5).float())
+    for _ in range(5):
+        one, two = fused.update(data), eager.update(data)
+        assert one.keys() == two.keys()
+        for key in two:
+            assert one[key].dtype == torch.float32 and one[key].shape == ()
+            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5, msg=key,
+                                       equal_nan=True)
+    # A checkpoint of one is one of the other, moments and counts of steps included.
+    a, b = fused.state_dict(), eager.state_dict()
+    assert a.keys() == b.keys() and fused.updates == eager.updates == 5
+    for key in a.keys() - {"generator"}:
+        assert a[key].shape == b[key].shape and a[key].dtype == b[key].dtype
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-4, msg=key)
+    other = Learner(2, 2, with_(config, mode="fused"))
+    other.load_state_dict({k: v.clone() for k, v in b.items()})
+    monkeypatch.undo()
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, b[key]), key
+    assert other.update(data)["consistency"].isfinite()
+
+
+def test_fused_counts_and_leaves_out_what_is_not_finite(small_config):
+    learner = Learner(2, 2, with_(small_config, mode="fused"))
+    learner.update(batch())
+    before = {k: v.clone() for k, v in learner.state_dict().items()}
+    bad = batch()
+    bad.obs[0, 0, 0] = math.nan
+    assert learner.update(bad)["skipped_updates"] == 1
+    after = learner.state_dict()
+    assert after.pop("updates") == 2 and after.pop("skipped_updates") == 1
+    assert all(torch.equal(after[k], before[k]) for k in after)
+    assert learner.update(batch())["skipped_updates"] == 1 and learner.skipped_updates == 1
+    assert learner.state_dict()["model_adam.0.step"] == 2
+
+
+def test_what_learns_where(small_config, monkeypatch):
+    def mode(obs_shape=(2,), device="cpu", **settings):
+        return update_mode(with_(small_config, **settings), torch.device(device), obs_shape)
+
+    images = (9, 64, 64)
+    assert mode(mode="auto") == mode(mode="auto", precision="bf16") == "fused"
+    assert mode(mode="auto", obs_shape=images) == "compile"
+    assert mode(mode="auto", device="cuda") == mode(mode="graph", device="cuda") == "graph"
+    assert mode(mode="eager") == "eager"
+    with pytest.raises(ConfigError, match=r"mode=fused takes flat observations, got images \[9, "):
+        mode(mode="fused", obs_shape=images)
+    with pytest.raises(ConfigError, match="mode=fused needs device=cpu, got cuda"):
+        mode(mode="fused", device="cuda")
+    with pytest.raises(ConfigError, match="mode=graph needs a CUDA device, got cpu"):
+        mode(mode="graph")
+    with pytest.raises(ConfigError, match="precision=bf16 needs learner.mode=fused, got eager"):
+        mode(mode="eager", precision="bf16")
+    with pytest.raises(ConfigError, match="got compile .fused takes flat observations"):
+        mode(mode="auto", precision="bf16", obs_shape=images)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert mode(mode="auto") == "compile"
+    with pytest.raises(ConfigError, match="mode=fused needs the compiled extension iqmpc._C"):
+        mode(mode="fused")
+
+
+def test_fused_learns_from_replays_as_they_grow(small_config):
+    learners = [Learner(2, 2, with_(small_config, mode="fused")) for _ in range(2)]
+    experts, behaviour = (SliceReplay(2, 2, horizon=3, capacity=10_000) for _ in range(2))
+    experts.add_episode(torch.randn(31, 2), torch.rand(30, 2))
+    with pytest.raises(ValueError, match="no episode of at least 3 steps"):
+        learners[0].learn(experts, behaviour)
+    for length in (5, 5000, 20):  # the second one makes the replay's tensors move
+        behaviour.add_episode(torch.randn(length + 1, 2), torch.rand(length, 2))
+        one, two = (learner.learn(experts, behaviour) for learner in learners)
+        assert one == two
+    assert behaviour.allocations > 1
+    assert torch.equal(parameters(learners[0]), parameters(learners[1]))

@@ -176,10 +176,12 @@ def assert_same_state(one, two):
 
 
 @pytest.mark.parametrize("mode", [
-    "eager", pytest.param("compile", marks=pytest.mark.slow)])
+    "eager", "fused", pytest.param("compile", marks=pytest.mark.slow)])
 def test_resume_is_exact(tmp_path, small_config, point_env, point_demonstrations, mode):
     """40 + 60 steps are 100 steps, evaluations in between or not."""
-    config = small_config.replace({"planner.mode": mode, "learner.mode": mode})
+    config = small_config.replace({
+        "planner.mode": "compile" if mode == "compile" else "eager", "learner.mode": mode,
+        "agent.average": "always"})
     train(config, point_env, point_demonstrations, tmp_path / "straight")
     first = config.replace({"train.steps": 40, "train.eval_every": 20})
     train(first, point_env, point_demonstrations, tmp_path / "parts")

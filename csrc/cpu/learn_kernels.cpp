@@ -35,6 +35,14 @@ Bits rounded(Vec x) {
   return x == x ? up : bits | 0x400000u;
 }
 
+// The first `count` numbers from p, if there are so many, and zeros.
+Vec load_up_to(const float* p, Index count) {
+  if (count >= kWidth) return load(p);
+  float lanes[kWidth] = {};
+  for (Index i = 0; i < count; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
 // Operands of a product: how numbers are stored, and one unit of it on a vector of outputs.
 struct Floats {
   static constexpr int kStep = 1;
@@ -48,11 +56,8 @@ struct Floats {
   }
   static Vec multiply_add(Vec acc, Loaded x, Loaded w) { return acc + x * w; }
 
-  static Unit unit(float x) {
-    Unit bits;
-    __builtin_memcpy(&bits, &x, sizeof x);
-    return bits;
-  }
+  // kWidth units of a row of `count` numbers, zeros beyond its end.
+  static Bits units(const float* row, Index count) { return (Bits)load_up_to(row, count); }
   // kWidth numbers at column i of a row.
   static void store_numbers(Unit* row, Index i, Vec x) { store_units(row + i, (Bits)x); }
 };
@@ -85,12 +90,19 @@ struct Pairs {
   }
 #endif
 
-  static std::uint32_t half(float x) {
-    Unit bits;
-    __builtin_memcpy(&bits, &x, sizeof x);
-    return (x == x ? bits + 0x7fffu + (bits >> 16 & 1u) : bits | 0x400000u) >> 16;
+  static Bits units(const float* row, Index count) {
+    typedef std::uint64_t Both __attribute__((vector_size(kWidth * sizeof(Unit))));
+    typedef Unit HalfOfUnits __attribute__((vector_size(kWidth * sizeof(Unit) / 2)));
+    HalfOfUnits units[2];
+    for (int i = 0; i < 2; ++i) {
+      const Both both = (Both)rounded(load_up_to(row + i * kWidth, count - i * kWidth));
+      units[i] = __builtin_convertvector((both >> 16 & 0xffffu) | (both >> 32 & 0xffff0000u),
+                                         HalfOfUnits);
+    }
+    Bits result;
+    __builtin_memcpy(&result, units, sizeof result);
+    return result;
   }
-  static Unit unit(float x, float y) { return half(x) | half(y) << 16; }
   static void store_numbers(Unit* row, Index i, Vec x) {
     const Halves halves = __builtin_convertvector(rounded(x) >> 16, Halves);
     __builtin_memcpy(reinterpret_cast<std::uint16_t*>(row) + i, &halves, sizeof halves);
@@ -152,45 +164,25 @@ void product(const Unit* a, Index am, Index ak, const Unit* b, Index ldb, Index 
   }
 }
 
-// Written panel by panel and unit by unit, so that the stores are in order and a source row, a few
-// kilobytes, is read from the nearest cache.
-void pack_forward_floats(const float* weight, Index outputs, Index inputs, Index first, Index last,
-                         Unit* panels) {
-  for (Index p = first; p < last; p += kPanel) {
-    Unit* target = panels + p * inputs;
-    const Index count = outputs - p < kPanel ? outputs - p : kPanel;
-    const auto* source = reinterpret_cast<const char*>(weight + p * inputs);
-    // A square of 16 inputs by a panel at a time: its lines are in reach both ways.
-    for (Index i0 = 0; i0 < inputs; i0 += 16) {
-      const Index i1 = inputs - i0 < 16 ? inputs : i0 + 16;
-      for (Index o = 0; o < count; ++o) {
-        const char* row = source + o * inputs * 4;
-        for (Index i = i0; i < i1; ++i) __builtin_memcpy(target + i * kPanel + o, row + i * 4, 4);
+// Panels are columns of outputs: squares of the weight, transposed in registers.
+template <class Ops>
+void pack_forward(const float* weight, Index outputs, Index inputs, Index first, Index last,
+                  Unit* panels) {
+  const Index depth = (inputs + Ops::kStep - 1) / Ops::kStep;
+  for (Index output = first; output < last; output += kWidth) {
+    // A panel's two vectors one after the other; beyond the outputs there are zeros.
+    Unit* target = panels + output / kPanel * kPanel * depth + output % kPanel;
+    for (Index k = 0; k < depth; k += kWidth) {
+      Vec x[kWidth];
+      for (int r = 0; r < kWidth; ++r) {
+        x[r] = output + r < outputs
+                   ? (Vec)Ops::units(weight + (output + r) * inputs + k * Ops::kStep,
+                                     inputs - k * Ops::kStep)
+                   : Vec{};
       }
-    }
-    for (Index o = count; o < kPanel; ++o) {
-      for (Index i = 0; i < inputs; ++i) target[i * kPanel + o] = 0;
-    }
-  }
-}
-
-void pack_forward_pairs(const float* weight, Index outputs, Index inputs, Index first, Index last,
-                        Unit* panels) {
-  const Index depth = (inputs + 1) / 2;
-  for (Index p = first; p < last; p += kPanel) {
-    Unit* target = panels + p * depth;
-    const Index count = outputs - p < kPanel ? outputs - p : kPanel;
-    for (Index k0 = 0; k0 < depth; k0 += 16) {
-      const Index k1 = depth - k0 < 16 ? depth : k0 + 16;
-      for (Index o = 0; o < count; ++o) {
-        const float* row = weight + (p + o) * inputs;
-        for (Index k = k0; k < k1; ++k) {
-          target[k * kPanel + o] = Pairs::unit(row[2 * k], 2 * k + 1 < inputs ? row[2 * k + 1] : 0);
-        }
-      }
-    }
-    for (Index o = count; o < kPanel; ++o) {
-      for (Index k = 0; k < depth; ++k) target[k * kPanel + o] = 0;
+      transpose_square(x);
+      const Index count = depth - k < kWidth ? depth - k : kWidth;
+      for (Index i = 0; i < count; ++i) store_units(target + (k + i) * kPanel, (Bits)x[i]);
     }
   }
 }
@@ -198,13 +190,7 @@ void pack_forward_pairs(const float* weight, Index outputs, Index inputs, Index 
 // `count` floats, the rest of a panel zero.
 void load_panel(const float* p, Index count, Vec* v) {
   for (int i = 0; i < kVecs; ++i, p += kWidth, count -= kWidth) {
-    if (count >= kWidth) {
-      v[i] = load(p);
-    } else {
-      float lanes[kWidth] = {};
-      for (Index j = 0; j < count; ++j) lanes[j] = p[j];
-      v[i] = load(lanes);
-    }
+    v[i] = load_up_to(p, count);
   }
 }
 
@@ -792,7 +778,7 @@ constexpr LearnTable make_table() {
   return {kPanel,
           Ops::kStep,
           product<Ops>,
-          kFloats ? pack_forward_floats : pack_forward_pairs,
+          pack_forward<Ops>,
           pack_backward<Ops>,
           to_operand<Ops>,
           kFloats ? nullptr : interleave,

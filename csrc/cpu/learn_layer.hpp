@@ -20,15 +20,27 @@ void ensure(AlignedBuffer<T>& buffer, Index size) {
   }
 }
 
+// The same, and all of it zero.
+template <class T>
+void ensure_zeros(AlignedBuffer<T>& buffer, Index size) {
+  if (static_cast<Index>(buffer.size()) == size) {
+    std::fill_n(buffer.data(), size, T{});
+  } else {
+    buffer = AlignedBuffer<T>(static_cast<std::size_t>(size));
+  }
+}
+
 // Rows of numbers as operands of products. In bf16 a product that sums over rows needs them in
 // pairs of rows, which `interleave` makes of those written.
 struct Operand {
+  // Zeros: rows are summed in pairs, and the one that an odd number of them leaves over is never
+  // written. What a batch of another size left there would be added to the gradients.
   void reserve(const LearnTable& k, Index count, Index columns) {
     table = &k;
     width = padded_to(columns, k.panel);
     ld = width / k.step;
-    ensure(rows, count * ld);
-    if (k.interleave) ensure(pairs, (count + 1) / 2 * width);
+    ensure_zeros(rows, count * ld);
+    if (k.interleave) ensure_zeros(pairs, (count + 1) / 2 * width);
   }
   Unit* row(Index r) { return rows.data() + r * ld; }
   const Unit* row(Index r) const { return rows.data() + r * ld; }

@@ -94,7 +94,7 @@ struct LearnTable {
                                 const NormTrace& trace, const NormParameters& norm, Index group,
                                 Unit* out, Index ld_out, const ColumnSums& sums);
 
-  // The gradient penalty's second-order pass through one NormedLinear (csrc/cpu/learner.cpp).
+  // The gradient penalty's second-order pass through one NormedLinear (csrc/cpu/learner_blocks.cpp).
   // With c = dQ/d(out) and r̄ = dL/d(dQ/d(x W^T + b)): c̄ = dL/dc into out and its column sums
   // added to `out_sum` (null: none); what reaches the layer's own forward pass into u_bar [rows, ld]
   // (through γ x̂ + β), x_bar (through x̂) and scale_bar [rows]; γ's share added to sums.gamma.

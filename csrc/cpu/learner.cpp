@@ -149,6 +149,15 @@ void reserve(StackTrace& trace, const Stack& stack, const LearnTable& exact, Ind
   }
 }
 
+// Block by block, so that it comes out the same on any number of threads.
+Sums sum_of(const std::vector<Sums>& blocks) {
+  Sums total;
+  for (const Sums& block : blocks) {
+    for (const auto figure : Sums::kAll) total.*figure += block.*figure;
+  }
+  return total;
+}
+
 Index even(Index n) { return n + n % 2; }
 
 Group group(const LearnerSettings& s, float lr, double norm, std::uint64_t steps) {
@@ -210,9 +219,9 @@ Learner::State::State(const LearnerView& view, const LearnerSettings& s, std::ui
     for (Layer& layer : critic.layers) layer.repack = true;
   }
 
-  model_stacks_ = {&encoder, &dynamics};
-  for (Stack& critic : critics) model_stacks_.push_back(&critic);
-  if (!termination.layers.empty()) model_stacks_.push_back(&termination);
+  model_stacks = {&encoder, &dynamics};
+  for (Stack& critic : critics) model_stacks.push_back(&critic);
+  if (!termination.layers.empty()) model_stacks.push_back(&termination);
   const auto list = [](Stack& stack, Part& part, const Stack* follows = nullptr) {
     for (std::size_t l = 0; l < stack.layers.size(); ++l) {
       const Layer* other = follows != nullptr ? &follows->layers[l] : nullptr;
@@ -222,7 +231,7 @@ Learner::State::State(const LearnerView& view, const LearnerSettings& s, std::ui
     }
     for (Neuron& neuron : stack.neuron) part.neurons.push_back(&neuron);
   };
-  for (Stack* stack : model_stacks_) list(*stack, model);
+  for (Stack* stack : model_stacks) list(*stack, model);
   list(policy, policy_part);
   for (std::size_t k = 0; k < targets.size(); ++k) list(targets[k], target, &critics[k]);
   const auto append = [](Part& to, const Part& from) {
@@ -277,7 +286,7 @@ void Learner::State::resize(Index new_columns, Index new_experts) {
     reserve(trace, stack, exact, rows, dropout);
     add_parts(stack, trace, in, rows);
   };
-  for (Stack* stack : model_stacks_) {
+  for (Stack* stack : model_stacks) {
     for (Layer& layer : stack->layers) layer.parts.clear();
   }
   for (Layer& layer : policy.layers) layer.parts.clear();
@@ -321,7 +330,7 @@ void Learner::State::resize(Index new_columns, Index new_experts) {
       }
     }
   }
-  for (Stack* stack : model_stacks_) {
+  for (Stack* stack : model_stacks) {
     for (Layer& layer : stack->layers) layer.reserve_gradients(count);
     for (Neuron& neuron : stack->neuron) neuron.reserve_gradients(count);
   }
@@ -382,7 +391,10 @@ UpdateMetrics Learner::State::run(Source source, Index new_columns, std::uint64_
       }
     });
   };
-  const auto norm = [&](const Part& part, double neurons) {
+  const auto gather = [blocks_n](Layer& layer, Index strip, const Layer*) {
+    layer.gather_gradients(strip, blocks_n);
+  };
+  const auto norm = [](const Part& part, double neurons) {
     double total = neurons;
     for (const Strip& strip : part.strips) {
       total += strip.layer->squares[static_cast<std::size_t>(strip.number)];
@@ -408,23 +420,13 @@ UpdateMetrics Learner::State::run(Source source, Index new_columns, std::uint64_
                 work[static_cast<std::size_t>(thread)]);
   });
   double neurons = 0;
-  each(model, [&](Layer& layer, Index strip, const Layer*) { layer.gather_gradients(strip, blocks_n); },
-       [&](Neuron& neuron) { neurons += neuron.gather_gradients(blocks_n); });
+  each(model, gather, [&](Neuron& neuron) { neurons += neuron.gather_gradients(blocks_n); });
   for (Stack& critic : critics) {
     for (Layer& layer : critic.layers) layer.extra = {};
   }
   const double model_norm = norm(model, neurons);
 
-  Sums total;
-  const auto add = [&] {
-    total = {};
-    for (const Sums& s : sums) {
-      const double* from = &s.consistency;
-      double* to = &total.consistency;
-      for (std::size_t i = 0; i < sizeof(Sums) / sizeof(double); ++i) to[i] += from[i];
-    }
-  };
-  add();
+  Sums total = sum_of(sums);
   UpdateMetrics m{};
   const double rows = static_cast<double>(settings.horizon * columns);
   const double expert_rows = static_cast<double>(settings.horizon * experts);
@@ -469,9 +471,8 @@ UpdateMetrics Learner::State::run(Source source, Index new_columns, std::uint64_
     policy_block(blocks[static_cast<std::size_t>(i)], key, policy_pair,
                  work[static_cast<std::size_t>(thread)]);
   });
-  each(policy_part, [&](Layer& layer, Index strip, const Layer*) { layer.gather_gradients(strip, blocks_n); },
-       [](Neuron&) {});
-  add();
+  each(policy_part, gather, [](Neuron&) {});
+  total = sum_of(sums);
   const double policy_norm = norm(policy_part, 0);
   const double step_rows = static_cast<double>((settings.horizon + 1) * columns);
   m.policy_loss = total.policy;
@@ -514,7 +515,9 @@ void check_columns(const LearnerSettings& s, Index columns, Index experts) {
                                 std::to_string(columns) + " columns, " + std::to_string(experts) +
                                 " of them demonstrations");
   };
-  if (columns < 1 || experts < 0 || experts > columns) refuse("columns, some of them demonstrations");
+  if (columns < 1 || experts < 0 || experts > columns) {
+    refuse("columns, some of them demonstrations");
+  }
   if (s.objective == Objective::td) {
     if (experts != 0) refuse("no demonstrations for the objective td");
     return;
@@ -523,6 +526,19 @@ void check_columns(const LearnerSettings& s, Index columns, Index experts) {
   if (s.c_gp > 0 && 2 * experts != columns) {
     refuse("as many demonstrations as behaviour for the gradient penalty");
   }
+}
+
+// What a batch, or a replay, points to; `reward` only where it is read.
+template <class View>
+void check_pointers(const LearnerSettings& s, const char* what, const View& view) {
+  const auto need = [&](const char* name, const float* pointer) {
+    if (pointer != nullptr) return;
+    throw std::invalid_argument(std::string(what) + " needs " + name + ", got null");
+  };
+  need("obs", view.obs);
+  need("action", view.action);
+  need("terminated", view.terminated);
+  if (s.objective == Objective::td) need("reward", view.reward);
 }
 
 void draw_slices(const DrawKey& key, bool experts, const ReplayView& replay, Index horizon,
@@ -536,7 +552,8 @@ void draw_slices(const DrawKey& key, bool experts, const ReplayView& replay, Ind
     rows[i] = replay.starts[key.below(stream, i, replay.slices)];
     if (rows[i] < 0 || rows[i] + horizon >= replay.rows) {
       throw std::invalid_argument("a slice from row " + std::to_string(rows[i]) + " on, " +
-                                  std::to_string(horizon) + " steps long, lies beyond the replay's " +
+                                  std::to_string(horizon) +
+                                  " steps long, lies beyond the replay's " +
                                   std::to_string(replay.rows) + " rows");
     }
   }
@@ -551,6 +568,8 @@ UpdateMetrics Learner::learn(const ReplayView* experts, const ReplayView& behavi
   const detail::ExclusiveCall call(s.calls, s.mutex);
   const Index demonstrations = experts != nullptr ? batch : 0;
   check_columns(s.settings, batch + demonstrations, demonstrations);
+  if (experts != nullptr) check_pointers(s.settings, "the replay of demonstrations", *experts);
+  check_pointers(s.settings, "the replay of behaviour", behaviour);
   s.resize(batch + demonstrations, demonstrations);
   const DrawKey key(s.seed, update);
   if (experts != nullptr) {
@@ -567,6 +586,7 @@ UpdateMetrics Learner::update(const BatchView& batch, std::uint64_t update,
   State& s = *state_;
   const detail::ExclusiveCall call(s.calls, s.mutex);
   check_columns(s.settings, batch.columns, batch.experts);
+  check_pointers(s.settings, "a batch", batch);
   const Source source{&batch,        {nullptr, nullptr}, nullptr,
                       batch.experts, s.obs_dim,          s.action_dim};
   return s.run(source, batch.columns, update, model_steps, policy_steps);
@@ -618,6 +638,7 @@ void Learner::slices(std::uint64_t update, bool experts, const ReplayView& repla
 
 std::vector<LearnerGradient> Learner::gradients() const {
   std::vector<LearnerGradient> all;
+  if (state_->columns == 0) return all;
   const auto add = [&](const Stack& stack) {
     for (const Layer& layer : stack.layers) {
       all.push_back({layer.weight_gradient.data(), layer.out, layer.in, layer.padded_in});
@@ -630,7 +651,7 @@ std::vector<LearnerGradient> Learner::gradients() const {
       all.push_back({neuron.gradient() + neuron.padded, 1, 1, 0});
     }
   };
-  for (const Stack* stack : state_->model_stacks_) add(*stack);
+  for (const Stack* stack : state_->model_stacks) add(*stack);
   add(state_->policy);
   return all;
 }

@@ -36,8 +36,6 @@ struct Smaller {
   float value, first;
 };
 
-void interleave(Operand& operand, Index first, Index rows) { operand.interleave(first, rows); }
-
 void interleave(StackTrace& trace, Index first, Index rows, Index hidden) {
   for (std::size_t i = 0; i < trace.size(); ++i) {
     trace[i].grad.interleave(first, rows);
@@ -242,7 +240,7 @@ class Learner::State::Pass {
                        w.z_gradient.data() + z_row(r) * ld_z, ld_z);
       }
     }
-    interleave(joint, b.value, rows);
+    joint.interleave(b.value, rows);
     for (StackTrace& trace : s.value_trace) {
       interleave(trace, b.value, rows, s.critics[0].hidden());
     }
@@ -304,8 +302,7 @@ class Learner::State::Pass {
       Layer& layer = layer_of(critic, l);
       Work::Penalty& p = w.penalty[static_cast<std::size_t>(l)];
       const Operand& below = c_bar[static_cast<std::size_t>(l)];
-      layer.forward(below.row(at), below.ld, rows, w.r_bar.data(),
-                    layer.padded, false);
+      layer.forward(below.row(at), below.ld, rows, w.r_bar.data(), layer.padded, false);
       const bool top = l + 1 == hidden;
       // The last c̄ is the gradient of the neuron's weights, row by row; only its sum is needed.
       const LearnTable& out = top ? exact : *layer_of(critic, l + 1).k;
@@ -329,8 +326,8 @@ class Learner::State::Pass {
       }
     }
     interleave(trace, at, rows, hidden);
-    for (Operand& operand : r) interleave(operand, at, rows);
-    for (Operand& operand : c_bar) interleave(operand, at, rows);
+    for (Operand& operand : r) operand.interleave(at, rows);
+    for (Operand& operand : c_bar) operand.interleave(at, rows);
   }
 
   // What the penalty is taken at: u (z, a) of an expert + (1 - u) that of its partner.
@@ -351,7 +348,7 @@ class Learner::State::Pass {
                      s.penalty_joint.ld);
       }
     }
-    interleave(s.penalty_joint, b.penalty, horizon * experts);
+    s.penalty_joint.interleave(b.penalty, horizon * experts);
   }
 
   // The termination head on z_{t+1}.
@@ -384,7 +381,7 @@ class Learner::State::Pass {
     head.layers.front().backward(0, s.termination_trace[0].grad.row(b.data),
                                  s.termination_trace[0].grad.ld, rows, w.other.data(), ld_z);
     exact.add_rows(w.other.data(), ld_z, rows, ld_z, z_gradient(1), ld_z);
-    interleave(s.next, b.data, rows);
+    s.next.interleave(b.data, rows);
     interleave(s.termination_trace, b.data, rows, head.hidden());
   }
 
@@ -400,7 +397,7 @@ class Learner::State::Pass {
     }
     simnorm_backward(s.encoder, s.encoder_trace, b.start, z(0), z_gradient(0));
     const Index rows = horizon * columns;
-    interleave(s.joint, b.data, rows);
+    s.joint.interleave(b.data, rows);
     interleave(s.dynamics_trace, b.data, rows, s.dynamics.hidden());
     for (std::size_t n = 0; n < s.critics.size(); ++n) {
       interleave(s.critic_trace[n], b.data, rows, s.critics[n].hidden());
@@ -489,13 +486,15 @@ class Learner::State::Pass {
     k.to_operand(g, head.padded, rows, head.out, grad.row(b.steps), grad.ld);
     head.backward(0, grad.row(b.steps), grad.ld, rows, w.gradient.data(), head.back_columns(0));
     hidden_backward(s.policy, trace, b.steps, rows);
-    interleave(joint, b.steps, rows);
+    joint.interleave(b.steps, rows);
     interleave(trace, b.steps, rows, s.policy.hidden());
   }
 
  private:
   static std::size_t bytes(Index count) { return static_cast<std::size_t>(count) * sizeof(float); }
-  static Layer& layer_of(Stack& stack, Index l) { return stack.layers[static_cast<std::size_t>(l)]; }
+  static Layer& layer_of(Stack& stack, Index l) {
+    return stack.layers[static_cast<std::size_t>(l)];
+  }
   static Trace& trace_of(StackTrace& trace, Index l) { return trace[static_cast<std::size_t>(l)]; }
   bool presquash() const { return set.entropy == Entropy::presquash; }
 
@@ -666,7 +665,7 @@ class Learner::State::Pass {
 
 void Learner::State::model_block(const Block& block, const Source& source, const DrawKey& key,
                                  const Index* pair, Work& w) {
-  for (Stack* stack : model_stacks_) {
+  for (Stack* stack : model_stacks) {
     for (Layer& layer : stack->layers) layer.clear_sums(block.number);
     for (Neuron& neuron : stack->neuron) neuron.clear_sums(block.number);
   }

@@ -85,12 +85,18 @@ struct Block {
   Index penalty;  // [H, experts]
 };
 
-// Sums over a block's rows; in learner.cpp, over all blocks.
+// Sums over a block's rows, or over all blocks'.
 struct Sums {
   double consistency = 0, q_expert = 0, q_behaviour = 0, target = 0, reward_expert = 0;
   double reward_behaviour = 0, value = 0, critic = 0, penalty = 0;
   double termination = 0, found = 0, claimed = 0, ends = 0;
   double policy = 0, log_prob = 0, q_policy = 0;
+
+  static constexpr double Sums::*kAll[] = {
+      &Sums::consistency,     &Sums::q_expert,         &Sums::q_behaviour, &Sums::target,
+      &Sums::reward_expert,   &Sums::reward_behaviour, &Sums::value,       &Sums::critic,
+      &Sums::penalty,         &Sums::termination,      &Sums::found,       &Sums::claimed,
+      &Sums::ends,            &Sums::policy,           &Sums::log_prob,    &Sums::q_policy};
 };
 
 // Where a batch comes from: given, or slices of replays.
@@ -162,7 +168,7 @@ struct Learner::State {
     return settings.objective == Objective::v_diff ? settings.horizon * (b.columns - b.experts)
                                                    : b.experts;
   }
-  std::vector<detail::Stack*> model_stacks_;  // encoder, dynamics, critics, termination
+  std::vector<detail::Stack*> model_stacks;  // encoder, dynamics, critics, termination
 
   const LearnerSettings settings;
   const std::uint64_t seed;

@@ -231,4 +231,42 @@ static inline void sincos_turns(Vec u, Vec* sine, Vec* cosine) {
   *cosine = (Vec)((Bits)b ^ (((quarter + 1u) & 2u) << 30));
 }
 
+// Two vectors' lanes in turns, from their lower and from their upper halves.
+#if defined(__AVX512F__)
+static inline Vec zip_lower(Vec a, Vec b) {
+  return Vec{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3],
+             a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+}
+static inline Vec zip_upper(Vec a, Vec b) {
+  return Vec{a[8],  b[8],  a[9],  b[9],  a[10], b[10], a[11], b[11],
+             a[12], b[12], a[13], b[13], a[14], b[14], a[15], b[15]};
+}
+#elif defined(__AVX2__)
+static inline Vec zip_lower(Vec a, Vec b) {
+  return Vec{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
+}
+static inline Vec zip_upper(Vec a, Vec b) {
+  return Vec{a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+}
+#else
+static inline Vec zip_lower(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
+static inline Vec zip_upper(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
+#endif
+
+// A square of kWidth vectors, in place. Each pass takes the highest bit of an element's row number
+// to the lowest of its lane and all others one place up: after log2(kWidth) passes rows are lanes.
+static inline void transpose_square(Vec* x) {
+#pragma GCC unroll 8
+  for (int pass = 1; pass < kWidth; pass *= 2) {
+    Vec y[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth / 2; ++i) {
+      y[2 * i] = zip_lower(x[i], x[i + kWidth / 2]);
+      y[2 * i + 1] = zip_upper(x[i], x[i + kWidth / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+  }
+}
+
 }  // namespace iqmpc::detail::IQMPC_LEVEL

@@ -26,8 +26,8 @@ struct LayerParameters {
   std::ptrdiff_t in = 0;
 };
 
-// All that an update changes. Parts as in WorldModelView; `targets` are the target critics, of which
-// only values are used.
+// All that an update changes. Parts as in WorldModelView; `targets` are the target critics, of
+// which only values are used.
 struct LearnerView {
   std::vector<LayerParameters> encoder, dynamics, policy;
   std::vector<std::vector<LayerParameters>> critics, targets;
@@ -71,7 +71,8 @@ struct LearnerSettings {
 };
 
 // Slices in time-major order: obs [H+1, N, O], action [H, N, A], reward and terminated [H, N]. The
-// first `experts` of the N columns are demonstrations.
+// first `experts` of the N columns are demonstrations. Reward may be null for all objectives but
+// td.
 struct BatchView {
   const float* obs = nullptr;
   const float* action = nullptr;
@@ -82,7 +83,7 @@ struct BatchView {
 };
 
 // Episodes as rows: obs [rows, O], action [rows, A], reward and terminated [rows]; `starts` lists
-// the first rows of all slices of H steps.
+// the first rows of all slices of H steps. Reward may be null for all objectives but td.
 struct ReplayView {
   const float* obs = nullptr;
   const float* action = nullptr;
@@ -143,12 +144,13 @@ class Learner {
 
   // One update on `batch` slices of each replay, drawn uniformly with replacement. `update` numbers
   // the draws; `model_steps` and `policy_steps` are Adam's counts before this update. `experts` may
-  // be null for Objective::td. Throws std::invalid_argument for a replay without slices or with
-  // slices beyond its rows.
+  // be null for Objective::td. Throws std::invalid_argument for a replay without slices, with
+  // slices beyond its rows or without what is read of it.
   UpdateMetrics learn(const ReplayView* experts, const ReplayView& behaviour, std::ptrdiff_t batch,
                       std::uint64_t update, std::uint64_t model_steps, std::uint64_t policy_steps);
 
-  // The same on slices given. Throws std::invalid_argument where columns and objective do not fit.
+  // The same on slices given. Throws std::invalid_argument where columns and objective do not fit
+  // and where something is missing.
   UpdateMetrics update(const BatchView& batch, std::uint64_t update, std::uint64_t model_steps,
                        std::uint64_t policy_steps);
 
@@ -165,6 +167,7 @@ class Learner {
 
   // The last update's gradients, before clipping, of encoder, dynamics, critics, termination and
   // policy, layer by layer: weight, bias, gamma, beta. For comparison; read them before the next.
+  // Empty before the first.
   std::vector<LearnerGradient> gradients() const;
 
   const LearnerSettings& settings() const noexcept;
