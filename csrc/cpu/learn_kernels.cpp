@@ -203,7 +203,10 @@ void pack_backward(const float* weight, Index outputs, Index inputs, Index from,
     for (Index o = first; o < last; o += Ops::kStep) {
       Vec rows[2][kVecs] = {};
       load_panel(weight + o * inputs + i, count, rows[0]);
-      if (o + 1 < outputs) load_panel(weight + (o + 1) * inputs + i, count, rows[1]);
+      // Only of a pair: otherwise it may be the next strip's, which another thread is changing.
+      if (Ops::kStep == 2 && o + 1 < outputs) {
+        load_panel(weight + (o + 1) * inputs + i, count, rows[1]);
+      }
       Unit* target = panels + o / Ops::kStep * kPanel;
       for (int v = 0; v < kVecs; ++v) {
         const Bits units = Ops::kStep == 1
