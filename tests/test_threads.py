@@ -11,8 +11,8 @@ def test_runs_of_one_process_do_not_take_threads_from_each_other(small_config, m
     count = [6]
     monkeypatch.setattr(torch, "get_num_threads", lambda: count[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda n: count.__setitem__(0, n))
-    monkeypatch.setattr(threads, "_torchs", None)
-    monkeypatch.setattr(threads, "_threads", None)
+    for name in ("_threads", "_torchs", "_default"):
+        monkeypatch.setattr(threads, name, None)
     fused = small_config.replace({"learner.mode": "fused"})
     for config, library, own in ((fused, 6, 1), (fused, 6, 1), (small_config, 6, 6),
                                  (fused.replace({"threads": 3}), 3, 1),
