@@ -17,7 +17,7 @@ from iqmpc.errors import ConfigError
 from iqmpc.frames import is_image
 from iqmpc.kernels import layers
 from iqmpc.kernels.iq_update import FusedUpdate, UpdateSettings, UpdateState
-from iqmpc.kernels.weights import Layer, Weights, frozen, map_layers
+from iqmpc.kernels.weights import Weights, frozen, layer_tensors, map_layers
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
 from iqmpc.model import WorldModel
 from iqmpc.replay import SliceReplay, join
@@ -209,7 +209,7 @@ class Learner:
         policy_metrics["policy_grad_norm"], both = self._step(
             policy_loss, self.policy_optimiser, list(self.model.policy.parameters()), finite)
 
-        _move(_tensors(self.targets), _tensors(frozen(self.weights.critics)),
+        _move(layer_tensors(self.targets), layer_tensors(frozen(self.weights.critics)),
               self.settings.tau * finite)
         if self.averages is not None:
             _move(self.averages.tensors(), [t.detach() for t in self.weights.tensors()],
@@ -348,10 +348,6 @@ class Learner:
 
     def _optimisers(self) -> list[tuple[str, torch.optim.Optimizer]]:
         return [("model_adam", self.model_optimiser), ("policy_adam", self.policy_optimiser)]
-
-
-def _tensors(stack: tuple[Layer, ...]) -> list[Tensor]:
-    return [t for layer in stack for t in layer if t is not None]
 
 
 @torch.no_grad()

@@ -69,7 +69,12 @@ class Weights(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""
         parts = (self.encoder, self.dynamics, self.policy, self.critics, self.termination)
-        return [t for part in parts for layer in part for t in layer if t is not None]
+        return [t for part in parts for t in layer_tensors(part)]
+
+
+def layer_tensors(layers: tuple[Layer, ...]) -> list[Tensor]:
+    """All tensors of a stack of layers, in a fixed order."""
+    return [t for layer in layers for t in layer if t is not None]
 
 
 def map_layers(f: Callable[[Tensor], Tensor], layers: tuple[Layer, ...]) -> tuple[Layer, ...]:

@@ -317,13 +317,7 @@ static void transpose(const float* const* rows, const float* end, const float* m
   }
 }
 
-// To nearest, ties to even, in the lower half of each lane; NaN stays NaN. As conversions by the
-// machine, but for denormals, which some of those drop.
-static inline Bits bf16_bits(Vec v) {
-  const Bits bits = (Bits)v;
-  const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return v == v ? rounded : (bits >> 16 | 0x40u);
-}
+static inline Bits bf16_bits(Vec v) { return rounded_to_bf16(v) >> 16; }
 
 template <class Operands>
 void pack_panel(const float* x, const Index* plus, const Index* minus, Index in, void* panel) {

@@ -28,13 +28,6 @@ Bits load_units(const Unit* p) {
 
 void store_units(Unit* p, Bits v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// To nearest, ties to even; a NaN stays one. In the upper halves, whose lower ones are then noise.
-Bits rounded(Vec x) {
-  const Bits bits = (Bits)x;
-  const Bits up = bits + 0x7fffu + (bits >> 16 & 1u);
-  return x == x ? up : bits | 0x400000u;
-}
-
 // The first `count` numbers from p, if there are so many, and zeros.
 Vec load_up_to(const float* p, Index count) {
   if (count >= kWidth) return load(p);
@@ -95,7 +88,7 @@ struct Pairs {
     typedef Unit HalfOfUnits __attribute__((vector_size(kWidth * sizeof(Unit) / 2)));
     HalfOfUnits units[2];
     for (int i = 0; i < 2; ++i) {
-      const Both both = (Both)rounded(load_up_to(row + i * kWidth, count - i * kWidth));
+      const Both both = (Both)rounded_to_bf16(load_up_to(row + i * kWidth, count - i * kWidth));
       units[i] = __builtin_convertvector((both >> 16 & 0xffffu) | (both >> 32 & 0xffff0000u),
                                          HalfOfUnits);
     }
@@ -104,7 +97,7 @@ struct Pairs {
     return result;
   }
   static void store_numbers(Unit* row, Index i, Vec x) {
-    const Halves halves = __builtin_convertvector(rounded(x) >> 16, Halves);
+    const Halves halves = __builtin_convertvector(rounded_to_bf16(x) >> 16, Halves);
     __builtin_memcpy(reinterpret_cast<std::uint16_t*>(row) + i, &halves, sizeof halves);
   }
 };
@@ -211,7 +204,8 @@ void pack_backward(const float* weight, Index outputs, Index inputs, Index from,
       for (int v = 0; v < kVecs; ++v) {
         const Bits units = Ops::kStep == 1
                                ? (Bits)rows[0][v]
-                               : (rounded(rows[0][v]) >> 16) | (rounded(rows[1][v]) & 0xffff0000u);
+                               : (rounded_to_bf16(rows[0][v]) >> 16) |
+                                     (rounded_to_bf16(rows[1][v]) & 0xffff0000u);
         store_units(target + v * kWidth, units);
       }
     }
@@ -249,12 +243,6 @@ struct RowSums {
   float first() const { return sum_lanes(a[0] + a[1]); }
   float second() const { return sum_lanes(b[0] + b[1]); }
 };
-
-constexpr Index kWidest = 8192;  // of a layer: what lies between two passes over a row fits this
-
-constexpr Index round_up_to(Index n, Index multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 constexpr float kEps = 1e-5f;
 constexpr float kMax = 3.402823466e38f;
@@ -395,7 +383,7 @@ template <class Ops>
 void norm_mish_backward(const float* g, Index ldg, Index rows, const std::int32_t* rows_of,
                         const float* mask, const NormTrace& trace, const NormParameters& norm,
                         Unit* out, Index ld_out, const ColumnSums& sums) {
-  alignas(64) float x_bar[kWidest];
+  alignas(64) float x_bar[kWidestLayer];
   const Index ld = trace.ld;
   const float inverse = 1.0f / static_cast<float>(norm.features);
   for (Index r = 0; r < rows; ++r) {
@@ -440,8 +428,8 @@ void by_group(const float* row, Index group, Index groups, Index ld, float* out)
 
 void norm_simnorm(float* y, Index ld, Index rows, const NormParameters& norm, Index group,
                   float* scale, float* z, Index ldz) {
-  alignas(64) float members[kWidest];
-  const Index groups = norm.features / group, stretch = round_up_to(groups, kWidth);
+  alignas(64) float members[kWidestLayer];
+  const Index groups = norm.features / group, stretch = (groups + kWidth - 1) / kWidth * kWidth;
   for (Index i = 0; i < group * stretch; ++i) members[i] = 0;
   each_normed(y, ld, rows, nullptr, norm, [&](Index r, Moments m) {
     float *row = y + r * ld, *target = z + r * ldz;
@@ -481,7 +469,7 @@ template <class Ops>
 void norm_simnorm_backward(const float* g, Index ldg, Index rows, const float* z, Index ldz,
                            const NormTrace& trace, const NormParameters& norm, Index group,
                            Unit* out, Index ld_out, const ColumnSums& sums) {
-  alignas(64) float x_bar[kWidest];
+  alignas(64) float x_bar[kWidestLayer];
   const float inverse = 1.0f / static_cast<float>(norm.features);
   for (Index i = 0; i < norm.padded; ++i) x_bar[i] = 0;
   for (Index r = 0; r < rows; ++r) {
@@ -560,7 +548,7 @@ template <class Ops>
 void penalty_finish(const float* h_bar, const float* u_bar, const float* x_bar,
                     const float* scale_bar, Index rows, const float* mask, const NormTrace& trace,
                     const NormParameters& norm, Unit* out, Index ld_out, const ColumnSums& sums) {
-  alignas(64) float whole[kWidest];
+  alignas(64) float whole[kWidestLayer];
   const Index ld = trace.ld;
   const float inverse = 1.0f / static_cast<float>(norm.features);
   for (Index r = 0; r < rows; ++r) {

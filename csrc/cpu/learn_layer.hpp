@@ -5,13 +5,12 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/kernel_table.hpp"
 #include "cpu/learn_table.hpp"
 #include "iqmpc/aligned_buffer.hpp"
 #include "iqmpc/learner.hpp"
 
 namespace iqmpc::detail {
-
-inline Index padded_to(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 template <class T>
 void ensure(AlignedBuffer<T>& buffer, Index size) {
@@ -37,7 +36,7 @@ struct Operand {
   // written. What a batch of another size left there would be added to the gradients.
   void reserve(const LearnTable& k, Index count, Index columns) {
     table = &k;
-    width = padded_to(columns, k.panel);
+    width = round_up(columns, k.panel);
     ld = width / k.step;
     ensure_zeros(rows, count * ld);
     if (k.interleave) ensure_zeros(pairs, (count + 1) / 2 * width);
@@ -62,7 +61,7 @@ struct Trace {
   // `k` is the table of the layer, `next` that of the layer which reads its output.
   void reserve(const LearnTable& k, const LearnTable& next, Index count, Index columns,
                bool dropout) {
-    ld = padded_to(columns, k.panel);
+    ld = round_up(columns, k.panel);
     ensure(normed, count * ld);
     ensure(slope, count * ld);
     ensure(scale, count);
@@ -113,8 +112,8 @@ class Layer {
         k(&table),
         out(p.out),
         in(p.in),
-        padded(padded_to(out, table.panel)),
-        padded_in(padded_to(in, table.panel)),
+        padded(round_up(out, table.panel)),
+        padded_in(round_up(in, table.panel)),
         depth((in + table.step - 1) / table.step),
         depth_out((out + table.step - 1) / table.step),
         strips((out + kStripRows - 1) / kStripRows),
@@ -127,10 +126,10 @@ class Layer {
   void keep_backward(int which, Index from, Index to) {
     ranges_[which] = {from, to};
     backward_[which] =
-        AlignedBuffer<Unit>(units(padded_to(to - from, k->panel) * depth_out));
+        AlignedBuffer<Unit>(units(round_up(to - from, k->panel) * depth_out));
   }
   Index back_columns(int which) const {
-    return padded_to(ranges_[which].second - ranges_[which].first, k->panel);
+    return round_up(ranges_[which].second - ranges_[which].first, k->panel);
   }
 
   NormParameters norm() const { return {gamma_.data(), beta_.data(), out, padded}; }
@@ -257,7 +256,7 @@ class Neuron {
       : p(parameters),
         k(&exact),
         in(p.in),
-        padded(padded_to(in, exact.panel)),
+        padded(round_up(in, exact.panel)),
         weight_(static_cast<std::size_t>(padded)),
         gradient_(static_cast<std::size_t>(padded + 1)) {}
 

@@ -17,6 +17,9 @@ namespace iqmpc::detail {
 using Index = std::ptrdiff_t;
 using Unit = std::uint32_t;
 
+// Outputs of a layer at most: what lies between two passes over a row has a buffer of this size.
+constexpr Index kWidestLayer = 8192;
+
 // Sums over rows that a backward pass leaves: each [padded].
 struct ColumnSums {
   float* gamma;

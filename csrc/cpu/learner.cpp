@@ -8,6 +8,8 @@
 
 #include "cpu/calls.hpp"
 #include "cpu/learner_state.hpp"
+#include "cpu/learner_views.hpp"
+#include "cpu/setting_checks.hpp"
 #include "cpu/view_checks.hpp"
 #include "iqmpc/world_model.hpp"
 
@@ -31,15 +33,10 @@ namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr float kBeta1 = 0.9f, kBeta2 = 0.999f, kAdamEpsilon = 1e-8f;  // torch's defaults
-constexpr Index kWidest = 8192;  // the kernels' buffers for a row
 
 void check(const LearnerSettings& s) {
   const auto need = [](const char* name, double value, bool good, const char* expected) {
-    if (good && std::isfinite(value)) return;
-    std::string text = std::to_string(value);
-    text.erase(text.find_last_not_of('0') + 1);
-    if (text.back() == '.') text.pop_back();
-    throw std::invalid_argument(std::string(name) + " must be " + expected + ", got " + text);
+    detail::require(good && std::isfinite(value), name, expected, value);
   };
   need("horizon", static_cast<double>(s.horizon), s.horizon >= 1, "at least 1");
   need("rho", s.rho, s.rho >= 0 && s.rho <= 1, "in [0, 1]");
@@ -59,22 +56,8 @@ void check(const LearnerSettings& s) {
   need("average_rate", s.average_rate, s.average_rate > 0 && s.average_rate <= 1, "in (0, 1]");
 }
 
-std::vector<LinearView> linear(const std::vector<LayerParameters>& layers) {
-  std::vector<LinearView> views;
-  for (const LayerParameters& p : layers) {
-    views.push_back({p.weight.value, p.bias.value, p.gamma.value, p.beta.value, p.out, p.in});
-  }
-  return views;
-}
-
 void check(const LearnerView& view) {
-  WorldModelView model;
-  model.encoder = linear(view.encoder);
-  model.dynamics = linear(view.dynamics);
-  model.policy = linear(view.policy);
-  for (const auto& critic : view.critics) model.critics.push_back(linear(critic));
-  model.termination = linear(view.termination);
-  model.simnorm_dim = view.simnorm_dim;
+  WorldModelView model = detail::world_model_view(view, &Parameter::value);
   const auto refuse = [](const std::string& text) { throw std::invalid_argument(text); };
   if (view.encoder.size() < 2) {
     refuse("encoder: expected at least 2 layers, got " + std::to_string(view.encoder.size()));
@@ -95,16 +78,16 @@ void check(const LearnerView& view) {
       refuse("critic " + std::to_string(k) +
              ": expected it and its target to have the sizes of critic 0");
     }
-    model.critics[k] = linear(view.targets[k]);
+    model.critics[k] = detail::linear_views(view.targets[k], &Parameter::value);
   }
   detail::check_view(model);  // now of the targets
 
   const bool average = view.encoder[0].weight.average != nullptr;
   const auto check_part = [&](const std::string& part, const std::vector<LayerParameters>& layers) {
     for (const LayerParameters& p : layers) {
-      if (p.out > kWidest) {
-        refuse(part + ": layers may have at most " + std::to_string(kWidest) + " outputs, got " +
-               std::to_string(p.out));
+      if (p.out > detail::kWidestLayer) {
+        refuse(part + ": layers may have at most " + std::to_string(detail::kWidestLayer) +
+               " outputs, got " + std::to_string(p.out));
       }
       for (const Parameter* x : {&p.weight, &p.bias, &p.gamma, &p.beta}) {
         if (x->value == nullptr) continue;
@@ -198,8 +181,8 @@ Learner::State::State(const LearnerView& view, const LearnerSettings& s, std::ui
     targets.push_back(make_stack(view.targets[k], table, &exact));
   }
   if (!view.termination.empty()) termination = make_stack(view.termination, table, &exact);
-  ld_z = detail::padded_to(latent_dim, table.panel);
-  ld_a = detail::padded_to(action_dim, table.panel);
+  ld_z = detail::round_up(latent_dim, table.panel);
+  ld_a = detail::round_up(action_dim, table.panel);
 
   // What each backward pass goes down to: latents, or the layer before.
   const auto keep_backward = [&](Stack& stack, bool to_latents) {
@@ -337,7 +320,7 @@ void Learner::State::resize(Index new_columns, Index new_experts) {
   for (Layer& layer : policy.layers) layer.reserve_gradients(count);
 
   const Index rows = (h + 1) * widest_block;
-  Index widest = detail::padded_to(width, table.panel);
+  Index widest = detail::round_up(width, table.panel);
   for (const Strip& s : all.strips) {
     widest = std::max({widest, s.layer->padded, s.layer->padded_in});
   }

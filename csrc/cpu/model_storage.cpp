@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/learner_views.hpp"
+#include "cpu/setting_checks.hpp"
 #include "cpu/threefry.hpp"
 
 namespace iqmpc {
@@ -16,9 +18,8 @@ using Layers = std::vector<LayerParameters>;
 
 void check(const ModelSizes& s) {
   const auto at_least = [](const char* name, Index value, Index least) {
-    if (value >= least) return;
-    throw std::invalid_argument(std::string(name) + " must be at least " + std::to_string(least) +
-                                ", got " + std::to_string(value));
+    detail::require(value >= least, name, "at least " + std::to_string(least),
+                    static_cast<double>(value));
   };
   at_least("obs", s.obs, 1);
   at_least("action", s.action, 1);
@@ -27,11 +28,9 @@ void check(const ModelSizes& s) {
   at_least("encoder", s.encoder, 1);
   at_least("critics", s.critics, 2);
   at_least("simnorm_dim", s.simnorm_dim, 1);
-  if (s.latent % s.simnorm_dim != 0) {
-    throw std::invalid_argument("latent must be a multiple of simnorm_dim = " +
-                                std::to_string(s.simnorm_dim) + ", got " +
-                                std::to_string(s.latent));
-  }
+  detail::require(s.latent % s.simnorm_dim == 0, "latent",
+                  "a multiple of simnorm_dim = " + std::to_string(s.simnorm_dim),
+                  static_cast<double>(s.latent));
 }
 
 // Lays tensors out one behind the other, each on a cache line of its own; without a `base` only to
@@ -166,26 +165,6 @@ void copy(const Layers& from, const Layers& to) {
   }
 }
 
-WorldModelView view_of(const LearnerView& from, float* Parameter::*which) {
-  const auto linear = [&](const Layers& layers) {
-    std::vector<LinearView> views;
-    for (const LayerParameters& p : layers) {
-      views.push_back({p.weight.*which, p.bias.*which, p.gamma.*which, p.beta.*which, p.out, p.in});
-    }
-    return views;
-  };
-  WorldModelView view;
-  view.encoder = linear(from.encoder);
-  view.dynamics = linear(from.dynamics);
-  view.policy = linear(from.policy);
-  for (const Layers& critic : from.critics) view.critics.push_back(linear(critic));
-  view.termination = linear(from.termination);
-  view.simnorm_dim = from.simnorm_dim;
-  view.log_std_min = from.log_std_min;
-  view.log_std_max = from.log_std_max;
-  return view;
-}
-
 }  // namespace
 
 ModelStorage::ModelStorage(const ModelSizes& sizes, std::uint64_t seed) : sizes_(sizes) {
@@ -195,8 +174,8 @@ ModelStorage::ModelStorage(const ModelSizes& sizes, std::uint64_t seed) : sizes_
   memory_ = AlignedBuffer<float>(static_cast<std::size_t>(shelf.used));
   shelf = {memory_.data()};
   learner_ = lay_out(shelf, sizes);
-  weights_ = view_of(learner_, &Parameter::value);
-  if (sizes.average) average_ = view_of(learner_, &Parameter::average);
+  weights_ = detail::world_model_view(learner_, &Parameter::value);
+  if (sizes.average) average_ = detail::world_model_view(learner_, &Parameter::average);
 
   Normal normal(seed);
   initialise(learner_.encoder, false, normal);

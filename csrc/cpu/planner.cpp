@@ -16,6 +16,7 @@
 #include "cpu/budget.hpp"
 #include "cpu/calls.hpp"
 #include "cpu/rollout.hpp"
+#include "cpu/setting_checks.hpp"
 #include "cpu/threefry.hpp"
 #include "iqmpc/thread_pool.hpp"
 
@@ -71,16 +72,9 @@ struct Key {
 };
 
 void check(const PlannerSettings& s) {
-  const auto refuse = [](const std::string& name, const std::string& expected, double got) {
-    std::string text = std::to_string(got);
-    text.erase(text.find_last_not_of('0') + 1);
-    if (text.back() == '.') text.pop_back();
-    throw std::invalid_argument(name + " must be " + expected + ", got " + text);
-  };
-  const auto at_least = [&](const char* name, Index value, Index least) {
-    if (value < least) {
-      refuse(name, "at least " + std::to_string(least), static_cast<double>(value));
-    }
+  using detail::require;
+  const auto at_least = [](const char* name, Index value, Index least) {
+    require(value >= least, name, "at least " + std::to_string(least), double(value));
   };
   at_least("num_envs", s.num_envs, 1);
   at_least("horizon", s.horizon, 1);
@@ -92,21 +86,17 @@ void check(const PlannerSettings& s) {
   constexpr Index kMost = Index{1} << 20, kSteps = Index{1} << 32;
   for (const auto& [name, value] : {std::pair{"num_envs", s.num_envs}, {"horizon", s.horizon},
                                     {"samples", s.samples}, {"iterations", s.iterations}}) {
-    if (value > kMost) refuse(name, "at most " + std::to_string(kMost), double(value));
+    require(value <= kMost, name, "at most " + std::to_string(kMost), double(value));
   }
-  if (s.num_envs * s.horizon > kSteps / s.samples) {
-    refuse("num_envs * horizon * samples", "at most " + std::to_string(kSteps),
-           double(s.num_envs) * double(s.horizon) * double(s.samples));
-  }
-  if (s.elites > s.samples) {
-    refuse("elites", "at most samples = " + std::to_string(s.samples), double(s.elites));
-  }
-  if (s.policy_trajectories > s.samples) {
-    refuse("policy_trajectories", "at most samples = " + std::to_string(s.samples),
-           double(s.policy_trajectories));
-  }
-  const auto number = [&](const char* name, double value, bool good, const char* expected) {
-    if (!good) refuse(name, expected, value);
+  require(s.num_envs * s.horizon <= kSteps / s.samples, "num_envs * horizon * samples",
+          "at most " + std::to_string(kSteps),
+          double(s.num_envs) * double(s.horizon) * double(s.samples));
+  const std::string all = "at most samples = " + std::to_string(s.samples);
+  require(s.elites <= s.samples, "elites", all, double(s.elites));
+  require(s.policy_trajectories <= s.samples, "policy_trajectories", all,
+          double(s.policy_trajectories));
+  const auto number = [](const char* name, double value, bool good, const char* expected) {
+    require(good, name, expected, value);
   };
   number("temperature", s.temperature, s.temperature > 0, "positive");
   number("std_min", s.std_min, s.std_min > 0, "positive");

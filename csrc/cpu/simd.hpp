@@ -49,6 +49,14 @@ static inline Vec load(const Bf16* p) {
 
 static inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
+// As bf16 in the upper half of each lane, to nearest, ties to even; a NaN stays one. The lower halves
+// are noise. As conversions by the machine, but for denormals, which some of those drop.
+static inline Bits rounded_to_bf16(Vec x) {
+  const Bits bits = (Bits)x;
+  const Bits up = bits + 0x7fffu + (bits >> 16 & 1u);
+  return x == x ? up : bits | 0x400000u;
+}
+
 #if defined(__AVX512BF16__)
 // Rounds to nearest, ties to even.
 static inline void store(Bf16* p, Vec v) {

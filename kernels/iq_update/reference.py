@@ -7,7 +7,7 @@ from torch import Tensor
 
 from iqmpc import losses
 from iqmpc.kernels.iq_update.types import UpdateSettings, UpdateState
-from iqmpc.kernels.weights import frozen
+from iqmpc.kernels.weights import frozen, layer_tensors
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
 
 
@@ -23,19 +23,20 @@ def iq_update_reference(
     s, w = settings, state.weights
     loss, latents, metrics = losses.model_loss(
         w, state.targets, batch, model_noise, s, s.discount, s.beta, s.c_gp > 0)
-    encoder = _tensors(w.encoder)
-    others = [t for part in (w.dynamics, w.critics, w.termination) for t in _tensors(part)]
+    encoder = layer_tensors(w.encoder)
+    others = [t for part in (w.dynamics, w.critics, w.termination) for t in layer_tensors(part)]
     rates = [s.lr * s.encoder_lr_scale] * len(encoder) + [s.lr] * len(others)
     gradients, norm = _step(state, loss, encoder + others, rates, model_steps, s.grad_clip)
 
     policy_loss, policy_metrics = losses.policy_loss(
         w, latents, policy_noise, s.rho, s.beta, s.entropy)
-    policy = _tensors(w.policy)
+    policy = layer_tensors(w.policy)
     policy_gradients, policy_norm = _step(
         state, policy_loss, policy, [s.lr] * len(policy), policy_steps, s.grad_clip)
 
     with torch.no_grad():
-        for old, new in zip(_tensors(state.targets), _tensors(frozen(w.critics)), strict=True):
+        critics = layer_tensors(frozen(w.critics))
+        for old, new in zip(layer_tensors(state.targets), critics, strict=True):
             old.lerp_(new, s.tau)
         if state.average is not None:
             for old, new in zip(state.average.tensors(), w.tensors(), strict=True):
@@ -58,7 +59,3 @@ def _step(state: UpdateState, loss: Tensor, parameters: list[Tensor], rates: lis
             unbiased = (v / (1 - 0.999 ** (steps + 1))).sqrt() + 1e-8
             p -= rate / (1 - 0.9 ** (steps + 1)) * m / unbiased
     return list(gradients), norm
-
-
-def _tensors(stack: tuple) -> list[Tensor]:
-    return [t for layer in stack for t in layer if t is not None]
