@@ -19,15 +19,32 @@ DEFAULT_THREADS = torch.get_num_threads()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("iqmpc", "iqmpc's benchmarks (docs/benchmarks.md)")
     group.addoption("--benchmark", action="store_true", help="Run benchmarks/ instead of tests/.")
-    group.addoption("--benchmark-cases", metavar="SUBSTRING", default="",
-                    help="Only cases whose CASE/VARIANT contains this, and the matrix products.")
-    group.addoption("--benchmark-threads", metavar="N", type=int,
-                    help="Threads for torch. Default: torch's own.")
-    group.addoption("--benchmark-plans", metavar="N", type=int, default=1000,
-                    help="Plans of which the latency cases take the distribution. Default: 1000.")
-    group.addoption("--benchmark-report", metavar="PATH", type=Path,
-                    default=BENCHMARKS / "report.json",
-                    help="Where to write the report. Default: benchmarks/report.json")
+    group.addoption(
+        "--benchmark-cases",
+        metavar="SUBSTRING",
+        default="",
+        help="Only cases whose CASE/VARIANT contains this, and the matrix products.",
+    )
+    group.addoption(
+        "--benchmark-threads",
+        metavar="N",
+        type=int,
+        help="Threads for torch. Default: torch's own.",
+    )
+    group.addoption(
+        "--benchmark-plans",
+        metavar="N",
+        type=int,
+        default=1000,
+        help="Plans of which the latency cases take the distribution. Default: 1000.",
+    )
+    group.addoption(
+        "--benchmark-report",
+        metavar="PATH",
+        type=Path,
+        default=BENCHMARKS / "report.json",
+        help="Where to write the report. Default: benchmarks/report.json",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

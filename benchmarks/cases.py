@@ -51,8 +51,7 @@ class PlanCase:
 
     def observations(self) -> Tensor:
         """[E, O]"""
-        return torch.randn(
-            self.envs, self.obs_dim, generator=torch.Generator().manual_seed(1))
+        return torch.randn(self.envs, self.obs_dim, generator=torch.Generator().manual_seed(1))
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,17 @@ class UpdateCase:
 
     @property
     def name(self) -> str:
-        return (f"update/{self.model}/{self.obs_dim}x{self.action_dim}/{self.batch}+{self.batch}"
-                + ("/penalty" if self.penalty else ""))
+        return f"update/{self.model}/{self.obs_dim}x{self.action_dim}/{self.batch}+{self.batch}" + (
+            "/penalty" if self.penalty else ""
+        )
 
     @property
     def config(self) -> Config:
-        return _compose(f"model={self.model}", f"learner.batch={self.batch}",
-                        f"learner.gradient_penalty={str(self.penalty).lower()}")
+        return _compose(
+            f"model={self.model}",
+            f"learner.batch={self.batch}",
+            f"learner.gradient_penalty={str(self.penalty).lower()}",
+        )
 
     def slices(self) -> Batch:
         horizon, rows = self.config.learner.horizon, 2 * self.batch

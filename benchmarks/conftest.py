@@ -34,7 +34,12 @@ def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Callabl
     """
 
     def run(
-        case: str, variant: str, function: Callable[[], object], flops: int, dtype: str, *,
+        case: str,
+        variant: str,
+        function: Callable[[], object],
+        flops: int,
+        dtype: str,
+        *,
         times: int | None = None,
     ) -> None:
         function()  # what is compiled, is compiled here
@@ -45,7 +50,8 @@ def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Callabl
         benchmark.pedantic(function, rounds=times or rounds(estimate))
         if benchmark.stats:  # none under --benchmark-disable
             pytestconfig.stash.setdefault(MEASUREMENTS, []).append(
-                Measurement(case, variant, dtype, flops, benchmark.stats.stats.data))
+                Measurement(case, variant, dtype, flops, benchmark.stats.stats.data)
+            )
 
     return run
 

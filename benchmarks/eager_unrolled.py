@@ -115,8 +115,7 @@ class EagerUnrolled:
         self.discount, self.entropy, self.num_envs = discount, entropy, num_envs
         self.iterations = config.iterations_for(weights.action_dim)
         self.device = weights.encoder[0].weight.device
-        self.mean = torch.zeros(
-            num_envs, config.horizon, weights.action_dim, device=self.device)
+        self.mean = torch.zeros(num_envs, config.horizon, weights.action_dim, device=self.device)
         self._improve = torch.compile(self.improve, dynamic=False) if compiled else self.improve
 
     @torch.no_grad()
@@ -132,9 +131,11 @@ class EagerUnrolled:
             drawn = c.samples - c.policy_trajectories
             noise = torch.randn(envs, c.horizon, drawn, w.action_dim, device=self.device)
             score_noise = torch.randn(
-                envs, c.horizon + 1, c.samples, w.action_dim, device=self.device)
+                envs, c.horizon + 1, c.samples, w.action_dim, device=self.device
+            )
             mean, std, elites, weight = self._improve(
-                z0, prior, mean, std, noise, score_noise, pair)
+                z0, prior, mean, std, noise, score_noise, pair
+            )
         self.mean = mean
         chosen = torch.multinomial(weight, 1).squeeze(1)
         return elites[torch.arange(envs), 0, chosen]
@@ -153,8 +154,7 @@ class EagerUnrolled:
         c = self.config
         drawn = (mean.unsqueeze(2) + std.unsqueeze(2) * noise).clamp(-1, 1)
         actions = torch.cat([prior, drawn], dim=2)
-        returns = scores(
-            self.weights, z0, actions, score_noise, pair, self.discount, self.entropy)
+        returns = scores(self.weights, z0, actions, score_noise, pair, self.discount, self.entropy)
         best, index = returns.topk(c.elites, dim=1)
         rows = index[:, None, :, None].expand(-1, c.horizon, -1, actions.shape[3])
         elites = actions.gather(2, rows)
@@ -172,6 +172,5 @@ class EagerUnrolled:
         for t in range(c.horizon):
             if t:
                 z = dynamics(w, z, actions[-1])
-            actions.append(policy(w, z, torch.randn(
-                len(z), w.action_dim, device=self.device))[0])
+            actions.append(policy(w, z, torch.randn(len(z), w.action_dim, device=self.device))[0])
         return torch.stack(actions).unflatten(1, (len(z0), -1)).transpose(0, 1)

@@ -100,11 +100,13 @@ def update(case: UpdateCase) -> int:
     rows = columns * horizon
     first = m.critic - case.config.model.hidden_dim * (case.config.model.hidden_dim + 1)
     hidden = case.config.model.hidden_dim
-    penalty = (members * case.batch * horizon * (6 * m.critic - first - 3 * hidden)
-               if case.penalty else 0)
+    penalty = (
+        members * case.batch * horizon * (6 * m.critic - first - 3 * hidden) if case.penalty else 0
+    )
     macs = (
         rows * (m.encoder + m.policy + 2 * m.critic)
-        + columns * (3 * m.encoder - m.encoder_first) + 3 * rows * m.dynamics
+        + columns * (3 * m.encoder - m.encoder_first)
+        + 3 * rows * m.dynamics
         + 3 * members * rows * m.critic
         + case.batch * (m.policy + 6 * m.critic)
         + columns * (horizon + 1) * (3 * m.policy - m.z_part + 4 * m.critic)
@@ -129,11 +131,13 @@ def update_floor(case: UpdateCase) -> int:
     dynamics_back = 2 * m.dynamics - case.action_dim * hid
     macs = (
         rows * (m.encoder + m.policy + 2 * m.critic)
-        + columns * (3 * m.encoder - m.encoder_first) + rows * (m.dynamics + dynamics_back)
+        + columns * (3 * m.encoder - m.encoder_first)
+        + rows * (m.dynamics + dynamics_back)
         + members * rows * (m.critic + critic_back)
         + case.batch * (m.policy + 2 * (m.critic + critic_back))
-        + columns * (horizon + 1) * (3 * m.policy - m.z_part + 2 * m.critic
-                                     + square + case.action_dim * hid)
+        + columns
+        * (horizon + 1)
+        * (3 * m.policy - m.z_part + 2 * m.critic + square + case.action_dim * hid)
     )
     if case.penalty:
         # Q, its gradient, up with the bars, down to the first layer, and twice the weights
@@ -150,16 +154,21 @@ def parameters(case: PlanCase | UpdateCase, critics: int) -> int:
 def plan_bytes(case: PlanCase, itemsize: int) -> int:
     """Once through memory: the matrices a plan needs, a pair of critics among them, observations
     in, actions out. Noise and samples are made and used on the device and need not be stored."""
-    return (itemsize * parameters(case, 2)
-            + 4 * case.envs * (case.obs_dim + case.action_dim + 1))
+    return itemsize * parameters(case, 2) + 4 * case.envs * (case.obs_dim + case.action_dim + 1)
 
 
 def update_bytes(case: UpdateCase) -> int:
     """Once through memory, float32: parameters and Adam's two moments read and written, the target
     critics too, and the batch read. Gradients and activations need not be stored."""
     critics = case.config.model.critics
-    rows = 2 * case.batch * ((case.config.learner.horizon + 1) * case.obs_dim
-                             + case.config.learner.horizon * (case.action_dim + 2))
+    rows = (
+        2
+        * case.batch
+        * (
+            (case.config.learner.horizon + 1) * case.obs_dim
+            + case.config.learner.horizon * (case.action_dim + 2)
+        )
+    )
     return 4 * (6 * parameters(case, critics) + 2 * critics * Macs.of(case).critic + rows)
 
 

@@ -73,12 +73,25 @@ class Settings:
         return dataclasses.replace(case.config.planner, **(self.planner | changes))
 
 
-GPU = Settings("cuda", PlanCase("paper", "paper", 91, 39, 1), UpdateCase("paper", 91, 39, 256), 64,
-               8192, 1 << 30)
+GPU = Settings(
+    "cuda",
+    PlanCase("paper", "paper", 91, 39, 1),
+    UpdateCase("paper", 91, 39, 256),
+    64,
+    8192,
+    1 << 30,
+)
 CPU_CHECK = Settings(
-    "cpu", PlanCase("tiny", "cpu", 24, 6, 1), UpdateCase("tiny", 24, 6, 8), 2, 256, 1 << 20,
-    timing_s=0.3, compile=False,
-    planner=dict(samples=24, elites=6, policy_trajectories=4, iterations=2, mode="eager"))
+    "cpu",
+    PlanCase("tiny", "cpu", 24, 6, 1),
+    UpdateCase("tiny", 24, 6, 8),
+    2,
+    256,
+    1 << 20,
+    timing_s=0.3,
+    compile=False,
+    planner=dict(samples=24, elites=6, policy_trajectories=4, iterations=2, mode="eager"),
+)
 
 
 @dataclass
@@ -120,16 +133,22 @@ class Goal:
     share: float | None = None
 
     def __str__(self) -> str:
-        parts = (self.ms and f"<= {self.ms:g} ms", self.speedup and f">= {self.speedup:g}x",
-                 self.share and f">= {self.share:.0%}")
+        parts = (
+            self.ms and f"<= {self.ms:g} ms",
+            self.speedup and f">= {self.speedup:g}x",
+            self.share and f">= {self.share:.0%}",
+        )
         return ", ".join(p for p in parts if p)
 
     def met(self, row: Row) -> bool:
         """A figure that is missing meets nothing."""
-        return all((
-            self.ms is None or (row.ms is not None and row.ms <= self.ms),
-            self.speedup is None or (row.speedup is not None and row.speedup >= self.speedup),
-            self.share is None or (row.share is not None and row.share >= self.share)))
+        return all(
+            (
+                self.ms is None or (row.ms is not None and row.ms <= self.ms),
+                self.speedup is None or (row.speedup is not None and row.speedup >= self.speedup),
+                self.share is None or (row.share is not None and row.share >= self.share),
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -151,16 +170,24 @@ class Group:
 
 
 def on(weights: Weights, device: str) -> Weights:
-    return weights._replace(**{
-        part: map_layers(lambda t: t.detach().to(device), getattr(weights, part))
-        for part in ("encoder", "dynamics", "policy", "critics")})
+    return weights._replace(
+        **{
+            part: map_layers(lambda t: t.detach().to(device), getattr(weights, part))
+            for part in ("encoder", "dynamics", "policy", "critics")
+        }
+    )
 
 
 def eager_unrolled(s: Settings, case: PlanCase, *, compiled: bool) -> Callable[[], object]:
     config = case.config
     planner = EagerUnrolled(
-        snapshot(on(case.world_model().weights(), s.device)), s.plan_config(case),
-        discount=config.discount, entropy=case.entropy, num_envs=case.envs, compiled=compiled)
+        snapshot(on(case.world_model().weights(), s.device)),
+        s.plan_config(case),
+        discount=config.discount,
+        entropy=case.entropy,
+        num_envs=case.envs,
+        compiled=compiled,
+    )
     obs = case.observations()
 
     def run() -> Tensor:
@@ -174,8 +201,9 @@ def eager_unrolled(s: Settings, case: PlanCase, *, compiled: bool) -> Callable[[
     return run
 
 
-def package(s: Settings, case: PlanCase, *, backend: str, schedule: str | None = None,
-            **changes: Any) -> Callable[[], object]:
+def package(
+    s: Settings, case: PlanCase, *, backend: str, schedule: str | None = None, **changes: Any
+) -> Callable[[], object]:
     config = s.plan_config(case, **changes)
     weights, obs = on(case.world_model().weights(), s.device), case.observations()
     settings = dict(discount=case.config.discount, beta=case.entropy, num_envs=case.envs)
@@ -195,8 +223,15 @@ def package(s: Settings, case: PlanCase, *, backend: str, schedule: str | None =
     return run
 
 
-def check_plan(plan: Any, config: PlannerConfig, weights: Weights, obs: Tensor, discount: float, *,
-               elites: float = 0.0) -> None:
+def check_plan(
+    plan: Any,
+    config: PlannerConfig,
+    weights: Weights,
+    obs: Tensor,
+    discount: float,
+    *,
+    elites: float = 0.0,
+) -> None:
     """Raise `Wrong` unless the last iteration of a Triton plan is the float64 reference's.
 
     Its returns are the reference's of the same actions and draws, within the contract's tolerance,
@@ -215,10 +250,16 @@ def check_plan(plan: Any, config: PlannerConfig, weights: Weights, obs: Tensor, 
     prior = reference._policy_trajectories(exact, z0, noise.prior)
     tolerance, count = TOLERANCE[config.precision], config.policy_trajectories
     actions = plan.actions.double()
-    scores = torch.cat([
-        reference._returns(exact, z0, part, draws, noise.root, pair)
-        for part, draws in ((actions[:, :, :count], noise.prior_score),
-                            (actions[:, :, count:], noise.score[-1]))], dim=1)
+    scores = torch.cat(
+        [
+            reference._returns(exact, z0, part, draws, noise.root, pair)
+            for part, draws in (
+                (actions[:, :, :count], noise.prior_score),
+                (actions[:, :, count:], noise.score[-1]),
+            )
+        ],
+        dim=1,
+    )
 
     def compare(what: str, got: Tensor, expected: Tensor, allowed: float) -> None:
         error = ((got - expected).norm() / expected.norm()).item()
@@ -227,9 +268,15 @@ def check_plan(plan: Any, config: PlannerConfig, weights: Weights, obs: Tensor, 
 
     compare("policy trajectories", actions[:, :, :count], prior, tolerance)
     compare("returns", plan.returns.double(), scores, tolerance)
-    refit = mppi_refit(actions, plan.returns.double(), elites=config.elites,
-                       temperature=config.temperature, std_min=config.std_min,
-                       std_max=config.std_max, backend="reference")
+    refit = mppi_refit(
+        actions,
+        plan.returns.double(),
+        elites=config.elites,
+        temperature=config.temperature,
+        std_min=config.std_min,
+        std_max=config.std_max,
+        backend="reference",
+    )
     compare("mean", plan.mean.double(), refit[0], 1e-4)
     best = scores.topk(config.elites, dim=1).indices
     same = (best.unsqueeze(2) == refit[2].unsqueeze(1)).any(2).double().mean().item()
@@ -247,17 +294,22 @@ def learn(s: Settings, mode: str) -> Callable[[], object]:
 
     def build(mode: str) -> tuple[Learner, Callable[[], dict[str, Tensor]]]:
         case, config = s.update, s.update.config
-        config = dataclasses.replace(
-            config, learner=dataclasses.replace(config.learner, mode=mode))
+        config = dataclasses.replace(config, learner=dataclasses.replace(config.learner, mode=mode))
         learner = Learner(case.obs_dim, case.action_dim, config, s.device)
         draw, replays = torch.Generator().manual_seed(1), []
         for _ in range(2):
-            replay = SliceReplay(case.obs_dim, case.action_dim, horizon=config.learner.horizon,
-                                 capacity=100_000, device=s.device)
+            replay = SliceReplay(
+                case.obs_dim,
+                case.action_dim,
+                horizon=config.learner.horizon,
+                capacity=100_000,
+                device=s.device,
+            )
             for _ in range(100):
                 replay.add_episode(
                     torch.randn(101, case.obs_dim, generator=draw),
-                    torch.rand(100, case.action_dim, generator=draw) * 2 - 1)
+                    torch.rand(100, case.action_dim, generator=draw) * 2 - 1,
+                )
             replays.append(replay)
         return learner, lambda: learner.learn(*replays)
 
@@ -269,8 +321,10 @@ def learn(s: Settings, mode: str) -> Callable[[], object]:
             for key, value in run().items():
                 # Adam's first steps turn rounding into steps of full length.
                 if not abs(float(value) - expected[key]) <= 1e-2 * max(1.0, abs(expected[key])):
-                    raise Wrong(f"update {update}: {key} is {float(value):.6g}, the eager "
-                                f"update's {expected[key]:.6g}")
+                    raise Wrong(
+                        f"update {update}: {key} is {float(value):.6g}, the eager "
+                        f"update's {expected[key]:.6g}"
+                    )
     return run
 
 
@@ -292,25 +346,51 @@ def groups(s: Settings) -> list[Group]:
             Variant("reference compiled", reference("compile"), compiles=True),
         ]
         if case.envs == 1:
-            variants.append(Variant("eager-unrolled compiled",
-                                    lambda: eager_unrolled(s, case, compiled=True), compiles=True))
+            variants.append(
+                Variant(
+                    "eager-unrolled compiled",
+                    lambda: eager_unrolled(s, case, compiled=True),
+                    compiles=True,
+                )
+            )
         if s.device == "cpu":  # so that the check has a fast one
             variants.append(Variant("cpu", lambda: package(s, case, backend="cpu")))
         return variants
 
     many = dataclasses.replace(s.plan, envs=s.many)
     return [
-        *(Group(case.name, plans(case), flops.plan_floor(case), flops.plan_bytes(case, 2), "bf16",
-                "eager-unrolled", "triton captured", must, aim)
-          for case, must, aim in (
-              (s.plan, Goal(ms=0.6, speedup=20), Goal(ms=0.25)),
-              (many, Goal(share=0.35), Goal(share=0.6)))),
-        Group(s.update.name, [
-            Variant("eager", lambda: learn(s, "eager")),
-            Variant("graph", lambda: learn(s, "graph"), compiles=s.device != "cpu"),
-            Variant("compile", lambda: learn(s, "compile"), compiles=True),
-        ], flops.update(s.update), flops.update_bytes(s.update), "tf32", "eager", "graph",
-            Goal(ms=2, speedup=8), Goal(ms=1)),
+        *(
+            Group(
+                case.name,
+                plans(case),
+                flops.plan_floor(case),
+                flops.plan_bytes(case, 2),
+                "bf16",
+                "eager-unrolled",
+                "triton captured",
+                must,
+                aim,
+            )
+            for case, must, aim in (
+                (s.plan, Goal(ms=0.6, speedup=20), Goal(ms=0.25)),
+                (many, Goal(share=0.35), Goal(share=0.6)),
+            )
+        ),
+        Group(
+            s.update.name,
+            [
+                Variant("eager", lambda: learn(s, "eager")),
+                Variant("graph", lambda: learn(s, "graph"), compiles=s.device != "cpu"),
+                Variant("compile", lambda: learn(s, "compile"), compiles=True),
+            ],
+            flops.update(s.update),
+            flops.update_bytes(s.update),
+            "tf32",
+            "eager",
+            "graph",
+            Goal(ms=2, speedup=8),
+            Goal(ms=1),
+        ),
     ]
 
 
@@ -434,8 +514,9 @@ class Report:
             for name, run in list(ready.items()):
                 with self.reported(self.rows[group.case, name], self.left()):
                     # fast ones several times a turn
-                    again = 1 if not took[name] else min(
-                        10, int(5 / max(took[name][-1][0], 0.01)) + 1)
+                    again = (
+                        1 if not took[name] else min(10, int(5 / max(took[name][-1][0], 0.01)) + 1)
+                    )
                     took[name] += [timed(run, device) for _ in range(again)]
                 if self.rows[group.case, name].status != "waiting":
                     del ready[name]
@@ -452,12 +533,16 @@ class Report:
         baseline = self.rows[group.case, group.baseline].ms
         for row in rows:
             if self.machine:
-                row.floor_ms = 1e3 * max(group.operations / self.machine[group.rate],
-                                         group.bytes / self.machine["bytes"])
+                row.floor_ms = 1e3 * max(
+                    group.operations / self.machine[group.rate], group.bytes / self.machine["bytes"]
+                )
             if row.ms is not None:
                 row.speedup = baseline / row.ms if baseline else None
-                row.share = (group.operations / (1e-3 * row.ms) / self.machine[group.rate]
-                             if self.machine else None)
+                row.share = (
+                    group.operations / (1e-3 * row.ms) / self.machine[group.rate]
+                    if self.machine
+                    else None
+                )
             if row.variant == group.judged:
                 row.must, row.aim = str(group.must), str(group.aim)
                 row.passed, row.aim_passed = group.must.met(row), group.aim.met(row)
@@ -483,8 +568,11 @@ class Report:
             if row.status == "waiting":
                 row.status, row.note = "out of time", row.note or "not reached"
         document = {
-            "conditions": conditions(self.settings), "machine": self.machine, "error": self.error,
-            "rows": [dataclasses.asdict(row) for row in self.rows.values()]}
+            "conditions": conditions(self.settings),
+            "machine": self.machine,
+            "error": self.error,
+            "rows": [dataclasses.asdict(row) for row in self.rows.values()],
+        }
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
         print(text(document), flush=True)
@@ -497,8 +585,13 @@ def describe(error: BaseException) -> str:
 def conditions(s: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": platform.processor() or platform.machine(), "torch": torch.__version__,
-        "cuda": torch.version.cuda, "driver": None, "triton": None, "cpu_check": s.device == "cpu"}
+        "device": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": None,
+        "triton": None,
+        "cpu_check": s.device == "cpu",
+    }
     with contextlib.suppress(ImportError):
         import importlib.metadata as metadata
 
@@ -508,48 +601,90 @@ def conditions(s: Settings) -> dict[str, Any]:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             found["driver"] = subprocess.run(
                 ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                capture_output=True, text=True, timeout=20).stdout.strip()
+                capture_output=True,
+                text=True,
+                timeout=20,
+            ).stdout.strip()
     return found
 
 
 def text(document: dict[str, Any]) -> str:
     """The table, with where and when it was measured above it."""
+
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
     def word(passed: bool | None) -> str:
         return "" if passed is None else "passed" if passed else "not passed"
 
-    header = ("case", "variant", "status", "ms", "p90", "wall ms", "floor ms", "x floor",
-              "speed-up", "of matmul", "must", "", "aim", "", "note")
+    header = (
+        "case",
+        "variant",
+        "status",
+        "ms",
+        "p90",
+        "wall ms",
+        "floor ms",
+        "x floor",
+        "speed-up",
+        "of matmul",
+        "must",
+        "",
+        "aim",
+        "",
+        "note",
+    )
     lines = [header]
     for r in document["rows"]:
         over = r["ms"] / r["floor_ms"] if r["ms"] and r["floor_ms"] else None
-        lines.append((
-            r["case"], r["variant"], r["status"], number(r["ms"], ".3f"),
-            number(r["p90_ms"], ".3f"), number(r["wall_ms"], ".3f"),
-            number(r["floor_ms"], ".4f"), number(over, ".1f"),
-            number(r["speedup"], ".2f"), number(r["share"], ".1%"), r["must"], word(r["passed"]),
-            r["aim"], word(r["aim_passed"]), r["note"]))
+        lines.append(
+            (
+                r["case"],
+                r["variant"],
+                r["status"],
+                number(r["ms"], ".3f"),
+                number(r["p90_ms"], ".3f"),
+                number(r["wall_ms"], ".3f"),
+                number(r["floor_ms"], ".4f"),
+                number(over, ".1f"),
+                number(r["speedup"], ".2f"),
+                number(r["share"], ".1%"),
+                r["must"],
+                word(r["passed"]),
+                r["aim"],
+                word(r["aim_passed"]),
+                r["note"],
+            )
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     where = [f"{k}: {v}" for k, v in document["conditions"].items()]
     units = {"bf16": 1e12, "tf32": 1e12, "bytes": 1e9, "launch_us": 1, "node_us": 1}
-    names = {"bf16": "TFLOP/s bf16", "tf32": "TFLOP/s tf32", "bytes": "GB/s",
-             "launch_us": "us a launch", "node_us": "us a graph node"}
+    names = {
+        "bf16": "TFLOP/s bf16",
+        "tf32": "TFLOP/s tf32",
+        "bytes": "GB/s",
+        "launch_us": "us a launch",
+        "node_us": "us a graph node",
+    }
     rates = [f"{v / units[k]:.1f} {names[k]}" for k, v in document["machine"].items()]
-    table = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip()
-             for line in lines]
+    table = [
+        "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
     return "\n".join(filter(None, ["; ".join(where), "; ".join(rates), document["error"], *table]))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0 where every judged row passed, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report",
-                                     description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_report", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds of the whole run")
-    parser.add_argument("--cpu-check", action="store_true",
-                        help="tiny sizes on the CPU: whether the script works; no figure counts")
+    parser.add_argument(
+        "--cpu-check",
+        action="store_true",
+        help="tiny sizes on the CPU: whether the script works; no figure counts",
+    )
     given = parser.parse_args(arguments)
     if given.limit <= 0:
         parser.error(f"--limit must be positive, got {given.limit:g}")

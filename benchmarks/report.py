@@ -57,8 +57,9 @@ def records(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
             "p99.9_ms": round(1e3 * _percentile(m.seconds, 99.9), 4),
             "max_ms": round(1e3 * max(m.seconds), 4),
             "gflops": None if m.gflops is None else round(m.gflops, 2),
-            "share_of_matmul": None if m.gflops is None or m.dtype not in baseline else
-                round(m.gflops / baseline[m.dtype], 4),
+            "share_of_matmul": None
+            if m.gflops is None or m.dtype not in baseline
+            else round(m.gflops / baseline[m.dtype], 4),
             **common,
         }
         for m in measurements

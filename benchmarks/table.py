@@ -34,22 +34,36 @@ def results(report: Sequence[dict[str, Any]]) -> str:
         baseline = medians.get((r["case"], BASELINES.get(r["case"].split("/")[0])))
         rate, share = r["gflops"], r["share_of_matmul"]
         return [
-            f"`{r['case']}`", f"`{r['variant']}`",
+            f"`{r['case']}`",
+            f"`{r['variant']}`",
             *(f"{r[key]:.2f}" for key in ("median_ms", "p99_ms", "p99.9_ms", "max_ms")),
-            str(r["rounds"]), "" if rate is None else f"{rate:.1f}",
+            str(r["rounds"]),
+            "" if rate is None else f"{rate:.1f}",
             "" if share is None else f"{share:.0%}",
             "" if baseline is None else f"{baseline / r['median_ms']:.2f}×",
         ]
 
-    header = ("case", "variant", "median ms", "p99 ms", "p99.9 ms", "max ms", "rounds", "GFLOP/s",
-              "of matmul", "against baseline")
+    header = (
+        "case",
+        "variant",
+        "median ms",
+        "p99 ms",
+        "p99.9 ms",
+        "max ms",
+        "rounds",
+        "GFLOP/s",
+        "of matmul",
+        "against baseline",
+    )
     return _table(header, map(row, report))
 
 
 def conditions(report: Sequence[dict[str, Any]]) -> str:
     """Where and when the report was measured, one line for each different answer."""
-    lines = {f"{r['device']}, {r['threads']} threads, torch {r['torch']}, {r['date']}": None
-             for r in report}
+    lines = {
+        f"{r['device']}, {r['threads']} threads, torch {r['torch']}, {r['date']}": None
+        for r in report
+    }
     return "\n".join(lines)
 
 

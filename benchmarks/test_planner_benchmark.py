@@ -13,8 +13,12 @@ from iqmpc.errors import BackendError
 
 @pytest.mark.parametrize(
     ("case", "variant"),
-    [pytest.param(case, variant, id=f"{case.name}/{variant}")
-     for case in PLAN_CASES for variant in PLAN_VARIANTS])
+    [
+        pytest.param(case, variant, id=f"{case.name}/{variant}")
+        for case in PLAN_CASES
+        for variant in PLAN_VARIANTS
+    ],
+)
 def test_plan(measure: Callable[..., None], case: PlanCase, variant: str) -> None:
     how = PLAN_VARIANTS[variant]
     try:

@@ -12,8 +12,12 @@ from benchmarks.variants import UPDATE_VARIANTS
 
 @pytest.mark.parametrize(
     ("case", "variant"),
-    [pytest.param(case, variant, id=f"{case.name}/{variant}")
-     for case in UPDATE_CASES for variant in UPDATE_VARIANTS])
+    [
+        pytest.param(case, variant, id=f"{case.name}/{variant}")
+        for case in UPDATE_CASES
+        for variant in UPDATE_VARIANTS
+    ],
+)
 def test_update(measure: Callable[..., None], case: UpdateCase, variant: str) -> None:
     how = UPDATE_VARIANTS[variant]
     measure(case.name, variant, how.build(case), how.flops(case), how.dtype)

@@ -32,8 +32,13 @@ def unrolled(case: PlanCase, *, compiled: bool) -> Callable[[], object]:
     """The planner of `benchmarks.eager_unrolled`."""
     config = case.config
     planner = EagerUnrolled(
-        snapshot(case.world_model().weights()), config.planner, discount=config.discount,
-        entropy=case.entropy, num_envs=case.envs, compiled=compiled)
+        snapshot(case.world_model().weights()),
+        config.planner,
+        discount=config.discount,
+        entropy=case.entropy,
+        num_envs=case.envs,
+        compiled=compiled,
+    )
     return functools.partial(planner.plan, case.observations())
 
 
@@ -41,17 +46,23 @@ def package(case: PlanCase, **settings: Any) -> Callable[[], object]:
     """The package's planner with `settings` of its configuration replaced."""
     config = case.config
     planner = Planner(
-        case.world_model().weights(), dataclasses.replace(config.planner, **settings),
-        discount=config.discount, beta=case.entropy, num_envs=case.envs)
+        case.world_model().weights(),
+        dataclasses.replace(config.planner, **settings),
+        discount=config.discount,
+        beta=case.entropy,
+        num_envs=case.envs,
+    )
     return functools.partial(planner.plan, case.observations())
 
 
 def publish(case: PublishCase, **settings: Any) -> Callable[[], object]:
-    """Publishing one set of weights again and again, as a learner does that changes them in place.
-    """
+    """Publish one set of weights again and again, as a learner does that changes them in place."""
     weights, config = case.plan.world_model().weights(), case.plan.config
-    planner = Planner(weights, dataclasses.replace(config.planner, threads=1, **settings),
-                      discount=config.discount)
+    planner = Planner(
+        weights,
+        dataclasses.replace(config.planner, threads=1, **settings),
+        discount=config.discount,
+    )
     return functools.partial(planner.publish, weights)
 
 
@@ -59,32 +70,34 @@ def learner(case: UpdateCase, **settings: Any) -> Callable[[], object]:
     """The package's learner with `settings` of its configuration replaced."""
     config = case.config
     config = dataclasses.replace(config, learner=dataclasses.replace(config.learner, **settings))
-    return functools.partial(
-        Learner(case.obs_dim, case.action_dim, config).update, case.slices())
+    return functools.partial(Learner(case.obs_dim, case.action_dim, config).update, case.slices())
 
 
 PLAN_VARIANTS = {
-    "eager-unrolled": Variant(
-        functools.partial(unrolled, compiled=False), flops.plan_unrolled),
-    "compiled-unrolled": Variant(
-        functools.partial(unrolled, compiled=True), flops.plan_unrolled),
+    "eager-unrolled": Variant(functools.partial(unrolled, compiled=False), flops.plan_unrolled),
+    "compiled-unrolled": Variant(functools.partial(unrolled, compiled=True), flops.plan_unrolled),
     "reference": Variant(
-        functools.partial(package, backend="reference", mode="eager"), flops.plan_advantage),
+        functools.partial(package, backend="reference", mode="eager"), flops.plan_advantage
+    ),
     "reference-compiled": Variant(
-        functools.partial(package, backend="reference", mode="compile"), flops.plan_advantage),
+        functools.partial(package, backend="reference", mode="compile"), flops.plan_advantage
+    ),
     "cpu": Variant(functools.partial(package, backend="cpu"), flops.plan_floor),
     "cpu-bf16": Variant(
-        functools.partial(package, backend="cpu", precision="bf16"), flops.plan_floor, "bfloat16"),
+        functools.partial(package, backend="cpu", precision="bf16"), flops.plan_floor, "bfloat16"
+    ),
 }
 PUBLISH_VARIANTS = {  # no matrix product, and so no operations to count
     "cpu": Variant(functools.partial(publish, backend="cpu"), lambda case: 0),
     "cpu-bf16": Variant(
-        functools.partial(publish, backend="cpu", precision="bf16"), lambda case: 0, "bfloat16"),
+        functools.partial(publish, backend="cpu", precision="bf16"), lambda case: 0, "bfloat16"
+    ),
 }
 UPDATE_VARIANTS = {
     "eager": Variant(functools.partial(learner, mode="eager"), flops.update),
     "compile": Variant(functools.partial(learner, mode="compile"), flops.update),
     "fused": Variant(functools.partial(learner, mode="fused"), flops.update_floor),
-    "fused-bf16": Variant(functools.partial(learner, mode="fused", precision="bf16"),
-                          flops.update_floor, "bfloat16"),
+    "fused-bf16": Variant(
+        functools.partial(learner, mode="fused", precision="bf16"), flops.update_floor, "bfloat16"
+    ),
 }

@@ -60,16 +60,15 @@ py::array checked(const py::object& object, const char* name, const std::vector<
     throw py::value_error(std::string(name) + " must be float32 with shape " + join(expected) +
                           ", got " + std::string(py::str(array.dtype())) + " " + join(got));
   }
-  constexpr int kLayout = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ |
-                          py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  constexpr int kLayout =
+      py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
   if ((array.flags() & kLayout) != kLayout) {
     std::vector<std::string> strides;
     for (py::ssize_t d = 0; d < array.ndim(); ++d) {
       strides.push_back(std::to_string(array.strides(d)));
     }
-    throw py::value_error(std::string(name) +
-                          " must be C-contiguous and aligned, got strides of " + join(strides) +
-                          " bytes");
+    throw py::value_error(std::string(name) + " must be C-contiguous and aligned, got strides of " +
+                          join(strides) + " bytes");
   }
   return array;
 }
@@ -136,9 +135,8 @@ std::vector<iqmpc::LinearView> linear_views(const py::handle& layer, const std::
     views[k].out = out;
     views[k].in = in;
   }
-  const float* iqmpc::LinearView::*fields[] = {nullptr, &iqmpc::LinearView::bias,
-                                               &iqmpc::LinearView::gamma,
-                                               &iqmpc::LinearView::beta};
+  const float* iqmpc::LinearView::* fields[] = {
+      nullptr, &iqmpc::LinearView::bias, &iqmpc::LinearView::gamma, &iqmpc::LinearView::beta};
   const char* names[] = {"", " bias", " gamma", " beta"};
   shape.pop_back();
   shape.back() = Side(out);
@@ -230,8 +228,8 @@ void rollout(const Model& model, const py::object& z0, const py::object& actions
   view.problems = a.shape(0);
   view.horizon = a.shape(1);
   view.samples = a.shape(2);
-  const py::ssize_t steps = view.score == iqmpc::Score::unrolled ? view.horizon + 1
-                                                                 : view.horizon - 1;
+  const py::ssize_t steps =
+      view.score == iqmpc::Score::unrolled ? view.horizon + 1 : view.horizon - 1;
   const py::array z = checked(z0, "z0", {view.problems, model->latent_dim()});
   const py::array noise = checked(policy_noise, "policy_noise",
                                   {view.problems, steps, view.samples, model->action_dim()});
@@ -375,10 +373,9 @@ std::unique_ptr<BoundLearner> bound_learner(
     const py::sequence& critics, const py::sequence& targets, const py::sequence& termination,
     py::ssize_t simnorm_dim, float log_std_min, float log_std_max, const std::string& objective,
     const std::string& entropy, py::ssize_t horizon, float rho, float discount, float alpha,
-    float beta, float c_cons, float c_iq, float c_gp, float c_termination,
-    float termination_weight, float dropout, bool dropout_always, float lr,
-    float encoder_lr_scale, float grad_clip, float tau, float average_rate,
-    const std::string& precision, int threads, std::uint64_t seed,
+    float beta, float c_cons, float c_iq, float c_gp, float c_termination, float termination_weight,
+    float dropout, bool dropout_always, float lr, float encoder_lr_scale, float grad_clip,
+    float tau, float average_rate, const std::string& precision, int threads, std::uint64_t seed,
     const std::optional<std::string>& isa) {
   auto bound = std::make_unique<BoundLearner>();
   iqmpc::LearnerView view;
@@ -443,8 +440,8 @@ iqmpc::ReplayView replay_view(const iqmpc::Learner& learner, const py::sequence&
   arrays.push_back(checked(replay[0], (name + " obs").c_str(), {"R", learner.obs_dim()}));
   view.obs = data(arrays.back());
   view.rows = arrays.back().shape(0);
-  arrays.push_back(checked(replay[1], (name + " action").c_str(),
-                           {view.rows, learner.action_dim()}));
+  arrays.push_back(
+      checked(replay[1], (name + " action").c_str(), {view.rows, learner.action_dim()}));
   view.action = data(arrays.back());
   arrays.push_back(checked(replay[2], (name + " reward").c_str(), {view.rows}));
   view.reward = data(arrays.back());
@@ -466,13 +463,13 @@ py::tuple as_tuple(const iqmpc::UpdateMetrics& m) {
   return py::make_tuple(m.consistency, m.q_expert, m.q_behaviour, m.target_value, m.reward_expert,
                         m.reward_behaviour, m.value_term, m.gradient_penalty, m.critic_loss,
                         m.termination_loss, m.termination_recall, m.termination_precision,
-                        m.model_grad_norm, m.policy_loss, m.entropy, m.q_policy,
-                        m.policy_grad_norm, m.model_skipped, m.policy_skipped);
+                        m.model_grad_norm, m.policy_loss, m.entropy, m.q_policy, m.policy_grad_norm,
+                        m.model_skipped, m.policy_skipped);
 }
 
-py::tuple learn(const BoundLearner& bound, const py::object& experts,
-                const py::sequence& behaviour, py::ssize_t batch, std::uint64_t update,
-                std::uint64_t model_steps, std::uint64_t policy_steps) {
+py::tuple learn(const BoundLearner& bound, const py::object& experts, const py::sequence& behaviour,
+                py::ssize_t batch, std::uint64_t update, std::uint64_t model_steps,
+                std::uint64_t policy_steps) {
   check_fork(*bound.learner, "learner");
   std::vector<py::array> arrays;
   iqmpc::ReplayView of_experts;
@@ -528,8 +525,7 @@ py::dict update_draws(const BoundLearner& bound, std::uint64_t update, py::ssize
   draws.mix = array("mix", {h, experts, 1});
   draws.keep = array("keep", {k, h * columns, d});
   draws.keep_target = array("keep_target", {2, h * columns, d});
-  draws.keep_value =
-      array("keep_value", {2, difference ? h * (columns - experts) : experts, d});
+  draws.keep_value = array("keep_value", {2, difference ? h * (columns - experts) : experts, d});
   draws.keep_penalty = array("keep_penalty", {k, h * experts, d});
   draws.keep_policy = array("keep_policy", {2, (h + 1) * columns, d});
   bound.learner->draws(update, columns, experts, draws);
@@ -566,8 +562,12 @@ py::dict draws(const iqmpc::Planner& planner, std::uint64_t step) {
   py::array_t<float> prior({e, h, p, a}), samples({i, e, h, rest, a});
   py::array_t<float> prior_score({e, h - 1, p, a}), score({i, e, h - 1, rest, a});
   py::array_t<float> explore({e, a}), gumbel({e, s.elites});
-  iqmpc::PlanDraws out{prior.mutable_data(),   samples.mutable_data(), prior_score.mutable_data(),
-                       score.mutable_data(),   explore.mutable_data(), gumbel.mutable_data(),
+  iqmpc::PlanDraws out{prior.mutable_data(),
+                       samples.mutable_data(),
+                       prior_score.mutable_data(),
+                       score.mutable_data(),
+                       explore.mutable_data(),
+                       gumbel.mutable_data(),
                        {0, 0}};
   planner.draws(step, out);
   py::dict named;
@@ -581,8 +581,8 @@ py::dict draws(const iqmpc::Planner& planner, std::uint64_t step) {
   return named;
 }
 
-// Objects that were made by __new__ alone are refused. pybind11 would hand out memory in which there
-// is nothing yet; the type's allocator, which it asks for that and for nothing else, throws.
+// Objects that were made by __new__ alone are refused. pybind11 would hand out memory in which
+// there is nothing yet; the type's allocator, which it asks for that and for nothing else, throws.
 template <class T, class... Options>
 py::class_<T, Options...> expose(py::module_& module, const char* name, const char* doc) {
   py::class_<T, Options...> bound(module, name, doc);
@@ -644,30 +644,30 @@ PYBIND11_MODULE(_C, module) {
   expose<iqmpc::WorldModel, Model>(
       module, "WorldModel",
       "An immutable copy of a world model, packed for one instruction-set level and precision.")
-      .def(py::init(&world_model), py::arg("view"), py::kw_only(),
-           py::arg("precision") = "float32", py::arg("isa") = py::none(),
+      .def(py::init(&world_model), py::arg("view"), py::kw_only(), py::arg("precision") = "float32",
+           py::arg("isa") = py::none(),
            "precision is float32 or bf16. Raises ValueError for sizes that do not fit together.")
       .def_property_readonly("obs_dim", &iqmpc::WorldModel::obs_dim)
       .def_property_readonly("action_dim", &iqmpc::WorldModel::action_dim)
       .def_property_readonly("latent_dim", &iqmpc::WorldModel::latent_dim)
       .def_property_readonly("num_critics", &iqmpc::WorldModel::num_critics)
       .def_property_readonly("has_termination", &iqmpc::WorldModel::has_termination)
-      .def_property_readonly("precision", [](const iqmpc::WorldModel& model) {
-        return std::string(iqmpc::precision_name(model.precision()));
-      })
+      .def_property_readonly("precision",
+                             [](const iqmpc::WorldModel& model) {
+                               return std::string(iqmpc::precision_name(model.precision()));
+                             })
       .def_property_readonly("isa", [](const iqmpc::WorldModel& model) {
         return std::string(iqmpc::isa_name(model.isa()));
       });
 
   module.def("rollout", &rollout, py::arg("model").none(false), py::arg("z0"), py::arg("actions"),
-             py::arg("policy_noise"), py::arg("critic_pair"), py::arg("discount"),
-             py::arg("score"), py::arg("entropy"), py::arg("returns"), py::arg("threads"),
+             py::arg("policy_noise"), py::arg("critic_pair"), py::arg("discount"), py::arg("score"),
+             py::arg("entropy"), py::arg("returns"), py::arg("threads"),
              "Write the soft returns of iqmpc.kernels.mppi_rollout into `returns` [E, S].");
 
-  module.def(
-      "cuda_unavailable_reason", &cuda_unavailable_reason,
-      py::call_guard<py::gil_scoped_release>(),
-      "Why no CUDA device can run this module's kernels; empty where one can.");
+  module.def("cuda_unavailable_reason", &cuda_unavailable_reason,
+             py::call_guard<py::gil_scoped_release>(),
+             "Why no CUDA device can run this module's kernels; empty where one can.");
   module.def(
       "cuda_available", [] { return cuda_unavailable_reason().empty(); },
       py::call_guard<py::gil_scoped_release>(), "Whether a CUDA device can run them.");
@@ -702,11 +702,10 @@ PYBIND11_MODULE(_C, module) {
 #endif
 
   expose<iqmpc::Planner>(module, "Planner", "MPPI for E problems: a whole plan in one call.")
-      .def(py::init([](Model model, py::ssize_t num_envs, py::ssize_t horizon,
-                       py::ssize_t samples, py::ssize_t elites, py::ssize_t policy_trajectories,
-                       py::ssize_t iterations, float temperature, float std_min, float std_max,
-                       float discount, bool enabled, int threads, double budget_us,
-                       std::uint64_t seed) {
+      .def(py::init([](Model model, py::ssize_t num_envs, py::ssize_t horizon, py::ssize_t samples,
+                       py::ssize_t elites, py::ssize_t policy_trajectories, py::ssize_t iterations,
+                       float temperature, float std_min, float std_max, float discount,
+                       bool enabled, int threads, double budget_us, std::uint64_t seed) {
              return std::make_unique<iqmpc::Planner>(
                  std::move(model),
                  iqmpc::PlannerSettings{num_envs, horizon, samples, elites, policy_trajectories,
@@ -762,8 +761,8 @@ PYBIND11_MODULE(_C, module) {
           [](py::object self) {
             auto& planner = self.cast<iqmpc::Planner&>();
             const iqmpc::PlannerSettings& s = planner.settings();
-            return py::array_t<float>({s.num_envs, s.horizon, planner.action_dim()},
-                                      planner.mean(), self);
+            return py::array_t<float>({s.num_envs, s.horizon, planner.action_dim()}, planner.mean(),
+                                      self);
           },
           "The last plan's mean [E, H, A], the planner's own memory. Not to be touched while a "
           "plan runs.")

@@ -20,14 +20,30 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Agent", "Config", "Demonstrations", "Episode", "IqmpcError", "Learner", "Planner", "Trainer",
-    "WorldModel", "compose", "evaluate", "make_env",
+    "Agent",
+    "Config",
+    "Demonstrations",
+    "Episode",
+    "IqmpcError",
+    "Learner",
+    "Planner",
+    "Trainer",
+    "WorldModel",
+    "compose",
+    "evaluate",
+    "make_env",
 ]
 
 # What imports torch comes when it is first asked for: a process that only steps an environment
 # would pay seconds and some 200 MB for it.
-_WITH_TORCH = {"Agent": "agent", "Learner": "learner", "Planner": "planner", "Trainer": "trainer",
-               "WorldModel": "model", "evaluate": "evaluation"}
+_WITH_TORCH = {
+    "Agent": "agent",
+    "Learner": "learner",
+    "Planner": "planner",
+    "Trainer": "trainer",
+    "WorldModel": "model",
+    "evaluate": "evaluation",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -34,9 +34,12 @@ def resolve_device(name: str) -> str:
 def prepare_torch(config: Config) -> None:
     """Set the process to the run's `threads`, and torch to flush denormal numbers to zero."""
     # Where the C++ library both plans and learns, torch has only trifles to do.
-    idle = ((config.device == "cpu" or not torch.cuda.is_available())
-            and config.task.obs == "state" and config.learner.mode in ("auto", "fused")
-            and config.planner.backend in ("auto", "cpu"))
+    idle = (
+        (config.device == "cpu" or not torch.cuda.is_available())
+        and config.task.obs == "state"
+        and config.learner.mode in ("auto", "fused")
+        and config.planner.backend in ("auto", "cpu")
+    )
     set_threads(config.threads, torch_idle=idle)
     torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
 
@@ -48,23 +51,30 @@ class Agent:
     thread needs an agent of its own, as calls from several would warm-start one another's plans.
     """
 
-    def __init__(
-        self, model: WorldModel, config: Config, *, seed: int = 0, num_envs: int = 1
-    ):
+    def __init__(self, model: WorldModel, config: Config, *, seed: int = 0, num_envs: int = 1):
         self.model, self.config = model, config
         self.weights = model.weights()  # what decodes rewards; the planner has a snapshot of them
         self.device = next(model.parameters()).device
         self.beta = config.entropy_coefficient(model.action_dim)
         self.planner = Planner(
-            self.weights, config.planner, discount=config.discount, beta=self.beta,
-            num_envs=num_envs, seed=stream_seed(seed, "planner"))
+            self.weights,
+            config.planner,
+            discount=config.discount,
+            beta=self.beta,
+            num_envs=num_envs,
+            seed=stream_seed(seed, "planner"),
+        )
         # What training says of the checkpoint: env_steps, updates, wall_s, demonstrator_return.
         self.facts: dict[str, Any] = {}
 
     @classmethod
     def load(
-        cls, run: str | Path, *, changes: Mapping[str, Any] | None = None,
-        seed: int | None = None, num_envs: int = 1,
+        cls,
+        run: str | Path,
+        *,
+        changes: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        num_envs: int = 1,
     ) -> Agent:
         """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there:
         with the average of the weights, unless `agent.average` is off.
@@ -80,20 +90,27 @@ class Agent:
         checkpoint.check_settings(run, found, path, meta)
         changes = dict(changes or {})
         if found.device == "cuda" and "device" not in changes and not torch.cuda.is_available():
-            warnings.warn(f"{run} was made with device=cuda, which is not here: acting on the CPU",
-                          RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"{run} was made with device=cuda, which is not here: acting on the CPU",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             changes["device"] = "cpu"
         config = found.replace(changes)
         device = resolve_device(config.device)
         # "obs_dim" stands in checkpoints from before there were images
         model = WorldModel(
-            meta.get("obs_shape") or int(meta["obs_dim"]), int(meta["action_dim"]), config.model,
-            termination=config.termination)
+            meta.get("obs_shape") or int(meta["obs_dim"]),
+            int(meta["action_dim"]),
+            config.model,
+            termination=config.termination,
+        )
         prefix = "learner.model." if config.agent.average == "off" else "learner.average."
         held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if not held:
             raise CheckpointError(
-                f"{path} holds no average of the weights, agent.average={config.agent.average}")
+                f"{path} holds no average of the weights, agent.average={config.agent.average}"
+            )
         try:
             model.load_state_dict(held)
         except RuntimeError as error:
@@ -104,13 +121,26 @@ class Agent:
         except BackendError as error:
             if any(key.startswith("planner.") and key != "planner.enabled" for key in changes):
                 raise
-            warnings.warn(f"{error}: acting with planner.backend=auto in float32", RuntimeWarning,
-                          stacklevel=2)
-            agent = cls(model, config.replace({
-                "planner.backend": "auto", "planner.precision": "float32",
-                "planner.capture": None}), seed=seed, num_envs=num_envs)
-        agent.facts = {k: meta[k] for k in ("env_steps", "updates", "wall_s",
-                                            "demonstrator_return")}
+            warnings.warn(
+                f"{error}: acting with planner.backend=auto in float32",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            agent = cls(
+                model,
+                config.replace(
+                    {
+                        "planner.backend": "auto",
+                        "planner.precision": "float32",
+                        "planner.capture": None,
+                    }
+                ),
+                seed=seed,
+                num_envs=num_envs,
+            )
+        agent.facts = {
+            k: meta[k] for k in ("env_steps", "updates", "wall_s", "demonstrator_return")
+        }
         return agent
 
     def publish(self, weights: Weights) -> None:
@@ -135,8 +165,13 @@ class Agent:
 
     @torch.no_grad()
     def decode_reward(
-        self, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, *,
-        terminated: np.ndarray | bool = False, samples: int = 16,
+        self,
+        obs: np.ndarray,
+        action: np.ndarray,
+        next_obs: np.ndarray,
+        *,
+        terminated: np.ndarray | bool = False,
+        samples: int = 16,
     ) -> np.ndarray:
         """r(s, a) = Q(h(s), a) - γ (1 - d) V(h(s')), the reward that the critics imply.
 
@@ -151,9 +186,11 @@ class Agent:
         single = given[0].ndim == len(shape)
         obs_, action_, next_ = (x[None] if single else x for x in given)
         n = len(obs_)
-        for name, tensor, expected in (("obs", obs_, [n, *shape]),
-                                       ("action", action_, [n, self.model.action_dim]),
-                                       ("next_obs", next_, [n, *shape])):
+        for name, tensor, expected in (
+            ("obs", obs_, [n, *shape]),
+            ("action", action_, [n, self.model.action_dim]),
+            ("next_obs", next_, [n, *shape]),
+        ):
             if list(tensor.shape) != expected:
                 raise ValueError(f"{name} must be {expected}, got {list(tensor.shape)}")
             if is_image(shape) and tensor is not action_ and tensor.dtype != torch.uint8:
@@ -162,17 +199,20 @@ class Agent:
         z = layers.encode(w, next_).expand(samples, -1, -1)
         generator = torch.Generator(self.device).manual_seed(0)
         noise = torch.randn(
-            samples, 1, self.model.action_dim, generator=generator, device=self.device)
+            samples, 1, self.model.action_dim, generator=generator, device=self.device
+        )
         prior, log_prob = layers.policy_sample(
-            w, z, noise.expand(-1, n, -1), self.config.learner.entropy)
+            w, z, noise.expand(-1, n, -1), self.config.learner.entropy
+        )
         value = (layers.critics(w.critics, z, prior).mean(0) - self.beta * log_prob).mean(0)
         q = layers.critics(w.critics, layers.encode(w, obs_), action_).mean(0)
         alive = 1 - torch.as_tensor(terminated, dtype=torch.float32, device=self.device)
         reward = (q - self.config.discount * alive * value).cpu().numpy()
         return reward[0] if single else reward
 
-    def _tensor(self, x: np.ndarray, dtype: type | None = None, *, device: str | None = None
-                ) -> torch.Tensor:
+    def _tensor(
+        self, x: np.ndarray, dtype: type | None = None, *, device: str | None = None
+    ) -> torch.Tensor:
         """On `device` or the agent's; of `dtype`, by default float32 for flat observations and as
         it is else."""
         if dtype is None and not is_image(self.model.obs_shape):

@@ -17,7 +17,8 @@ _CAPTURING = threading.Lock()  # a process may have one capture under way at a t
 
 
 def captured(
-    function: Callable[[], Any], stream: torch.cuda.Stream,
+    function: Callable[[], Any],
+    stream: torch.cuda.Stream,
     generators: Iterable[torch.Generator] = (),
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
     """The function's work on the device as a CUDA graph, and its result, which replays rewrite.

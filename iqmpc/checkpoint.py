@@ -1,6 +1,6 @@
 """Run folders and their checkpoints: one safetensors file each, written whole or not at all.
 
-    RUN/config.yaml  metrics.csv  summary.json  tensorboard/  checkpoints/step_000010000.safetensors
+RUN/config.yaml  metrics.csv  summary.json  tensorboard/  checkpoints/step_000010000.safetensors
 """
 
 from __future__ import annotations
@@ -52,21 +52,31 @@ def save(
     Raises `CheckpointError`, and leaves those that are there, where a tensor of the learner
     (`learner.…`) is not finite.
     """
-    bad = [name for name, tensor in tensors.items() if name.startswith("learner.")
-           and tensor.is_floating_point() and not tensor.isfinite().all()]
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if name.startswith("learner.")
+        and tensor.is_floating_point()
+        and not tensor.isfinite().all()
+    ]
     if bad:
         raise CheckpointError(
             f"step {step}: {len(bad)} tensors of the learner are not finite (the first is "
-            f"{bad[0]}), so no checkpoint is written in {run}")
+            f"{bad[0]}), so no checkpoint is written in {run}"
+        )
     folder = Path(run) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     text = json.dumps(dict(meta))
-    header = {"format": FORMAT, "version": str(VERSION), "meta": text,
-              "digest": digest(tensors, text)}
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "meta": text,
+        "digest": digest(tensors, text),
+    }
     path = folder / f"step_{step:09d}.safetensors"
     write_atomically(path, safetensors.torch.save(tensors, header))
-    for old in [other for other in _paths(folder) if other != path][KEPT - 1:]:
+    for old in [other for other in _paths(folder) if other != path][KEPT - 1 :]:
         old.unlink(missing_ok=True)
     return path
 
@@ -81,10 +91,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if header.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is no {FORMAT} file (its format says {header.get('format')!r})")
+            f"{path} is no {FORMAT} file (its format says {header.get('format')!r})"
+        )
     if header.get("version") != str(VERSION):
         raise CheckpointError(
-            f"{path} has version {header.get('version')}, this program reads {VERSION}")
+            f"{path} has version {header.get('version')}, this program reads {VERSION}"
+        )
     text = header.get("meta", "")
     if digest(tensors, text) != header.get("digest"):
         raise CheckpointError(f"{path} is damaged: its content does not match its digest")
@@ -161,12 +173,16 @@ def locked(run: str | Path) -> Iterator[None]:
 def check_settings(run: str | Path, found: Config, path: Path, meta: Mapping[str, Any]) -> None:
     """`CheckpointError` that names what differs in `found`, as read from the run's config.yaml,
     from the settings with which the checkpoint was written."""
-    other = [text for key, text in differences(meta.get("settings", {}), found.to_dict())
-             if not may_change(key)]
+    other = [
+        text
+        for key, text in differences(meta.get("settings", {}), found.to_dict())
+        if not may_change(key)
+    ]
     if other:
         raise CheckpointError(
             f"{Path(run) / 'config.yaml'} is not what {path.name} was made with: "
-            + "; ".join(other))
+            + "; ".join(other)
+        )
 
 
 def exists(run: str | Path) -> bool:

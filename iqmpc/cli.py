@@ -22,15 +22,19 @@ from iqmpc.errors import ConfigError, Interrupted, IqmpcError, printable
 from iqmpc.progress import RecordingDisplay, TrainingDisplay
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    help="Learn from demonstrations without rewards, act by planning in a latent world model.")
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Learn from demonstrations without rewards, act by planning in a latent world model.",
+)
 app.add_typer(demos_app, name="demos", help="Inspect, check, convert and make demonstrations.")
 
 # Figures for programs go to stdout, everything for people to stderr.
 _console = Console(stderr=True)
 
 MinReturn = Annotated[
-    float | None, typer.Option(help="Keep only episodes with at least this return.")]
+    float | None, typer.Option(help="Keep only episodes with at least this return.")
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; the run's own by default.")]
 Backend = Annotated[str | None, typer.Option(help="The planner's kernel backend.")]
 _OVERRIDES_HELP = "Settings as key=value: task=cheetah-run train.steps=50000 learner.batch=128"
@@ -93,15 +97,22 @@ def _train(config: Any, run: Path | None, *, resume: bool) -> tuple[dict[str, An
         demonstrations = _demonstrations(config, *check_spaces(env, config.task.name))
         named = run or _unused(config, claim=False)
         trainer = iqmpc.Trainer(
-            config, [make] * count if apart else env, demonstrations, run=named,
-            eval_env=env if apart else None, resume=resume, on_progress=display.update,
-            on_message=display.message)
+            config,
+            [make] * count if apart else env,
+            demonstrations,
+            run=named,
+            eval_env=env if apart else None,
+            resume=resume,
+            on_progress=display.update,
+            on_message=display.message,
+        )
         if run is None:
             trainer.run = run = _unused(config, claim=True)
         parameters = sum(p.numel() for p in trainer.learner.model.parameters())
         display.message(
             f"{config.task.name}: {parameters:,} parameters on {trainer.device}, planner "
-            f"{trainer.agent.planner.backend}, run folder {run}")
+            f"{trainer.agent.planner.backend}, run folder {run}"
+        )
         hint = _busy_hint(config)
         if hint is not None:
             display.message(hint)
@@ -109,7 +120,8 @@ def _train(config: Any, run: Path | None, *, resume: bool) -> tuple[dict[str, An
             return trainer.train(), run
         except KeyboardInterrupt as error:
             display.message(
-                f"interrupted; continue with: iqmpc train {shlex.quote(f'resume={run}')}")
+                f"interrupted; continue with: iqmpc train {shlex.quote(f'resume={run}')}"
+            )
             number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
             raise SystemExit(128 + number) from None
 
@@ -136,14 +148,19 @@ def evaluate_run(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     episodes: Annotated[int, typer.Option(min=1)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-    planner: Annotated[
-        bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
+    planner: Annotated[bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
     video: Annotated[Path | None, typer.Option(help="Write the first episode as MP4.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the episodes; the run's own by default.")] = None,
-    correlation: Annotated[bool, typer.Option(
-        "--correlation", help="Correlate decoded with true rewards too, over 18 further episodes: "
-        "the agent, the agent with noise, random actions.")] = False,
+        int | None, typer.Option(min=0, help="Of the episodes; the run's own by default.")
+    ] = None,
+    correlation: Annotated[
+        bool,
+        typer.Option(
+            "--correlation",
+            help="Correlate decoded with true rewards too, over 18 further episodes: "
+            "the agent, the agent with noise, random actions.",
+        ),
+    ] = False,
     device: Device = None,
     backend: Backend = None,
 ) -> None:
@@ -160,24 +177,37 @@ def evaluate_run(
     seed = agent.config.seed if seed is None else seed
     with _console.status("evaluating") as status:
         result = evaluate(
-            agent, env, episodes=episodes, seed=seed, on_step=recorder,
-            progress=lambda n, g: status.update(f"episode {n}/{episodes}: return {g:.1f}"))
+            agent,
+            env,
+            episodes=episodes,
+            seed=seed,
+            on_step=recorder,
+            progress=lambda n, g: status.update(f"episode {n}/{episodes}: return {g:.1f}"),
+        )
     summary = {
-        "task": agent.config.task.name, "seed": seed, **agent.facts, "episodes": episodes,
-        "return_mean": result.return_mean, "return_std": result.return_std,
+        "task": agent.config.task.name,
+        "seed": seed,
+        **agent.facts,
+        "episodes": episodes,
+        "return_mean": result.return_mean,
+        "return_std": result.return_std,
         "success_rate": result.success_rate,
         "success_any_rate": result.success_any_rate,
         "ratio": ratio(result.return_mean, agent.facts["demonstrator_return"]),
         "reward_correlation": None,
-        "planner": planner, "backend": agent.planner.backend,
+        "planner": planner,
+        "backend": agent.planner.backend,
         "nonfinite_plans": agent.planner.nonfinite_plans,
         "missed_plans": agent.planner.missed_plans,
     }
     if correlation:
         with _console.status("correlating") as status:
             summary["reward_correlation"] = mixed_correlation(
-                agent, env, seed=seed,
-                progress=lambda n, g: status.update(f"correlating, episode {n}: return {g:.1f}"))
+                agent,
+                env,
+                seed=seed,
+                progress=lambda n, g: status.update(f"correlating, episode {n}: return {g:.1f}"),
+            )
     if as_json:
         from iqmpc.runlog import strict_json
 
@@ -197,10 +227,15 @@ def record(
     planner: Annotated[bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
     min_return: MinReturn = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the episodes.")] = 0,
-    obs: Annotated[str | None, typer.Option(
-        help="pixels: act on the state, keep the frames that task.obs=pixels observes.")] = None,
-    fast_render: Annotated[bool, typer.Option(
-        "--fast-render", help="Frames of task.fast_render=true.")] = False,
+    obs: Annotated[
+        str | None,
+        typer.Option(
+            help="pixels: act on the state, keep the frames that task.obs=pixels observes."
+        ),
+    ] = None,
+    fast_render: Annotated[
+        bool, typer.Option("--fast-render", help="Frames of task.fast_render=true.")
+    ] = False,
     device: Device = None,
     backend: Backend = None,
     force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
@@ -224,41 +259,73 @@ def record(
         if task.suite != "dmcontrol" or task.obs == "pixels":
             raise DemonstrationError(
                 f"--obs pixels is for runs on the state of a DMControl task, {run} is one on "
-                f"{task.obs} of suite {task.suite!r}")
+                f"{task.obs} of suite {task.suite!r}"
+            )
         env = FrameRecorder(env)
     with RecordingDisplay(episodes, _console) as display:
         demonstrations = make.record(
-            _run_demonstrator(run, agent, planner), env, task=task.name, episodes=episodes,
-            max_tries=episodes, fewer=True, seed=seed, min_return=min_return,
+            _run_demonstrator(run, agent, planner),
+            env,
+            task=task.name,
+            episodes=episodes,
+            max_tries=episodes,
+            fewer=True,
+            seed=seed,
+            min_return=min_return,
             episode_length=task.episode_length,
-            provenance=_drawn(task, images=obs is not None), progress=display.update)
+            provenance=_drawn(task, images=obs is not None),
+            progress=display.update,
+        )
     _save(demonstrations, out)
 
 
 @demos_app.command("make")
 def make_demonstrations(
-    words: Annotated[list[str], typer.Argument(
-        metavar="TASK [KEY=VALUE]...", help="A task, or its settings as for train.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="TASK [KEY=VALUE]...", help="A task, or its settings as for train."),
+    ],
     out: Annotated[Path, typer.Option(help="The .h5 file to write.")],
     episodes: Annotated[int, typer.Option(min=1, help="How many to keep.")] = 10,
-    policy: Annotated[str | None, typer.Option(
-        metavar="sb3:ZIP|run:RUN|td", help="Who demonstrates: a Stable-Baselines3 model, a trained "
-        "run, or an agent trained on the reward first. Default: the task's own demonstrator, or "
-        "td where it has none.")] = None,
-    train_steps: Annotated[int, typer.Option(
-        min=1, help="Control steps of that training.")] = 200_000,
-    run_dir: Annotated[Path | None, typer.Option(
-        help="Its run folder, continued where there is one. Default: "
-        "runs/TASK/demonstrator-seedN.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sb3:ZIP|run:RUN|td",
+            help="Who demonstrates: a Stable-Baselines3 model, a trained "
+            "run, or an agent trained on the reward first. Default: the task's own demonstrator or "
+            "td where it has none.",
+        ),
+    ] = None,
+    train_steps: Annotated[
+        int, typer.Option(min=1, help="Control steps of that training.")
+    ] = 200_000,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Its run folder, continued where there is one. Default: "
+            "runs/TASK/demonstrator-seedN."
+        ),
+    ] = None,
     min_return: MinReturn = None,
-    successes_only: Annotated[bool | None, typer.Option(
-        "--successes-only/--all-episodes", help="Keep only episodes that are solved at their last "
-        "step. Default: what the demonstrator says.")] = None,
-    noise: Annotated[float | None, typer.Option(
-        min=0, help="Standard deviation of Gaussian noise on actions. Default: the "
-        "demonstrator's.")] = None,
-    max_tries: Annotated[int | None, typer.Option(
-        min=1, help="Give up after so many episodes. Default: ten times --episodes.")] = None,
+    successes_only: Annotated[
+        bool | None,
+        typer.Option(
+            "--successes-only/--all-episodes",
+            help="Keep only episodes that are solved at their last "
+            "step. Default: what the demonstrator says.",
+        ),
+    ] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Standard deviation of Gaussian noise on actions. Default: the demonstrator's.",
+        ),
+    ] = None,
+    max_tries: Annotated[
+        int | None,
+        typer.Option(min=1, help="Give up after so many episodes. Default: ten times --episodes."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the episodes, and of training.")] = 0,
     device: Device = None,
     backend: Backend = None,
@@ -279,35 +346,49 @@ def make_demonstrations(
     task = config.task.name
     kind, _, path = (policy or "").partition(":")
     if policy is not None and (kind, bool(path)) not in (
-            ("sb3", True), ("run", True), ("td", False)):
+        ("sb3", True),
+        ("run", True),
+        ("td", False),
+    ):
         raise ConfigError(f"--policy must be sb3:ZIP, run:RUN or td, got {policy!r}")
     if policy is None and task not in make.DEMONSTRATORS:
         kind = "td"
     if kind == "td":
         path = run_dir or Path(f"runs/{task}/demonstrator-seed{seed}")
         _train_demonstrator(
-            compose([f"train.steps={train_steps}", *words, "learner=td", f"seed={seed}"]), path)
+            compose([f"train.steps={train_steps}", *words, "learner=td", f"seed={seed}"]), path
+        )
     env = iqmpc.make_env(config.task, seed=seed)
     demonstrator = _demonstrator(kind, path, env, config, seed, acting)
     with RecordingDisplay(episodes, _console) as display:
         demonstrations = make.record(
-            demonstrator, env, task=task, episodes=episodes, max_tries=max_tries or 10 * episodes,
-            seed=seed, noise=noise, min_return=min_return, successes_only=successes_only,
+            demonstrator,
+            env,
+            task=task,
+            episodes=episodes,
+            max_tries=max_tries or 10 * episodes,
+            seed=seed,
+            noise=noise,
+            min_return=min_return,
+            successes_only=successes_only,
             episode_length=config.task.episode_length,
-            provenance=_drawn(config.task), progress=display.update)
+            provenance=_drawn(config.task),
+            progress=display.update,
+        )
     _save(demonstrations, out)
 
 
 @app.command("table")
 def table_of_runs(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or globs.")],
-    out: Annotated[Path | None, typer.Option(
-        metavar="FILE.json", help="Merge the records into this file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Merge the records into this file.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
-    episodes: Annotated[int, typer.Option(
-        min=1, help="Evaluate anew where summary.json has fewer.")] = 20,
-    planner: Annotated[
-        bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
+    episodes: Annotated[
+        int, typer.Option(min=1, help="Evaluate anew where summary.json has fewer.")
+    ] = 20,
+    planner: Annotated[bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
 ) -> None:
     """What runs reached at their last checkpoint: a table, and records in JSON.
 
@@ -325,12 +406,16 @@ def table_of_runs(
         try:
             with _console.status(f"{run}: evaluating"):
                 new = table.record(
-                    run, episodes=episodes, planner=planner,
-                    on_message=partial(_console.print, markup=False))
+                    run,
+                    episodes=episodes,
+                    planner=planner,
+                    on_message=partial(_console.print, markup=False),
+                )
             same = [other for other, r in records.items() if table.key(r) == table.key(new)]
             if same:
-                raise IqmpcError(f"{run} is left out: {same[0]} has the same task, agent, seed "
-                                 "and settings")
+                raise IqmpcError(
+                    f"{run} is left out: {same[0]} has the same task, agent, seed and settings"
+                )
             records[run] = new
         except (IqmpcError, OSError) as error:
             _print_error(error if str(run) in str(error) else f"{run}: {error}")
@@ -371,8 +456,11 @@ def doctor() -> None:
 
 def _acting(planner: bool, device: str | None, backend: str | None) -> dict[str, Any]:
     """What the options change in the settings of a run that acts."""
-    changes = {"planner.enabled": None if planner else False, "device": device,
-               "planner.backend": backend}
+    changes = {
+        "planner.enabled": None if planner else False,
+        "device": device,
+        "planner.backend": backend,
+    }
     return {key: value for key, value in changes.items() if value is not None}
 
 
@@ -388,8 +476,9 @@ def _check_target(out: Path, force: bool) -> None:
 
 def _save(demonstrations: Any, out: Path) -> None:
     demonstrations.save(out)
-    _console.print(f"wrote {len(demonstrations)} episodes to {out}, "
-                   f"return {demonstrations.return_mean:.1f}")
+    _console.print(
+        f"wrote {len(demonstrations)} episodes to {out}, return {demonstrations.return_mean:.1f}"
+    )
 
 
 def _train_demonstrator(config: Any, run: Path) -> None:
@@ -403,13 +492,18 @@ def _train_demonstrator(config: Any, run: Path) -> None:
             raise ConfigError(
                 f"{run} holds a run of {there.task.name} with learner.objective="
                 f"{there.learner.objective}, not of {config.task.name} with td; give another "
-                "--run-dir")
+                "--run-dir"
+            )
         done = checkpoint.newest(run)[2]["env_steps"] if checkpoint.exists(run) else 0
         if done >= config.train.steps:
             return
-        config = there.replace({
-            "train.steps": config.train.steps, "device": config.device,
-            "planner.backend": config.planner.backend})
+        config = there.replace(
+            {
+                "train.steps": config.train.steps,
+                "device": config.device,
+                "planner.backend": config.planner.backend,
+            }
+        )
     _train(config, run, resume=resume)
 
 
@@ -431,11 +525,16 @@ def _demonstrator(
 
         if len(obs_shape) > 1:
             raise ConfigError(
-                f"--policy sb3 acts on flat observations, {config.task.name} has images")
+                f"--policy sb3 acts on flat observations, {config.task.name} has images"
+            )
         policy = Sb3Policy(path, *obs_shape, action_dim)
-        return make.Demonstrator(policy, provenance={
-            "demonstrator": "Stable-Baselines3 policy, deterministic",
-            "policy": f"{Path(path).name}, sha256 {policy.digest}"})
+        return make.Demonstrator(
+            policy,
+            provenance={
+                "demonstrator": "Stable-Baselines3 policy, deterministic",
+                "policy": f"{Path(path).name}, sha256 {policy.digest}",
+            },
+        )
     import iqmpc
 
     agent = iqmpc.Agent.load(path, changes=acting, seed=seed)
@@ -443,18 +542,24 @@ def _demonstrator(
     if found != (obs_shape, action_dim):
         raise ConfigError(
             f"{path}: the agent has observations {list(found[0])} and {found[1]} actions, the task "
-            f"{list(obs_shape)} and {action_dim}")
+            f"{list(obs_shape)} and {action_dim}"
+        )
     return _run_demonstrator(Path(path), agent, agent.config.planner.enabled)
 
 
 def _run_demonstrator(run: Path, agent: Any, planner: bool) -> Any:
     from iqmpc.demos import make
 
-    return make.Demonstrator(make.AgentPolicy(agent), provenance={
-        "demonstrator": "iqmpc agent", "run": run.resolve().name,
-        "actor": "planner" if planner else "policy prior",
-        "objective": agent.config.learner.objective, "trained_steps": str(agent.facts["env_steps"]),
-    })
+    return make.Demonstrator(
+        make.AgentPolicy(agent),
+        provenance={
+            "demonstrator": "iqmpc agent",
+            "run": run.resolve().name,
+            "actor": "planner" if planner else "policy prior",
+            "objective": agent.config.learner.objective,
+            "trained_steps": str(agent.facts["env_steps"]),
+        },
+    )
 
 
 def _busy_hint(config: Any) -> str | None:
@@ -471,8 +576,10 @@ def _busy_hint(config: Any) -> str | None:
         return None
     if config.threads is not None or count == 1 or cores - load > count - 0.5:
         return None
-    return (f"the machine is busy (load {load:.1f} on {cores} cores): threads=1 may be faster here "
-            f"than the default of {count}")
+    return (
+        f"the machine is busy (load {load:.1f} on {cores} cores): threads=1 may be faster here "
+        f"than the default of {count}"
+    )
 
 
 def _rendering(task: Any) -> str:
@@ -496,18 +603,24 @@ def _demonstrations(config: Any, obs_shape: tuple[int, ...], action_dim: int) ->
         if images:
             raise ConfigError(
                 "no demonstrations of images ship: give some with demos.path=FILE (iqmpc demos "
-                "record RUN FILE --obs pixels makes them from a run on the state)")
+                "record RUN FILE --obs pixels makes them from a run on the state)"
+            )
         found = Demonstrations.packaged(task)
     else:
         found = Demonstrations.load(
-            config.demos.path, task=task, obs_dim=None if images else obs_shape[0],
-            action_dim=action_dim, facts=_task_facts(config))
+            config.demos.path,
+            task=task,
+            obs_dim=None if images else obs_shape[0],
+            action_dim=action_dim,
+            facts=_task_facts(config),
+        )
     # Images drawn otherwise could be told apart by that alone.
     drawn = found.provenance.get("render")
     if images and drawn not in (None, _rendering(config.task)):
         raise ConfigError(
             f"{config.demos.path} holds {drawn} renderings, task.fast_render="
-            f"{str(config.task.fast_render).lower()} asks for {_rendering(config.task)} ones")
+            f"{str(config.task.fast_render).lower()} asks for {_rendering(config.task)} ones"
+        )
     return found if config.demos.episodes is None else found.select(config.demos.episodes)
 
 
@@ -516,8 +629,10 @@ def _task_facts(config: Any) -> Any:
     from iqmpc.demos import Facts
 
     keys = config.task.obs_keys
-    return Facts(episodes=config.demos.episodes,
-                 task_obs_keys=None if keys is None else tuple(keys.split(",")))
+    return Facts(
+        episodes=config.demos.episodes,
+        task_obs_keys=None if keys is None else tuple(keys.split(",")),
+    )
 
 
 def _resumed(run: Path, changes: dict[str, Any]) -> Any:
@@ -529,7 +644,8 @@ def _resumed(run: Path, changes: dict[str, Any]) -> Any:
         if key in GROUPS or not may_change(key):
             raise ConfigError(
                 f"{key} cannot change when a run is resumed (only train.* and what iqmpc train "
-                "--help names)")
+                "--help names)"
+            )
     return load_config(run).replace(changes)
 
 
@@ -537,8 +653,13 @@ def _print_summary(summary: dict[str, Any], run: Path) -> None:
     table = Table(title=f"{summary['task']}  ({run})", show_header=False)
     for key, value in summary.items():
         if value is not None and key != "task":
-            text = f"{value:.3g}" if key.endswith(("ratio", "_rate", "_correlation")) else \
-                f"{value:.1f}" if isinstance(value, float) else str(value)
+            text = (
+                f"{value:.3g}"
+                if key.endswith(("ratio", "_rate", "_correlation"))
+                else f"{value:.1f}"
+                if isinstance(value, float)
+                else str(value)
+            )
             table.add_row(key, text)
     _console.print(table)
     demonstrator = summary.get("demonstrator_return")
@@ -546,19 +667,32 @@ def _print_summary(summary: dict[str, Any], run: Path) -> None:
         share = "" if summary["ratio"] is None else f" ({100 * summary['ratio']:.0f} %)"
         _console.print(
             f"return {summary['return_mean']:.1f} beside the demonstrator's "
-            f"{demonstrator:.1f}{share}", style="bold", highlight=False)
+            f"{demonstrator:.1f}{share}",
+            style="bold",
+            highlight=False,
+        )
 
 
 def _print_error(error: Exception | str) -> None:
-    _console.print(printable(f"iqmpc: {error}"), style="bold red", markup=False, highlight=False,
-                   soft_wrap=True)
+    _console.print(
+        printable(f"iqmpc: {error}"),
+        style="bold red",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
     if issubclass(category, (DeprecationWarning, FutureWarning)):
         return
-    _console.print(printable(f"warning: {message}"), style="yellow", markup=False, highlight=False,
-                   soft_wrap=True)
+    _console.print(
+        printable(f"warning: {message}"),
+        style="yellow",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -25,4 +25,5 @@ def check_compiler(config: Config, device: str, learner: str) -> None:
         raise ConfigError(
             f"{' and '.join(asked)} needs a C++ compiler while it runs, and neither CXX nor g++ is "
             "one (Debian: apt-get install g++); without, give "
-            + " ".join(text.replace("compile", "eager") for text in asked))
+            + " ".join(text.replace("compile", "eager") for text in asked)
+        )

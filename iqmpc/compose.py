@@ -30,17 +30,29 @@ _TEXTS = {*GROUPS, *text_keys(), "resume"}
 _LONGEST = 100  # characters of any other value, each a number or a word
 # What changes how a run is computed or watched, or is told beside its figures.
 _NO_DEPARTURES = {
-    "seed", "device", "threads", "run_dir", "preset", "train.steps", "train.eval_every",
-    "train.eval_episodes", "train.final_episodes", "train.checkpoint_every", "train.env_workers",
-    "train.env_restarts", "train.env_timeout_s", "planner.threads",
+    "seed",
+    "device",
+    "threads",
+    "run_dir",
+    "preset",
+    "train.steps",
+    "train.eval_every",
+    "train.eval_episodes",
+    "train.final_episodes",
+    "train.checkpoint_every",
+    "train.env_workers",
+    "train.env_restarts",
+    "train.env_timeout_s",
+    "planner.threads",
 }
 
 
 def options(group: str) -> list[str]:
     """The choices of a group, such as every task."""
     folder = resources.files("iqmpc.configs") / group
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir()
-                  if f.name.endswith(".yaml"))
+    return sorted(
+        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def parse(overrides: Sequence[str]) -> dict[str, Any]:
@@ -55,8 +67,9 @@ def parse(overrides: Sequence[str]) -> dict[str, Any]:
             parsed[key] = value
             continue
         if len(value) > _LONGEST and key not in _TEXTS:
-            raise ConfigError(f"{shortened(key)} is given {len(value)} characters, expected a "
-                              "number or a word")
+            raise ConfigError(
+                f"{shortened(key)} is given {len(value)} characters, expected a number or a word"
+            )
         try:
             override = parser.parse_override(word)
             value = override.value()
@@ -89,7 +102,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     config = Config.from_dict(OmegaConf.to_container(node))
     if keys.get("task.suite", config.task.suite) not in SUITES:  # nothing of the default task's
         config = config.replace(
-            {"task.action_repeat": 1, "task.gradient_penalty": False, "task.terminates": False})
+            {"task.action_repeat": 1, "task.gradient_penalty": False, "task.terminates": False}
+        )
     return config.replace(keys)
 
 
@@ -104,8 +118,12 @@ def departures(config: Config) -> dict[str, Any]:
     """
     known = "gym" if config.task.suite == "gym" else config.task.name
     grouped = known in options("task")
-    base = compose([*([f"task={known}"] if grouped else []),
-                    *([f"preset={config.preset}"] if config.preset else [])])
+    base = compose(
+        [
+            *([f"task={known}"] if grouped else []),
+            *([f"preset={config.preset}"] if config.preset else []),
+        ]
+    )
     if known == "gym":
         base = base.replace({"task.env_id": config.task.env_id})
     found = {}
@@ -120,8 +138,10 @@ def departures(config: Config) -> dict[str, Any]:
 
 def ablation(config: Config) -> str:
     """`departures` as words of the command line, such as "learner.batch=128"; "" for none."""
-    return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-                    for key, value in departures(config).items())
+    return " ".join(
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in departures(config).items()
+    )
 
 
 @contextmanager

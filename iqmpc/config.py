@@ -147,8 +147,11 @@ class PlannerConfig:
         if self.budget_us is not None:
             _positive("planner", self, "budget_us")
         _positive("planner", self, "temperature", "std_min")
-        for key, limit in (("elites", "samples"), ("policy_trajectories", "samples"),
-                           ("std_min", "std_max")):
+        for key, limit in (
+            ("elites", "samples"),
+            ("policy_trajectories", "samples"),
+            ("std_min", "std_max"),
+        ):
             if getattr(self, key) > getattr(self, limit):
                 raise ConfigError(
                     f"planner.{key} must be at most planner.{limit}, got {getattr(self, key)} and "
@@ -200,8 +203,17 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         _at_least("learner", self, 1, "batch", "horizon")
         _positive("learner", self, "alpha", "lr", "grad_clip", "termination_weight")
-        _at_least("learner", self, 0, "beta", "c_cons", "c_iq", "c_gp", "c_termination",
-                  "encoder_lr_scale")
+        _at_least(
+            "learner",
+            self,
+            0,
+            "beta",
+            "c_cons",
+            "c_iq",
+            "c_gp",
+            "c_termination",
+            "encoder_lr_scale",
+        )
         _in_range("learner", self, 0.0, 1.0, "rho", "tau")
         if self.discount is not None:
             _in_range("learner", self, 0.0, 1.0, "discount")
@@ -256,8 +268,18 @@ class TrainConfig:
     overlap: Literal["off", "sync", "async"] | None = None
 
     def __post_init__(self) -> None:
-        _at_least("train", self, 1, "steps", "num_envs", "capacity", "eval_every",
-                  "eval_episodes", "final_episodes", "checkpoint_every")
+        _at_least(
+            "train",
+            self,
+            1,
+            "steps",
+            "num_envs",
+            "capacity",
+            "eval_every",
+            "eval_episodes",
+            "final_episodes",
+            "checkpoint_every",
+        )
         _at_least("train", self, 0, "demo_updates", "env_restarts")
         _positive("train", self, "env_timeout_s", "updates_per_step")
         for key in ("random_steps", "initial_updates"):
@@ -316,14 +338,17 @@ class Config:
         if self.learner.horizon > length:
             raise ConfigError(
                 f"learner.horizon must be at most task.episode_length, got {self.learner.horizon} "
-                f"and {length}")
+                f"and {length}"
+            )
         if self.train.capacity <= length:
             raise ConfigError(
                 f"train.capacity must be above task.episode_length, got {self.train.capacity} and "
-                f"{length}")
+                f"{length}"
+            )
         if self.train.demo_updates and self.learner.objective == "td":
-            raise ConfigError("train.demo_updates needs demonstrations, which learner.objective=td "
-                              "does not use")
+            raise ConfigError(
+                "train.demo_updates needs demonstrations, which learner.objective=td does not use"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -386,8 +411,17 @@ class Config:
 
 # Besides train.*: where things lie, how the same numbers are computed, and a name.
 _CHANGEABLE = {
-    "threads", "device", "run_dir", "demos.path", "learner.mode", "learner.precision",
-    "planner.backend", "planner.precision", "planner.mode", "planner.capture", "planner.threads",
+    "threads",
+    "device",
+    "run_dir",
+    "demos.path",
+    "learner.mode",
+    "learner.precision",
+    "planner.backend",
+    "planner.precision",
+    "planner.mode",
+    "planner.capture",
+    "planner.threads",
     "preset",
 }
 
@@ -402,8 +436,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
     found = []
     for key in old.keys() & new.keys():
         if isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
-            found += [(f"{key}.{k}", f"{key}.{text}")
-                      for k, text in differences(old[key], new[key])]
+            found += [
+                (f"{key}.{k}", f"{key}.{text}") for k, text in differences(old[key], new[key])
+            ]
         elif old[key] != new[key]:
             found.append((key, f"{key} is {new[key]!r}, was {old[key]!r}"))
     return sorted(found)
@@ -460,8 +495,9 @@ def _unknown(key: str, parent: str, part: str, node: Any) -> str:
 
 def _build(cls: type, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path or 'the configuration'} must be a mapping, got "
-                          f"{shortened(values)}")
+        raise ConfigError(
+            f"{path or 'the configuration'} must be a mapping, got {shortened(values)}"
+        )
     hints = get_type_hints(cls)
     kwargs = {}
     for key, value in values.items():
@@ -488,8 +524,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return value
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint_text = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{path} must be one of {', '.join(choices)}, got {shortened(value)}"
-                          f"{hint_text}")
+        raise ConfigError(
+            f"{path} must be one of {', '.join(choices)}, got {shortened(value)}{hint_text}"
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             value = float(value)
@@ -503,8 +540,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():  # 1e5 steps
         value = int(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} must be {hint.__name__}, got {shortened(value)} "
-                          f"({type(value).__name__})")
+        raise ConfigError(
+            f"{path} must be {hint.__name__}, got {shortened(value)} ({type(value).__name__})"
+        )
     if hint is float and not math.isfinite(value):
         raise ConfigError(f"{path} must be finite, got {value!r}")
     return value
@@ -514,14 +552,16 @@ def _at_least(section: str, config: Any, least: int, *keys: str) -> None:
     for key in keys:
         if getattr(config, key) < least:
             raise ConfigError(
-                f"{section}.{key} must be at least {least}, got {shortened(getattr(config, key))}")
+                f"{section}.{key} must be at least {least}, got {shortened(getattr(config, key))}"
+            )
 
 
 def _positive(section: str, config: Any, *keys: str) -> None:
     for key in keys:
         if not getattr(config, key) > 0:
             raise ConfigError(
-                f"{section}.{key} must be positive, got {shortened(getattr(config, key))}")
+                f"{section}.{key} must be positive, got {shortened(getattr(config, key))}"
+            )
 
 
 def _in_range(section: str, config: Any, low: float, high: float, *keys: str) -> None:
@@ -529,4 +569,5 @@ def _in_range(section: str, config: Any, low: float, high: float, *keys: str) ->
         value = getattr(config, key)
         if not low <= value <= high:
             raise ConfigError(
-                f"{section}.{key} must lie in [{low:g}, {high:g}], got {shortened(value)}")
+                f"{section}.{key} must lie in [{low:g}, {high:g}], got {shortened(value)}"
+            )

@@ -13,8 +13,20 @@ from iqmpc.kernels import mppi_plan, mppi_refit, mppi_rollout, normed_linear
 from iqmpc.kernels.backends import available_backends
 
 _PACKAGES = (
-    "iqmpc", "torch", "numpy", "gymnasium", "hydra-core", "triton", "dm-control", "mujoco",
-    "myosuite", "mani_skill2", "h5py", "safetensors", "tensorboard", "imageio-ffmpeg",
+    "iqmpc",
+    "torch",
+    "numpy",
+    "gymnasium",
+    "hydra-core",
+    "triton",
+    "dm-control",
+    "mujoco",
+    "myosuite",
+    "mani_skill2",
+    "h5py",
+    "safetensors",
+    "tensorboard",
+    "imageio-ffmpeg",
 )
 _OPERATIONS = {
     "mppi_plan": mppi_plan.BACKENDS,
@@ -34,19 +46,26 @@ def report() -> list[Table]:
             versions.add_row(name, "not installed")
     devices = Table("device", "what", title=f"{platform.system()} {platform.machine()}")
     devices.add_row(
-        "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+        "cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        devices.add_row(
-            f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}")
-    devices.add_row("C++ compiler", cpp_compiler() or "none: torch.compile (learner.mode=compile, "
-                    "planner.mode=compile) needs one on a CPU")
+        devices.add_row(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}")
+    devices.add_row(
+        "C++ compiler",
+        cpp_compiler()
+        or "none: torch.compile (learner.mode=compile, planner.mode=compile) needs one on a CPU",
+    )
     reasons = available_backends()
     backends = Table("operation", *reasons, title="kernel backends: which can run, or why not")
     for name, implemented in _OPERATIONS.items():
-        backends.add_row(name, *(
-            why or ("yes" if b in implemented else "not implemented")
-            for b, why in reasons.items()))
+        backends.add_row(
+            name,
+            *(
+                why or ("yes" if b in implemented else "not implemented")
+                for b, why in reasons.items()
+            ),
+        )
     if reasons["cpu"] is None:
         devices.add_row("iqmpc._C", _instruction_sets())
     return [versions, devices, backends]

@@ -3,8 +3,10 @@
 
 def printable(text: str) -> str:
     """Text for a terminal, which what a file says must not steer: control characters escaped."""
-    return "".join(c if c.isprintable() or c == "\n" else
-                   c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
 
 
 class IqmpcError(Exception):

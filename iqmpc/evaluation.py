@@ -164,8 +164,12 @@ def rollout(
         rewards.append(reward)
     rows = np.array(observations)
     return Episode(
-        unstacked(rows) if is_image(rows.shape[1:]) else rows, np.array(actions),
-        np.array(rewards, np.float32), terminated, interface.success(info))
+        unstacked(rows) if is_image(rows.shape[1:]) else rows,
+        np.array(actions),
+        np.array(rewards, np.float32),
+        terminated,
+        interface.success(info),
+    )
 
 
 def evaluate(
@@ -186,9 +190,15 @@ def evaluate(
     task = agent.config.task
     for index in range(episodes):
         with interface.at(f"{task.name}, evaluation episode {index}"):
-            done.append(rollout(agent, watched, seed=stream_seed(seed, "eval", index),
-                                episode_length=task.episode_length,
-                                on_step=on_step if index == 0 else None))
+            done.append(
+                rollout(
+                    agent,
+                    watched,
+                    seed=stream_seed(seed, "eval", index),
+                    episode_length=task.episode_length,
+                    on_step=on_step if index == 0 else None,
+                )
+            )
         solved.append(watched.solved)
         if progress is not None:
             progress(index + 1, float(done[-1].rewards.sum()))
@@ -221,15 +231,24 @@ def mixed_episodes(
         elif index >= each:
             actor = Noisy(agent, noises[index % len(noises)], draws)
         with interface.at(f"{task.name}, correlation episode {index}"):
-            episodes.append(rollout(actor, env, seed=stream_seed(seed, "correlation", index),
-                                    episode_length=task.episode_length))
+            episodes.append(
+                rollout(
+                    actor,
+                    env,
+                    seed=stream_seed(seed, "correlation", index),
+                    episode_length=task.episode_length,
+                )
+            )
         if progress is not None:
             progress(index + 1, float(episodes[-1].rewards.sum()))
     return episodes
 
 
 def mixed_correlation(
-    agent: Agent, env: gymnasium.Env, *, seed: int = 0,
+    agent: Agent,
+    env: gymnasium.Env,
+    *,
+    seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> float | None:
     """`reward_correlation` over `mixed_episodes`, the same whatever was planned before."""
@@ -243,13 +262,17 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
     Good episodes alone say little, since the true reward hardly varies in them: take those of
     `mixed_episodes`. None where either does not vary or is not finite.
     """
+
     def decoded_rewards(e: Episode) -> np.ndarray:
         obs = e.observations
         if is_image(obs.shape[1:]):
             obs = stacked(obs)
         return agent.decode_reward(
-            obs[:-1], e.actions, obs[1:],
-            terminated=e.terminated & (np.arange(len(e.actions)) == len(e.actions) - 1))
+            obs[:-1],
+            e.actions,
+            obs[1:],
+            terminated=e.terminated & (np.arange(len(e.actions)) == len(e.actions) - 1),
+        )
 
     decoded = np.concatenate([decoded_rewards(e) for e in episodes]).astype(np.float64)
     true = np.concatenate([e.rewards for e in episodes]).astype(np.float64)

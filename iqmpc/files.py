@@ -12,8 +12,18 @@ from pathlib import Path
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 # What file systems say that have no hard links, or whose folders cannot be synchronised.
-_UNSUPPORTED = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP,
-                errno.EOPNOTSUPP, errno.EMLINK, errno.EBADF, errno.EISDIR, errno.EXDEV}
+_UNSUPPORTED = {
+    errno.EPERM,
+    errno.EACCES,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EMLINK,
+    errno.EBADF,
+    errno.EISDIR,
+    errno.EXDEV,
+}
 
 
 def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> None:

@@ -23,7 +23,7 @@ def is_image(obs_shape: tuple[int, ...]) -> bool:
 
 def newest(stacks: np.ndarray) -> np.ndarray:
     """[T+1, 3C, 64, 64] -> every frame once, [T+1, C, 64, 64]."""
-    return stacks[:, -(stacks.shape[1] // STACK):]
+    return stacks[:, -(stacks.shape[1] // STACK) :]
 
 
 def stacked(frames: np.ndarray) -> np.ndarray:
@@ -38,7 +38,8 @@ def unstacked(stacks: np.ndarray) -> np.ndarray:
     if not np.array_equal(stacked(frames), stacks):
         raise TaskError(
             "an episode's images must be its last three frames each, the oldest first, and at its "
-            "start the first frame three times: this environment's are not")
+            "start the first frame three times: this environment's are not"
+        )
     return frames
 
 

@@ -12,8 +12,11 @@ from typing import Any
 from iqmpc.errors import Interrupted
 
 # Each with the handler that means that nobody else wants it; nohup, say, ignores SIGHUP.
-_SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
-            signal.SIGHUP: signal.SIG_DFL}
+_SIGNALS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
 
 
 class Interrupts:

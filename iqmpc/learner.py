@@ -47,8 +47,10 @@ def update_mode(config: Config, device: torch.device, obs_shape: tuple[int, ...]
     elif mode == "graph" and device.type != "cuda":
         raise ConfigError(f"learner.mode=graph needs a CUDA device, got {device.type}")
     if precision != "float32" and mode != "fused":
-        raise ConfigError(f"learner.precision={precision} needs learner.mode=fused, got {mode}" + (
-            "" if unfit is None else f" (fused {unfit})"))
+        raise ConfigError(
+            f"learner.precision={precision} needs learner.mode=fused, got {mode}"
+            + ("" if unfit is None else f" (fused {unfit})")
+        )
     return mode
 
 
@@ -74,15 +76,21 @@ class Learner:
     """
 
     def __init__(
-        self, obs_shape: int | tuple[int, ...], action_dim: int, config: Config,
-        device: torch.device | str = "cpu", *, sampler: torch.Generator | None = None,
+        self,
+        obs_shape: int | tuple[int, ...],
+        action_dim: int,
+        config: Config,
+        device: torch.device | str = "cpu",
+        *,
+        sampler: torch.Generator | None = None,
     ):
         self.config, self.settings = config, config.learner
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "model"))
             self.model = WorldModel(
-                obs_shape, action_dim, config.model, termination=config.termination).to(self.device)
+                obs_shape, action_dim, config.model, termination=config.termination
+            ).to(self.device)
         self.mode = update_mode(config, self.device, self.model.obs_shape)
         self.weights = self.model.weights()
         self.targets = map_layers(lambda t: t.detach().clone(), self.weights.critics)
@@ -92,25 +100,41 @@ class Learner:
         self.averages = None if self.average is None else self.average.weights()
         self.beta = config.entropy_coefficient(action_dim)
         self.generator = torch.Generator(self.device).manual_seed(
-            stream_seed(config.seed, "learner"))
-        self.sampler = sampler if sampler is not None else torch.Generator(
-            self.device).manual_seed(stream_seed(config.seed, "sampler"))
+            stream_seed(config.seed, "learner")
+        )
+        self.sampler = (
+            sampler
+            if sampler is not None
+            else torch.Generator(self.device).manual_seed(stream_seed(config.seed, "sampler"))
+        )
         self.updates = 0
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
 
         s, m = self.settings, self.model
         self.model_parameters = [
-            *m.encoder.parameters(), *m.dynamics.parameters(), *m.critics.parameters(),
-            *m.termination.parameters()]
+            *m.encoder.parameters(),
+            *m.dynamics.parameters(),
+            *m.critics.parameters(),
+            *m.termination.parameters(),
+        ]
         self.model_optimiser = torch.optim.Adam(
             [
                 {"params": list(m.encoder.parameters()), "lr": s.lr * s.encoder_lr_scale},
-                {"params": [*m.dynamics.parameters(), *m.critics.parameters(),
-                            *m.termination.parameters()]},
+                {
+                    "params": [
+                        *m.dynamics.parameters(),
+                        *m.critics.parameters(),
+                        *m.termination.parameters(),
+                    ]
+                },
             ],
-            lr=s.lr, fused=True, capturable=self.mode == "graph")
+            lr=s.lr,
+            fused=True,
+            capturable=self.mode == "graph",
+        )
         self.policy_optimiser = torch.optim.Adam(
-            m.policy.parameters(), lr=s.lr, fused=True, capturable=self.mode == "graph")
+            m.policy.parameters(), lr=s.lr, fused=True, capturable=self.mode == "graph"
+        )
         self._model_loss, self._policy_loss = losses.model_loss, losses.policy_loss
         self._captured: CapturedStep | None = None
         self._fused: FusedUpdate | None = None
@@ -140,7 +164,8 @@ class Learner:
         # Parameters, moments and targets never move; a replay's tensors do when it grows.
         metrics = self._captured(
             lambda: self._update_on_device(self._batch(experts, behaviour)),
-            key=(experts, behaviour, *(r.allocations for r in replays)))
+            key=(experts, behaviour, *(r.allocations for r in replays)),
+        )
         self.updates += 1
         return metrics
 
@@ -159,19 +184,32 @@ class Learner:
             for group in optimiser.param_groups:
                 for p in group["params"]:
                     moments[p] = optimiser.state[p] = {
-                        "step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p)}
-        state = UpdateState(self.weights, self.targets, lambda p: moments[p]["exp_avg"],
-                            lambda p: moments[p]["exp_avg_sq"], self.averages)
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
+        state = UpdateState(
+            self.weights,
+            self.targets,
+            lambda p: moments[p]["exp_avg"],
+            lambda p: moments[p]["exp_avg_sq"],
+            self.averages,
+        )
         return FusedUpdate(
-            state, UpdateSettings.of(self.config, self.model.action_dim),
-            seed=stream_seed(self.config.seed, "learner"), precision=self.settings.precision,
-            threads=threads())
+            state,
+            UpdateSettings.of(self.config, self.model.action_dim),
+            seed=stream_seed(self.config.seed, "learner"),
+            precision=self.settings.precision,
+            threads=threads(),
+        )
 
     def _apply_fused(self, update: Callable[..., Any], *arguments: Any) -> dict[str, Tensor]:
         values, model_skipped, policy_skipped = update(
-            *arguments, update=self.updates, model_steps=self._steps["model_adam"],
-            policy_steps=self._steps["policy_adam"])
+            *arguments,
+            update=self.updates,
+            model_steps=self._steps["model_adam"],
+            policy_steps=self._steps["policy_adam"],
+        )
         self.updates += 1
         self._steps["model_adam"] += not model_skipped
         self._steps["policy_adam"] += not policy_skipped
@@ -199,21 +237,37 @@ class Learner:
         """The update, without any state of the host's: what mode `graph` captures."""
         s = self.settings
         loss, latents, metrics = self._model_loss(
-            self.weights, self.targets, batch, self._model_noise(batch), s, self.config.discount,
-            self.beta, self.penalise)
+            self.weights,
+            self.targets,
+            batch,
+            self._model_noise(batch),
+            s,
+            self.config.discount,
+            self.beta,
+            self.penalise,
+        )
         metrics["model_grad_norm"], finite = self._step(
-            loss, self.model_optimiser, self.model_parameters)
+            loss, self.model_optimiser, self.model_parameters
+        )
 
         policy_loss, policy_metrics = self._policy_loss(
-            self.weights, latents, self._policy_noise(latents), s.rho, self.beta, s.entropy)
+            self.weights, latents, self._policy_noise(latents), s.rho, self.beta, s.entropy
+        )
         policy_metrics["policy_grad_norm"], both = self._step(
-            policy_loss, self.policy_optimiser, list(self.model.policy.parameters()), finite)
+            policy_loss, self.policy_optimiser, list(self.model.policy.parameters()), finite
+        )
 
-        _move(layer_tensors(self.targets), layer_tensors(frozen(self.weights.critics)),
-              self.settings.tau * finite)
+        _move(
+            layer_tensors(self.targets),
+            layer_tensors(frozen(self.weights.critics)),
+            self.settings.tau * finite,
+        )
         if self.averages is not None:
-            _move(self.averages.tensors(), [t.detach() for t in self.weights.tensors()],
-                  self.config.agent.average_rate * finite)
+            _move(
+                self.averages.tensors(),
+                [t.detach() for t in self.weights.tensors()],
+                self.config.agent.average_rate * finite,
+            )
         self._skipped += ~both
         return metrics | policy_metrics | {"skipped_updates": self._skipped.to(loss.dtype)}
 
@@ -237,7 +291,10 @@ class Learner:
         return self.config.gradient_penalty and self.settings.objective != "td"
 
     def _step(
-        self, loss: Tensor, optimiser: torch.optim.Optimizer, parameters: list[Tensor],
+        self,
+        loss: Tensor,
+        optimiser: torch.optim.Optimizer,
+        parameters: list[Tensor],
         allowed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A step, if `allowed` (bool, 0-dim) and finite: the gradient's norm and whether it was."""
@@ -273,23 +330,38 @@ class Learner:
         keep = self._keep(critics, horizon * rows)
         keep_target = keep_value = keep_penalty = mix = None
         if self.penalise:
-            mix = torch.rand(horizon, batch.experts, 1, device=self.device,
-                             generator=self.generator)
+            mix = torch.rand(
+                horizon, batch.experts, 1, device=self.device, generator=self.generator
+            )
         if self.settings.dropout == "always":
             keep_target = self._keep(2, horizon * rows)
             if objective != "td":
-                keep_value = self._keep(2, batch.experts if objective == "iq" else
-                                        horizon * (rows - batch.experts))
+                keep_value = self._keep(
+                    2, batch.experts if objective == "iq" else horizon * (rows - batch.experts)
+                )
             if self.penalise:
                 keep_penalty = self._keep(critics, horizon * batch.experts)
         shift = None
         if is_image(self.model.obs_shape):
-            shift = torch.randint(-_SHIFT, _SHIFT + 1, (horizon + 1, rows, 2), device=self.device,
-                                  generator=self.generator)
+            shift = torch.randint(
+                -_SHIFT,
+                _SHIFT + 1,
+                (horizon + 1, rows, 2),
+                device=self.device,
+                generator=self.generator,
+            )
         starts = horizon if objective == "v_diff" else 1
-        return ModelNoise(self._normal(horizon, rows, action_dim),
-                          self._normal(starts, rows, action_dim), keep, mix, self._pair(), shift,
-                          keep_target, keep_value, keep_penalty)
+        return ModelNoise(
+            self._normal(horizon, rows, action_dim),
+            self._normal(starts, rows, action_dim),
+            keep,
+            mix,
+            self._pair(),
+            shift,
+            keep_target,
+            keep_value,
+            keep_penalty,
+        )
 
     def _policy_noise(self, latents: Tensor) -> PolicyNoise:
         steps, rows = latents.shape[:2]
@@ -299,8 +371,12 @@ class Learner:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything an exact continuation needs but `sampler`, as a flat mapping of tensors."""
         state = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        state |= {f"target.{i}.{name}": t for i, layer in enumerate(self.targets)
-                  for name, t in layer._asdict().items() if t is not None}
+        state |= {
+            f"target.{i}.{name}": t
+            for i, layer in enumerate(self.targets)
+            for name, t in layer._asdict().items()
+            if t is not None
+        }
         if self.average is not None:
             state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for name, optimiser in self._optimisers():
@@ -322,7 +398,8 @@ class Learner:
         for prefix, model in (("model.", self.model), ("average.", self.average)):
             if model is not None:
                 model.load_state_dict(
-                    {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+                    {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                )
         for i, layer in enumerate(self.targets):
             for name, t in layer._asdict().items():
                 if t is not None:

@@ -76,8 +76,13 @@ def horizon_weights(rho: float, steps: int, like: Tensor) -> Tensor:
 
 
 def soft_value(
-    weights: Weights, pair: Critics, z: Tensor, noise: Tensor, beta: float,
-    form: Literal["exact", "presquash"] = "exact", keep: Tensor | None = None,
+    weights: Weights,
+    pair: Critics,
+    z: Tensor,
+    noise: Tensor,
+    beta: float,
+    form: Literal["exact", "presquash"] = "exact",
+    keep: Tensor | None = None,
 ) -> Tensor:
     """V(z) = Q_min(z, a) - β log π(a|z), a ~ π(·|z), with π held fixed: z [..., Z] -> [...].
 
@@ -97,9 +102,7 @@ def consistency_loss(predicted: Tensor, target: Tensor, rho: float) -> Tensor:
     return (horizon_weights(rho, len(error), error) * error).mean()
 
 
-def iq_loss(
-    residual: Tensor, value_term: Tensor, experts: int, alpha: float, rho: float
-) -> Tensor:
+def iq_loss(residual: Tensor, value_term: Tensor, experts: int, alpha: float, rho: float) -> Tensor:
     """Inverse soft-Q objective, (1/(H K)) Σ_k Σ_t λ^t ℓ(k, t), without the gradient penalty.
 
     residual [K, H, B]: Q_k(z_t,a_t) - γ(1-d) V̄(ẑ_{t+1}), the reward each critic implies.
@@ -126,16 +129,24 @@ def termination_loss(
     threshold that planning uses (NaN where the batch has nothing to find, or nothing was claimed).
     """
     entropy = F.binary_cross_entropy_with_logits(
-        logit, terminated, pos_weight=logit.new_full((), weight), reduction="none").mean(1)
+        logit, terminated, pos_weight=logit.new_full((), weight), reduction="none"
+    ).mean(1)
     loss = (horizon_weights(rho, len(entropy), entropy) * entropy).mean()
     claimed = (logit.detach() > 0).to(terminated.dtype)
     found = (claimed * terminated).sum()
-    return loss, {"termination_loss": loss, "termination_recall": found / terminated.sum(),
-                  "termination_precision": found / claimed.sum()}
+    return loss, {
+        "termination_loss": loss,
+        "termination_recall": found / terminated.sum(),
+        "termination_precision": found / claimed.sum(),
+    }
 
 
 def gradient_penalty(
-    critics: Critics, z: Tensor, action: Tensor, mix: Tensor, rho: float,
+    critics: Critics,
+    z: Tensor,
+    action: Tensor,
+    mix: Tensor,
+    rho: float,
     keep: Tensor | None = None,
 ) -> Tensor:
     """(1/(H K)) Σ_k Σ_t λ^t mean (‖∇_(z,a) Q_k‖₂ - 1)² between expert and behaviour rows.
@@ -177,8 +188,14 @@ def model_loss(
     with torch.no_grad():
         encoded = layers.encode(weights, obs[1:])
         target_value = soft_value(
-            weights, layers.draw_pair(targets, noise.pair), encoded, noise.target, beta,
-            config.entropy, noise.keep_target)
+            weights,
+            layers.draw_pair(targets, noise.pair),
+            encoded,
+            noise.target,
+            beta,
+            config.entropy,
+            noise.keep_target,
+        )
         backup = discount * (1 - batch.terminated) * target_value
     rollout = [layers.encode(weights, obs[0])]
     for t in range(horizon):
@@ -188,20 +205,37 @@ def model_loss(
     consistency = consistency_loss(latents[1:], encoded, config.rho)
     q = layers.critics(weights.critics, latents[:-1], batch.action, noise.keep)
     residual = q - backup
-    metrics = {"consistency": consistency, "q_behaviour": q[..., batch.experts:].mean(),
-               "target_value": target_value.mean()}
+    metrics = {
+        "consistency": consistency,
+        "q_behaviour": q[..., batch.experts :].mean(),
+        "target_value": target_value.mean(),
+    }
     if config.objective == "td":
         critic = td_loss(residual, batch.reward, config.rho)
     else:
         n = batch.experts
         pair = layers.draw_pair(weights.critics, noise.pair)
         if config.objective == "iq":
-            value = soft_value(weights, pair, latents[0, :n], noise.initial[0, :n], beta,
-                               config.entropy, noise.keep_value)
+            value = soft_value(
+                weights,
+                pair,
+                latents[0, :n],
+                noise.initial[0, :n],
+                beta,
+                config.entropy,
+                noise.keep_value,
+            )
             value_term = (1 - discount) * value.mean()
         else:
-            value = soft_value(weights, pair, latents[:-1, n:], noise.initial[:, n:], beta,
-                               config.entropy, noise.keep_value)
+            value = soft_value(
+                weights,
+                pair,
+                latents[:-1, n:],
+                noise.initial[:, n:],
+                beta,
+                config.entropy,
+                noise.keep_value,
+            )
             value_term = (value - backup[:, n:]).mean(-1)
         critic = iq_loss(residual, value_term, n, config.alpha, config.rho)
         metrics |= {
@@ -213,23 +247,35 @@ def model_loss(
         }
         if penalise:
             penalty = gradient_penalty(
-                weights.critics, latents[:-1], batch.action, noise.mix, config.rho,
-                noise.keep_penalty)
+                weights.critics,
+                latents[:-1],
+                batch.action,
+                noise.mix,
+                config.rho,
+                noise.keep_penalty,
+            )
             critic = critic + config.c_gp * penalty
             metrics["gradient_penalty"] = penalty
     metrics["critic_loss"] = critic
     loss = config.c_cons * consistency + config.c_iq * critic
     if weights.termination:
         ends, ends_metrics = termination_loss(
-            layers.termination(weights, latents[1:]), batch.terminated, config.rho,
-            config.termination_weight)
+            layers.termination(weights, latents[1:]),
+            batch.terminated,
+            config.rho,
+            config.termination_weight,
+        )
         loss = loss + config.c_termination * ends
         metrics |= ends_metrics
     return loss, latents.detach(), {k: v.detach() for k, v in metrics.items()}
 
 
 def policy_loss(
-    weights: Weights, latents: Tensor, noise: PolicyNoise, rho: float, beta: float,
+    weights: Weights,
+    latents: Tensor,
+    noise: PolicyNoise,
+    rho: float,
+    beta: float,
     form: Literal["exact", "presquash"] = "exact",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Σ_{t=0..H} λ^t mean[β log π(a|z_t) - Q_min(z_t, a)] / (H+1); critics and latents fixed.
@@ -242,5 +288,8 @@ def policy_loss(
     q = layers.q_min(pair, latents.detach(), action, noise.keep)
     loss = (beta * log_prob - q).mean(1)
     loss = (horizon_weights(rho, len(loss), loss) * loss).mean()
-    return loss, {"policy_loss": loss.detach(), "entropy": -log_prob.detach().mean(),
-                  "q_policy": q.detach().mean()}
+    return loss, {
+        "policy_loss": loss.detach(),
+        "entropy": -log_prob.detach().mean(),
+        "q_policy": q.detach().mean(),
+    }

@@ -55,8 +55,12 @@ class WorldModel(nn.Module):
     """
 
     def __init__(
-        self, obs_shape: int | tuple[int, ...], action_dim: int,
-        config: ModelConfig | None = None, *, termination: bool | None = None,
+        self,
+        obs_shape: int | tuple[int, ...],
+        action_dim: int,
+        config: ModelConfig | None = None,
+        *,
+        termination: bool | None = None,
     ):
         super().__init__()
         config = config or ModelConfig()
@@ -64,36 +68,46 @@ class WorldModel(nn.Module):
         self.action_dim, self.config = action_dim, config
         latent, hidden = config.latent_dim, config.hidden_dim
         self.encoder = nn.ModuleList(_encoder(self.obs_shape, config))
-        self.dynamics = nn.ModuleList([
-            Linear(latent + action_dim, hidden, normed=True),
-            Linear(hidden, hidden, normed=True),
-            Linear(hidden, latent, normed=True),
-        ])
-        self.policy = nn.ModuleList([
-            Linear(latent, hidden, normed=True),
-            Linear(hidden, hidden, normed=True),
-            Linear(hidden, 2 * action_dim, normed=False),
-        ])
+        self.dynamics = nn.ModuleList(
+            [
+                Linear(latent + action_dim, hidden, normed=True),
+                Linear(hidden, hidden, normed=True),
+                Linear(hidden, latent, normed=True),
+            ]
+        )
+        self.policy = nn.ModuleList(
+            [
+                Linear(latent, hidden, normed=True),
+                Linear(hidden, hidden, normed=True),
+                Linear(hidden, 2 * action_dim, normed=False),
+            ]
+        )
         members = config.critics
-        self.critics = nn.ModuleList([
-            Linear(latent + action_dim, hidden, normed=True, members=members),
-            Linear(hidden, hidden, normed=True, members=members),
-            Linear(hidden, 1, normed=False, members=members),
-        ])
+        self.critics = nn.ModuleList(
+            [
+                Linear(latent + action_dim, hidden, normed=True, members=members),
+                Linear(hidden, hidden, normed=True, members=members),
+                Linear(hidden, 1, normed=False, members=members),
+            ]
+        )
         nn.init.zeros_(self.critics[-1].weight)
         self.termination = nn.ModuleList()
         if config.termination if termination is None else termination:
-            self.termination.extend([
-                Linear(latent, hidden, normed=True),
-                Linear(hidden, hidden, normed=True),
-                Linear(hidden, 1, normed=False),
-            ])
+            self.termination.extend(
+                [
+                    Linear(latent, hidden, normed=True),
+                    Linear(hidden, hidden, normed=True),
+                    Linear(hidden, 1, normed=False),
+                ]
+            )
             nn.init.zeros_(self.termination[-1].weight)  # nothing is terminal before it is learnt
 
     def weights(self) -> Weights:
         """A live view of the parameters, for `iqmpc.kernels`."""
-        stacks = (tuple(m.layer() for m in part)
-                  for part in (self.encoder, self.dynamics, self.policy, self.critics))
+        stacks = (
+            tuple(m.layer() for m in part)
+            for part in (self.encoder, self.dynamics, self.policy, self.critics)
+        )
         c, termination = self.config, tuple(m.layer() for m in self.termination)
         return Weights(*stacks, c.simnorm_dim, c.log_std_min, c.log_std_max, termination)
 
@@ -115,12 +129,13 @@ class WorldModel(nn.Module):
 
 
 def _encoder(obs_shape: tuple[int, ...], config: ModelConfig) -> list[nn.Module]:
-    """MLP for flat observations, convolutions and, where Z is not their size, a Linear for images.
-    """
+    """MLP for flat observations, convolutions (and a Linear, where Z is not their size) for images."""
     latent = config.latent_dim
     if len(obs_shape) == 1:
-        return [Linear(*obs_shape, config.encoder_dim, normed=True),
-                Linear(config.encoder_dim, latent, normed=True)]
+        return [
+            Linear(*obs_shape, config.encoder_dim, normed=True),
+            Linear(config.encoder_dim, latent, normed=True),
+        ]
     if not is_image(obs_shape) or obs_shape[1:] != (SIZE, SIZE):
         raise ValueError(f"obs_shape must be (O,) or (3C, {SIZE}, {SIZE}), got {obs_shape}")
     channels, side, encoder = obs_shape[0], SIZE, []

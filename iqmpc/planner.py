@@ -45,7 +45,8 @@ class Planner:
         self.obs_shape, self.num_envs = weights.obs_shape, num_envs
         self.backend = _backend(config, weights)
         self._plan = mppi_plan.BACKENDS[self.backend](
-            weights, config, discount=discount, beta=beta, num_envs=num_envs, seed=seed)
+            weights, config, discount=discount, beta=beta, num_envs=num_envs, seed=seed
+        )
         self.nonfinite_plans = self.missed_plans = 0
 
     def publish(self, weights: Weights) -> None:
@@ -71,7 +72,10 @@ class Planner:
             if not self.nonfinite_plans:
                 warnings.warn(
                     "no trajectory of a plan has a finite score: acting with the policy's mean "
-                    "action (counted as nonfinite_plans, said once)", RuntimeWarning, stacklevel=2)
+                    "action (counted as nonfinite_plans, said once)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             self.nonfinite_plans += plan.nonfinite
         self.missed_plans += plan.missed
         return plan.action
@@ -91,9 +95,12 @@ class Planner:
         self._plan.step = value
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"mean": self.mean.clone(), "step": torch.tensor(self.step),
-                "nonfinite_plans": torch.tensor(self.nonfinite_plans),
-                "missed_plans": torch.tensor(self.missed_plans)}
+        return {
+            "mean": self.mean.clone(),
+            "step": torch.tensor(self.step),
+            "nonfinite_plans": torch.tensor(self.nonfinite_plans),
+            "missed_plans": torch.tensor(self.missed_plans),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.mean.copy_(state["mean"])
@@ -115,28 +122,45 @@ def _backend(config: PlannerConfig, weights: Weights) -> str:
 
     precision = f"got planner.precision={config.precision}"
     budget = (config.budget_us is not None, "keeps to no planner.budget_us")
-    ends = (bool(weights.termination),
-            "takes no model with a termination head (model.termination)")
+    ends = (bool(weights.termination), "takes no model with a termination head (model.termination)")
     capture = (config.capture is True, "captures no CUDA graph, got planner.capture=true")
     unfit = triton_weights.unfit(weights) or triton_weights.encoder_unfit(weights)
-    refuse("reference",
-           (config.precision not in ("float32", "float64"),
-            f"computes in float32 or float64, {precision}"), budget, capture)
-    refuse("cpu",
-           (config.precision not in ("float32", "bf16"),
-            f"computes in float32 or bf16, {precision}"),
-           (device.type != "cpu", f"needs weights on the CPU, got {device}"), capture)
+    refuse(
+        "reference",
+        (
+            config.precision not in ("float32", "float64"),
+            f"computes in float32 or float64, {precision}",
+        ),
+        budget,
+        capture,
+    )
+    refuse(
+        "cpu",
+        (config.precision not in ("float32", "bf16"), f"computes in float32 or bf16, {precision}"),
+        (device.type != "cpu", f"needs weights on the CPU, got {device}"),
+        capture,
+    )
     refuse("cuda", ends)
-    refuse("triton", ends,
-           (config.precision not in triton_weights.PRECISIONS,
-            f"computes in float32, tf32 or bf16, {precision}"), budget,
-           (device.type != "cuda" and not (config.backend == "triton" and interpreted()),
-            f"needs weights on a CUDA device, got {device}"),
-           (unfit is not None, f"cannot take the model: {unfit}"))
+    refuse(
+        "triton",
+        ends,
+        (
+            config.precision not in triton_weights.PRECISIONS,
+            f"computes in float32, tf32 or bf16, {precision}",
+        ),
+        budget,
+        (
+            device.type != "cuda" and not (config.backend == "triton" and interpreted()),
+            f"needs weights on a CUDA device, got {device}",
+        ),
+        (unfit is not None, f"cannot take the model: {unfit}"),
+    )
     if config.backend in reasons:
         raise BackendError(f"backend {config.backend!r} {reasons[config.backend]}")
     usable = [name for name in mppi_plan.BACKENDS if name not in reasons]
     if not usable:
-        raise BackendError("no backend can serve these settings: " + "; ".join(
-            f"{name} {reason}" for name, reason in reasons.items()))
+        raise BackendError(
+            "no backend can serve these settings: "
+            + "; ".join(f"{name} {reason}" for name, reason in reasons.items())
+        )
     return resolve_backend(config.backend, usable)

@@ -51,8 +51,10 @@ class Curve(NamedTuple):
     def along(self, x: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """(x, value), each [N], of the points of a kind; `x` is env_steps or minutes."""
         chosen = [p for p in self.points if p.kind == kind]
-        return (np.array([getattr(p, x) for p in chosen], np.float64),
-                np.array([p.value for p in chosen], np.float64))
+        return (
+            np.array([getattr(p, x) for p in chosen], np.float64),
+            np.array([p.value for p in chosen], np.float64),
+        )
 
 
 def read_curve(run: Path) -> Curve:
@@ -64,22 +66,31 @@ def read_curve(run: Path) -> Curve:
     points = []
     rows, damaged = read_rows(path)
     if damaged:
-        warnings.warn(f"{path}: {len(damaged)} damaged lines are left out", RuntimeWarning,
-                      stacklevel=2)
+        warnings.warn(
+            f"{path}: {len(damaged)} damaged lines are left out", RuntimeWarning, stacklevel=2
+        )
     for row in rows:
         for kind, column in (("training", "return"), ("evaluation", "eval_return_mean")):
             if row[column]:
-                points.append(Point(
-                    config.task.name, config.seed, int(row["env_steps"]),
-                    float(row["wall_s"]) / 60, kind, float(row[column])))
+                points.append(
+                    Point(
+                        config.task.name,
+                        config.seed,
+                        int(row["env_steps"]),
+                        float(row["wall_s"]) / 60,
+                        kind,
+                        float(row[column]),
+                    )
+                )
     summary = run / "summary.json"
     demonstrator = None
     if summary.exists():
         try:
             demonstrator = json.loads(summary.read_bytes())["demonstrator_return"]
         except (ValueError, TypeError, KeyError, RecursionError):
-            warnings.warn(f"{summary} cannot be read: no demonstrator is drawn", RuntimeWarning,
-                          stacklevel=2)
+            warnings.warn(
+                f"{summary} cannot be read: no demonstrator is drawn", RuntimeWarning, stacklevel=2
+            )
     return Curve(points, config.task.name, config.seed, ablation(config), demonstrator)
 
 
@@ -141,13 +152,16 @@ def plot(runs: Sequence[Path], out: Path) -> None:
     axes[1].set(xlabel="minutes")
     axes[0].legend(
         title="dots: evaluations; pale: training, or range over seeds\ndashed: the demonstrator",
-        title_fontsize="small", fontsize="small")
+        title_fontsize="small",
+        fontsize="small",
+    )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["task", "seed", "env_steps", "minutes", "kind", "return"])
     for curve in curves:
         writer.writerows(
-            p._replace(minutes=round(p.minutes, 2), value=round(p.value, 1)) for p in curve.points)
+            p._replace(minutes=round(p.minutes, 2), value=round(p.value, 1)) for p in curve.points
+        )
     save_figure(figure, out)
     write_atomically(out.with_suffix(".csv"), text.getvalue().encode())
 

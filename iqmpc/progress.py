@@ -36,9 +36,15 @@ class _Display:
         self._under_way = f"{description}: 0/{total}", self._printed  # what, and since when
         self._lock, self._over = threading.Lock(), threading.Event()
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=console, disable=not console.is_terminal)
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._task = self._bar.add_task(description, total=total, note="")
         self._phase: tuple[str, TaskID] | None = None
         self._alive = threading.Thread(target=self._say_that_it_lives, daemon=True)
@@ -136,18 +142,24 @@ class TrainingDisplay(_Display):
         if "phase" in values:
             if "updates" in each:
                 note += _losses(values)
-            self._show_phase(name, done, total, note, f"{name}: {done}/{total}, "
-                             f"{values['wall_s']:.0f} s  {note}")
+            self._show_phase(
+                name, done, total, note, f"{name}: {done}/{total}, {values['wall_s']:.0f} s  {note}"
+            )
             return
         if values["return"] is not None:
             note = f"last return {values['return']:.0f}  {note}"
         note += _losses(values)
-        self._show(steps, note, f"{steps}/{total} steps, {values['updates']} updates, "
-                                f"{values['wall_s']:.0f} s  {note}")
+        self._show(
+            steps,
+            note,
+            f"{steps}/{total} steps, {values['updates']} updates, {values['wall_s']:.0f} s  {note}",
+        )
 
 
 def _losses(values: dict[str, Any]) -> str:
     if "q_difference" not in values:
         return ""
-    return (f"  Q expert-behaviour {values['q_difference']:.2f}"
-            f"  consistency {values['consistency']:.1e}")
+    return (
+        f"  Q expert-behaviour {values['q_difference']:.2f}"
+        f"  consistency {values['consistency']:.1e}"
+    )

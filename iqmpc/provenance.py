@@ -43,10 +43,15 @@ def commit(root: Path = Path(iqmpc.__file__).parents[1]) -> str:
 
     The package's version where `root` is no git checkout of it, or git is missing.
     """
+
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"}).stdout.strip()
+            ["git", "-C", str(root), *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        ).stdout.strip()
 
     try:
         # An installed copy may lie within some other project's checkout, which does not track it.

@@ -26,7 +26,12 @@ class SliceReplay:
     """
 
     def __init__(
-        self, obs_shape: int | tuple[int, ...], action_dim: int, *, horizon: int, capacity: int,
+        self,
+        obs_shape: int | tuple[int, ...],
+        action_dim: int,
+        *,
+        horizon: int,
+        capacity: int,
         device: torch.device | str = "cpu",
     ):
         self.horizon, self.capacity, self.device = horizon, capacity, torch.device(device)
@@ -57,7 +62,11 @@ class SliceReplay:
         return len(self._starts)
 
     def add_episode(
-        self, obs: Tensor, action: Tensor, reward: Tensor | None = None, *,
+        self,
+        obs: Tensor,
+        action: Tensor,
+        reward: Tensor | None = None,
+        *,
         terminated: bool = False,
     ) -> None:
         """Append obs [T+1, O] (of images the frames, uint8 [T+1, C, 64, 64]), action [T, A], reward
@@ -68,27 +77,30 @@ class SliceReplay:
         Raises `ValueError` for shapes that do not fit or an episode larger than the capacity.
         """
         steps = len(action)
-        for name, tensor, shape in (("obs", obs, [steps + 1, *self._dims["obs"]]),
-                                    ("action", action, [steps, *self._dims["action"]])):
+        for name, tensor, shape in (
+            ("obs", obs, [steps + 1, *self._dims["obs"]]),
+            ("action", action, [steps, *self._dims["action"]]),
+        ):
             if list(tensor.shape) != shape:
                 raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}")
         if self._images and obs.dtype != torch.uint8:
             raise ValueError(f"frames must be uint8, got {obs.dtype}")
         if steps + 1 > self.capacity:
             raise ValueError(
-                f"an episode of {steps} steps does not fit a replay of {self.capacity} rows")
+                f"an episode of {steps} steps does not fit a replay of {self.capacity} rows"
+            )
         if steps < self.horizon:
             return
         first = self._make_room(steps + 1)
         rows = slice(first, first + steps)
-        self._rows["obs"][first:first + steps + 1] = obs.to(self.device)
+        self._rows["obs"][first : first + steps + 1] = obs.to(self.device)
         self._rows["action"][rows] = action.to(self.device)
         self._rows["reward"][rows] = 0 if reward is None else reward.to(self.device)
         self._rows["terminated"][rows] = 0
         self._rows["terminated"][first + steps - 1] = float(terminated)
         if self._images:
             age = torch.arange(steps + 1).clamp(max=STACK - 1)
-            self._rows["age"][first:first + steps + 1] = age
+            self._rows["age"][first : first + steps + 1] = age
         self._episodes.append((first, steps))
         self._next = first + steps + 1
         self._index()
@@ -100,8 +112,13 @@ class SliceReplay:
         rows = self._draw(batch, generator) + steps.unsqueeze(1)  # [H+1, B]
         inner = rows[:-1]
         r = self._rows
-        return Batch(self._stacked(rows) if self._images else r["obs"][rows], r["action"][inner],
-                     r["reward"][inner], r["terminated"][inner], 0)
+        return Batch(
+            self._stacked(rows) if self._images else r["obs"][rows],
+            r["action"][inner],
+            r["reward"][inner],
+            r["terminated"][inner],
+            0,
+        )
 
     def rows(self) -> Rows:
         """The memory that slices are drawn from, of flat observations; valid until an episode is
@@ -126,8 +143,7 @@ class SliceReplay:
         if not self._range_on_device:
             return self._starts[torch.randint(self.slices, (batch,), generator=generator)]
         # 53 bits on at most 2^31 slices: none is likelier than another by more than 2^-22.
-        uniform = torch.rand(
-            batch, dtype=torch.float64, generator=generator, device=self.device)
+        uniform = torch.rand(batch, dtype=torch.float64, generator=generator, device=self.device)
         return self._line[(uniform * self._count).long()]
 
     def _allocate(self, rows: int) -> None:
@@ -137,7 +153,7 @@ class SliceReplay:
             dtype = torch.uint8 if self._images and name in ("obs", "age") else torch.float32
             grown = torch.zeros(rows, *shape, dtype=dtype, device=self.device)
             if name in self._rows:
-                grown[:len(self._rows[name])] = self._rows[name]
+                grown[: len(self._rows[name])] = self._rows[name]
             self._rows[name] = grown
 
     def _make_room(self, rows: int) -> int:
@@ -151,7 +167,8 @@ class SliceReplay:
         if end > held:
             self._allocate(min(self.capacity, max(end, 2 * held)))
         self._episodes = [
-            (at, steps) for at, steps in self._episodes if at + steps < first or at >= end]
+            (at, steps) for at, steps in self._episodes if at + steps < first or at >= end
+        ]
         self.overwritten += len(self._episodes) < before
         return first
 
@@ -160,16 +177,18 @@ class SliceReplay:
         count = steps - self.horizon + 1
         skipped = first - (count.cumsum(0) - count)  # from a slice's place in line to its row
         line = torch.arange(int(count.sum()))
-        self._starts = self._line[:len(line)]
+        self._starts = self._line[: len(line)]
         self._starts.copy_(line + skipped.repeat_interleave(count))
         self._count.fill_(len(line))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rows in use and where the episodes lie."""
         used = max((first + steps + 1 for first, steps in self._episodes), default=0)
-        return {**{name: rows[:used] for name, rows in self._rows.items()},
-                "episodes": torch.tensor(self._episodes, dtype=torch.int64).reshape(-1, 2),
-                "next": torch.tensor(self._next)}
+        return {
+            **{name: rows[:used] for name, rows in self._rows.items()},
+            "episodes": torch.tensor(self._episodes, dtype=torch.int64).reshape(-1, 2),
+            "next": torch.tensor(self._next),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         used = len(state["obs"])

@@ -14,13 +14,27 @@ from typing import Any
 from iqmpc.files import naming, write_atomically
 
 PROGRESS = ("env_steps", "updates", "episodes", "wall_s")
-RESULTS = ("return", "eval_return_mean", "eval_return_std", "eval_success_rate",
-           "nonfinite_plans")
+RESULTS = ("return", "eval_return_mean", "eval_return_std", "eval_success_rate", "nonfinite_plans")
 LEARNING = (
-    "consistency", "critic_loss", "q_expert", "q_behaviour", "q_difference", "reward_expert",
-    "reward_behaviour", "target_value", "value_term", "gradient_penalty", "policy_loss",
-    "q_policy", "entropy", "model_grad_norm", "policy_grad_norm", "skipped_updates",
-    "termination_loss", "termination_recall", "termination_precision",
+    "consistency",
+    "critic_loss",
+    "q_expert",
+    "q_behaviour",
+    "q_difference",
+    "reward_expert",
+    "reward_behaviour",
+    "target_value",
+    "value_term",
+    "gradient_penalty",
+    "policy_loss",
+    "q_policy",
+    "entropy",
+    "model_grad_norm",
+    "policy_grad_norm",
+    "skipped_updates",
+    "termination_loss",
+    "termination_recall",
+    "termination_precision",
 )
 COLUMNS = PROGRESS + RESULTS + LEARNING
 _LAST = 5
@@ -45,8 +59,11 @@ class RunLog:
                 aside = path.with_name(path.name + ".damaged")
                 with open(aside, "ab") as file:
                     file.writelines(line + b"\n" for line in damaged)
-                warnings.warn(f"{path}: {len(damaged)} damaged lines, now in {aside.name}",
-                              RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"{path}: {len(damaged)} damaged lines, now in {aside.name}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS)
         writer.writeheader()
@@ -59,15 +76,21 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self._board = SummaryWriter(
-                str(run / "tensorboard"), purge_step=None if since is None else since + 1)
+                str(run / "tensorboard"), purge_step=None if since is None else since + 1
+            )
         except Exception as error:  # of its own, of protobuf, of the file system
             self._without_board(error)
 
     def write(self, values: Mapping[str, float | int | None]) -> None:
         """Append a row; `values` has all of PROGRESS and any other of COLUMNS."""
         with naming(self._path):
-            self._csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v
-                                for k, v in values.items() if v is not None})
+            self._csv.writerow(
+                {
+                    k: f"{v:.6g}" if isinstance(v, float) else v
+                    for k, v in values.items()
+                    if v is not None
+                }
+            )
             self._file.flush()
         if self._board is None:
             return
@@ -89,8 +112,11 @@ class RunLog:
 
     def _without_board(self, error: Exception) -> None:
         self._board = None
-        warnings.warn(f"TensorBoard's files are not written any more ({error}); metrics.csv is",
-                      RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"TensorBoard's files are not written any more ({error}); metrics.csv is",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, str]], list[bytes]]:
@@ -130,6 +156,7 @@ def _is_row(row: Mapping[str, str]) -> bool:
 
 def strict_json(values: Mapping[str, Any]) -> str:
     """Strict JSON, in which a number that is not finite is null."""
+
     def finite(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: finite(inner) for key, inner in value.items()}
@@ -154,8 +181,11 @@ def last_evaluations(run: Path, *, before: int) -> dict[str, float | None]:
     """
     rows = []
     if (run / "metrics.csv").exists():
-        rows = [r for r in read_rows(run / "metrics.csv")[0]
-                if _kept(r, before - 1, before - 1) and r["eval_return_mean"]][-_LAST:]
+        rows = [
+            r
+            for r in read_rows(run / "metrics.csv")[0]
+            if _kept(r, before - 1, before - 1) and r["eval_return_mean"]
+        ][-_LAST:]
     result: dict[str, float | None] = {}
     for name, column in (("return", "eval_return_mean"), ("success", "eval_success_rate")):
         values = [float(r[column]) for r in rows if r[column]]

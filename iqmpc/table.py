@@ -56,8 +56,11 @@ def measure(run: Path, *, episodes: int, planner: bool = True) -> dict[str, Any]
         figures = {**agent.facts, "episodes": episodes, "seed": seed}
         if episodes:
             result = evaluate(agent, env, episodes=episodes, seed=seed)
-            figures |= {"return_mean": result.return_mean, "return_std": result.return_std,
-                        "success_rate": result.success_rate}
+            figures |= {
+                "return_mean": result.return_mean,
+                "return_std": result.return_std,
+                "success_rate": result.success_rate,
+            }
         figures["reward_correlation"] = mixed_correlation(agent, env, seed=seed)
     finally:
         env.close()
@@ -65,7 +68,10 @@ def measure(run: Path, *, episodes: int, planner: bool = True) -> dict[str, Any]
 
 
 def record(
-    run: Path, *, episodes: int = EPISODES, planner: bool = True,
+    run: Path,
+    *,
+    episodes: int = EPISODES,
+    planner: bool = True,
     on_message: Callable[[str], None] | None = None,
 ) -> Record:
     """What a run reached at its last checkpoint; `docs/results/README.md` names the fields.
@@ -82,11 +88,15 @@ def record(
     summary = _read_json(run / "summary.json")
     agent = "planner" if planner and config.planner.enabled else "prior"
     enough = summary.get("episodes", 0) >= episodes and (
-        agent == "planner" or not config.planner.enabled)
+        agent == "planner" or not config.planner.enabled
+    )
     kept = run / f"evaluation-{agent}.json"
     measured = _read_json(kept)
-    if not summary or measured.get("env_steps") != summary["env_steps"] or (
-            not enough and measured["episodes"] < episodes):
+    if (
+        not summary
+        or measured.get("env_steps") != summary["env_steps"]
+        or (not enough and measured["episodes"] < episodes)
+    ):
         try:
             measured = _in_own_process(run, 0 if enough else episodes, agent == "planner")
         except TaskError as error:  # such as an environment of the user's own
@@ -99,7 +109,8 @@ def record(
             if summary and measured["env_steps"] != summary["env_steps"]:
                 raise CheckpointError(
                     f"{run}: its newest whole checkpoint is of step {measured['env_steps']}, its "
-                    f"summary.json of step {summary['env_steps']}")
+                    f"summary.json of step {summary['env_steps']}"
+                )
             text = json.dumps(_finite(measured), indent=2, allow_nan=False)
             write_atomically(kept, f"{text}\n".encode())
     told = summary or measured
@@ -107,28 +118,30 @@ def record(
     steps, demonstrator = told["env_steps"], told["demonstrator_return"]
     last = last_evaluations(run, before=steps if summary else steps + 1)
     of = "return" if reached["success_rate"] is None else "success"
-    return _finite({
-        "task": config.task.name,
-        "agent": agent,
-        "seed": config.seed,
-        "ablation": ablation(config),
-        "preset": config.preset,
-        "steps": steps,
-        "minutes": told["wall_s"] / 60,
-        "episodes": reached["episodes"],
-        "return_mean": reached["return_mean"],
-        "return_std": reached["return_std"],
-        "demonstrator_return": demonstrator,
-        "ratio": ratio(reached["return_mean"], demonstrator),
-        "success_rate": reached["success_rate"],
-        "last5_of": of,
-        "last5_mean": last[f"last5_{of}_mean"],
-        "last5_min": last[f"last5_{of}_min"],
-        "correlation": measured["reward_correlation"],
-        "machine": summary.get("machine"),
-        "threads": summary.get("threads"),
-        "commit": summary.get("commit"),
-    })
+    return _finite(
+        {
+            "task": config.task.name,
+            "agent": agent,
+            "seed": config.seed,
+            "ablation": ablation(config),
+            "preset": config.preset,
+            "steps": steps,
+            "minutes": told["wall_s"] / 60,
+            "episodes": reached["episodes"],
+            "return_mean": reached["return_mean"],
+            "return_std": reached["return_std"],
+            "demonstrator_return": demonstrator,
+            "ratio": ratio(reached["return_mean"], demonstrator),
+            "success_rate": reached["success_rate"],
+            "last5_of": of,
+            "last5_mean": last[f"last5_{of}_mean"],
+            "last5_min": last[f"last5_{of}_min"],
+            "correlation": measured["reward_correlation"],
+            "machine": summary.get("machine"),
+            "threads": summary.get("threads"),
+            "commit": summary.get("commit"),
+        }
+    )
 
 
 def read_records(path: Path) -> list[Record]:
@@ -151,9 +164,12 @@ def merge_records(path: Path, records: Sequence[Record]) -> None:
     """
     new = {key(r): r for r in records}
     merged = [*(r for r in read_records(path) if key(r) not in new), *new.values()]
-    merged.sort(key=lambda r: (
-        *(str(r.get(field)) for field in ("task", "agent", "ablation")),
-        str(r.get("seed")).zfill(10)))
+    merged.sort(
+        key=lambda r: (
+            *(str(r.get(field)) for field in ("task", "agent", "ablation")),
+            str(r.get("seed")).zfill(10),
+        )
+    )
     lines = ",\n".join(json.dumps(r, allow_nan=False, ensure_ascii=False) for r in merged)
     write_atomically(path, f"[\n{lines}\n]\n".encode())
 
@@ -163,8 +179,12 @@ def to_rich(records: Sequence[Record]) -> Table:
     header, *rows = _cells(records)
     table = Table()
     for index, title in enumerate(header):
-        table.add_column(title, justify="left" if index < _TEXT else "right",
-                         overflow="fold", no_wrap=index >= _TEXT)
+        table.add_column(
+            title,
+            justify="left" if index < _TEXT else "right",
+            overflow="fold",
+            no_wrap=index >= _TEXT,
+        )
     for row in rows:
         table.add_row(*row, style="bold" if row[_TEXT].startswith("mean") else None)
     return table
@@ -179,18 +199,27 @@ def to_markdown(records: Sequence[Record]) -> str:
 
 def made_on(records: Sequence[Record]) -> str:
     """Machines, threads and commits of the records, in a line."""
-    found = {field: sorted({str(r[field]) for r in records if r[field] is not None})
-             for field in ("machine", "threads", "commit")}
+    found = {
+        field: sorted({str(r[field]) for r in records if r[field] is not None})
+        for field in ("machine", "threads", "commit")
+    }
     return "; ".join(f"{field} {', '.join(values) or 'unknown'}" for field, values in found.items())
 
 
 # Title, field and how it is shown.
 _COLUMNS = (
-    ("task", "task", "{}"), ("agent", "agent", "{}"), ("ablation", "ablation", "{}"),
-    ("seed", "seed", "{}"), ("steps", "steps", "{:,.0f}"), ("minutes", "minutes", "{:.0f}"),
-    ("return", "return_mean", "{:.1f}"), ("demonstrator", "demonstrator_return", "{:.1f}"),
-    ("ratio", "ratio", "{:.2f}"), ("success", "success_rate", "{:.2f}"),
-    ("last 5", "last5_mean", "{:.2f}"), ("least", "last5_min", "{:.2f}"),
+    ("task", "task", "{}"),
+    ("agent", "agent", "{}"),
+    ("ablation", "ablation", "{}"),
+    ("seed", "seed", "{}"),
+    ("steps", "steps", "{:,.0f}"),
+    ("minutes", "minutes", "{:.0f}"),
+    ("return", "return_mean", "{:.1f}"),
+    ("demonstrator", "demonstrator_return", "{:.1f}"),
+    ("ratio", "ratio", "{:.2f}"),
+    ("success", "success_rate", "{:.2f}"),
+    ("last 5", "last5_mean", "{:.2f}"),
+    ("least", "last5_min", "{:.2f}"),
     ("correlation", "correlation", "{:.2f}"),
 )
 _TEXT = 3  # columns of text; the seed follows, then the figures
@@ -205,15 +234,19 @@ def _cells(records: Sequence[Record]) -> list[list[str]]:
     for group in groups.values():
         means = [{**_means(group), "seed": f"mean of {len(group)}"}] if len(group) > 1 else []
         for r in [*group, *means]:
-            rows.append(["–" if r[field] is None else shape.format(r[field])
-                         for _, field, shape in _COLUMNS])
+            rows.append(
+                [
+                    "–" if r[field] is None else shape.format(r[field])
+                    for _, field, shape in _COLUMNS
+                ]
+            )
     return rows
 
 
 def _means(group: Sequence[Record]) -> Record:
     """Of every figure that all of the group have."""
     means = dict(group[0])
-    for field in [field for _, field, _ in _COLUMNS[_TEXT + 1:]]:
+    for field in [field for _, field, _ in _COLUMNS[_TEXT + 1 :]]:
         values = [r[field] for r in group]
         means[field] = None if None in values else statistics.fmean(values)
     return means
@@ -231,8 +264,10 @@ def _in_own_process(run: Path, episodes: int, planner: bool) -> dict[str, Any]:
 
 def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
     """Floats rounded, and None for those that are not finite."""
-    return {k: v if not isinstance(v, float) else round(v, _DIGITS) if math.isfinite(v) else None
-            for k, v in figures.items()}
+    return {
+        k: v if not isinstance(v, float) else round(v, _DIGITS) if math.isfinite(v) else None
+        for k, v in figures.items()
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -133,18 +133,23 @@ class Trainer:
         prepare_torch(config)
         # Of the random actions, and later of the batches.
         self.generator = torch.Generator(self.device).manual_seed(
-            stream_seed(config.seed, "trainer"))
-        self.learner = Learner(
-            obs_shape, action_dim, config, self.device, sampler=self.generator)
+            stream_seed(config.seed, "trainer")
+        )
+        self.learner = Learner(obs_shape, action_dim, config, self.device, sampler=self.generator)
         check_compiler(config, self.device, self.learner.mode)
         self.agent = Agent(self.learner.model, config, seed=config.seed, num_envs=count)
         # Evaluation plans for one environment; a single agent does both (and is compiled once).
-        self._evaluator = self.agent if count == 1 else Agent(
-            self.learner.model, config, seed=config.seed)
+        self._evaluator = (
+            self.agent if count == 1 else Agent(self.learner.model, config, seed=config.seed)
+        )
         horizon = config.learner.horizon
         self.behaviour = SliceReplay(
-            obs_shape, action_dim, horizon=horizon, capacity=config.train.capacity,
-            device=self.device)
+            obs_shape,
+            action_dim,
+            horizon=horizon,
+            capacity=config.train.capacity,
+            device=self.device,
+        )
         self.experts: SliceReplay | None = None
         self.demonstrator_return: float | None = None
         if demonstrations is not None:
@@ -153,9 +158,11 @@ class Trainer:
             if demonstrations is None:
                 raise ConfigError(
                     f"learner.objective={config.learner.objective} learns from demonstrations: "
-                    "none were given")
+                    "none were given"
+                )
             self.experts = _expert_replay(
-                demonstrations, config.task.name, obs_shape, action_dim, horizon, self.device)
+                demonstrations, config.task.name, obs_shape, action_dim, horizon, self.device
+            )
         cuda = self.device.startswith("cuda")
         self.overlap = config.train.overlap or ("async" if cuda else "off")
         self._worker: ThreadPoolExecutor | None = None  # while training
@@ -207,8 +214,9 @@ class Trainer:
         try:
             with self._interrupts:
                 if self.learner.updates == 0 and c.demo_updates:
-                    self._wait_for_updates("demo updates", c.demo_updates, self.experts,
-                                           "on the demonstrations alone")
+                    self._wait_for_updates(
+                        "demo updates", c.demo_updates, self.experts, "on the demonstrations alone"
+                    )
                 while self.env_steps < c.steps:
                     ended = self._tick()
                     self._interrupts.check()
@@ -257,8 +265,7 @@ class Trainer:
         for episode in ended:
             self.episodes += 1
             self._last_return = float(np.sum(episode.rewards))
-            self._log.write({**self._progress(), "return": self._last_return,
-                             **self._fetched()})
+            self._log.write({**self._progress(), "return": self._last_return, **self._fetched()})
         if ended:
             self._metrics = None
         return bool(ended)
@@ -268,9 +275,12 @@ class Trainer:
         obs = np.asarray(episode.observations)
         self.behaviour.add_episode(
             torch.as_tensor(unstacked(obs) if is_image(obs.shape[1:]) else obs),
-            *(torch.as_tensor(np.asarray(x, np.float32))
-              for x in (episode.actions, episode.rewards)),
-            terminated=episode.terminated)
+            *(
+                torch.as_tensor(np.asarray(x, np.float32))
+                for x in (episode.actions, episode.rewards)
+            ),
+            terminated=episode.terminated,
+        )
         steps, horizon = len(episode.actions), self.config.learner.horizon
         if steps >= horizon:
             return
@@ -278,13 +288,18 @@ class Trainer:
         if self._short == 1:
             self._on_message(
                 f"warning: an episode of {steps} steps is shorter than learner.horizon={horizon}: "
-                "nothing is learnt from such (said once)")
-        if self._short >= _SHORT_ENOUGH and not self.behaviour.slices and \
-                self.env_steps >= self.config.random_steps:
+                "nothing is learnt from such (said once)"
+            )
+        if (
+            self._short >= _SHORT_ENOUGH
+            and not self.behaviour.slices
+            and self.env_steps >= self.config.random_steps
+        ):
             raise TaskError(
                 f"{self.config.task.name}: all {self._short} episodes were shorter than "
                 f"learner.horizon={horizon}, so nothing can be learnt from them; give a smaller "
-                "learner.horizon, or an environment whose episodes are longer")
+                "learner.horizon, or an environment whose episodes are longer"
+            )
 
     @property
     def _exploring_at_random(self) -> bool:
@@ -295,7 +310,8 @@ class Trainer:
         """obs [N, ...] -> action [N, A]."""
         if self._exploring_at_random:
             uniform = torch.rand(
-                len(obs), self.envs.action_dim, generator=self.generator, device=self.device)
+                len(obs), self.envs.action_dim, generator=self.generator, device=self.device
+            )
             return (2 * uniform - 1).cpu().numpy()
         return self.agent.act(obs, explore=True)
 
@@ -313,8 +329,12 @@ class Trainer:
         many = missing > math.ceil(len(self.envs) * self.config.train.update_rate)
         if many:
             first = self.learner.updates <= self.config.train.demo_updates
-            self._wait_for_updates("initial updates" if first else "updates", missing,
-                                   self.behaviour, f"on the first {self.env_steps} steps")
+            self._wait_for_updates(
+                "initial updates" if first else "updates",
+                missing,
+                self.behaviour,
+                f"on the first {self.env_steps} steps",
+            )
         elif missing > 0 and at_once:
             self._join(self._start_updates(self._due(), self.behaviour))
 
@@ -322,7 +342,8 @@ class Trainer:
         """Make `count` updates while nothing else happens, and say so."""
         compiled = self.learner.mode in ("compile", "graph") and not self._learnt
         self._on_message(
-            f"{count} {name} {on}" + (", compiled before the first: a minute" if compiled else ""))
+            f"{count} {name} {on}" + (", compiled before the first: a minute" if compiled else "")
+        )
         self._join(self._start_updates(self.learner.updates + count, behaviour, phase=name))
 
     def _start_updates(
@@ -347,12 +368,11 @@ class Trainer:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
         self.agent.publish(self.learner.acting_weights())
 
-    def _update_to(
-        self, updates: int, behaviour: SliceReplay, phase: str | None
-    ) -> Metrics | None:
+    def _update_to(self, updates: int, behaviour: SliceReplay, phase: str | None) -> Metrics | None:
         metrics, first = None, self.learner.updates
-        stream = contextlib.nullcontext() if self._stream is None else \
-            torch.cuda.stream(self._stream)
+        stream = (
+            contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        )
         if phase is not None:
             self._report(phase=(phase, 0, updates - first))
         with stream:
@@ -360,8 +380,7 @@ class Trainer:
                 latest = self.learner.learn(self.experts, behaviour)
                 self._learnt = True
                 last = self.learner.updates == updates
-                shown = phase is not None and (
-                    last or self._report_is_due(self.learner.updates, 1))
+                shown = phase is not None and (last or self._report_is_due(self.learner.updates, 1))
                 if shown or last:  # a copy: the next update may overwrite them
                     metrics = tuple(latest), torch.stack(list(latest.values()))
                 if shown:
@@ -379,7 +398,10 @@ class Trainer:
             self._warned = True
             warnings.warn(
                 "an update had a loss or a gradient that is not finite and was left out (counted "
-                "as skipped_updates, said once)", RuntimeWarning, stacklevel=2)
+                "as skipped_updates, said once)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return fetched
 
     def _evaluate(self, episodes: int) -> Evaluation:
@@ -390,24 +412,37 @@ class Trainer:
         planner.step = 0
         self._report(phase=("evaluation", 0, episodes))
         result = evaluate(
-            self._evaluator, _Watched(self.eval_env, self._interrupts.check), episodes=episodes,
+            self._evaluator,
+            _Watched(self.eval_env, self._interrupts.check),
+            episodes=episodes,
             seed=self.config.seed,
-            progress=lambda done, _: self._report(phase=("evaluation", done, episodes)))
-        counted = {k: getattr(planner, k) - int(before[k])
-                   for k in ("nonfinite_plans", "missed_plans")}
+            progress=lambda done, _: self._report(phase=("evaluation", done, episodes)),
+        )
+        counted = {
+            k: getattr(planner, k) - int(before[k]) for k in ("nonfinite_plans", "missed_plans")
+        }
         planner.load_state_dict(before)
         self.agent.publish(self.learner.acting_weights())  # the evaluator may be this agent
         for key, count in counted.items():
             setattr(self.agent.planner, key, getattr(self.agent.planner, key) + count)
         self._evaluated_at = self.env_steps
-        self._log.write({
-            **at, "eval_return_mean": result.return_mean,
-            "eval_return_std": result.return_std, "eval_success_rate": result.success_rate,
-            "nonfinite_plans": self.agent.planner.nonfinite_plans})
+        self._log.write(
+            {
+                **at,
+                "eval_return_mean": result.return_mean,
+                "eval_return_std": result.return_std,
+                "eval_success_rate": result.success_rate,
+                "nonfinite_plans": self.agent.planner.nonfinite_plans,
+            }
+        )
         share = ratio(result.return_mean, self.demonstrator_return)
-        beside = "" if self.demonstrator_return is None else \
-            f" (the demonstrator's is {self.demonstrator_return:.1f})" if share is None else \
-            f" ({100 * share:.0f} % of the demonstrator's {self.demonstrator_return:.0f})"
+        beside = (
+            ""
+            if self.demonstrator_return is None
+            else f" (the demonstrator's is {self.demonstrator_return:.1f})"
+            if share is None
+            else f" ({100 * share:.0f} % of the demonstrator's {self.demonstrator_return:.0f})"
+        )
         self._on_message(f"step {self.env_steps}: return {result.return_mean:.1f}{beside}")
         return result
 
@@ -442,22 +477,32 @@ class Trainer:
         if self._short:
             self._on_message(
                 f"warning: {self._short} episodes were shorter than learner.horizon="
-                f"{self.config.learner.horizon}, and nothing was learnt from them")
+                f"{self.config.learner.horizon}, and nothing was learnt from them"
+            )
         return summary
 
     def _progress(self) -> dict[str, Any]:
-        return {"env_steps": self.env_steps, "updates": self.learner.updates,
-                "episodes": self.episodes, "wall_s": round(self.wall_s, 1)}
+        return {
+            "env_steps": self.env_steps,
+            "updates": self.learner.updates,
+            "episodes": self.episodes,
+            "wall_s": round(self.wall_s, 1),
+        }
 
     def _report_is_due(self, count: int, new: int) -> bool:
         """After so many steps or updates in all, of which `new` have just been made."""
-        return count % _REPORT_EVERY < new or \
-            time.monotonic() - self._reported > _REPORT_EVERY_S
+        return count % _REPORT_EVERY < new or time.monotonic() - self._reported > _REPORT_EVERY_S
 
     def _report(self, phase: tuple[str, int, int] | None = None) -> None:
         self._reported = time.monotonic()
-        self._on_progress({**self._progress(), "return": self._last_return,
-                           **({} if phase is None else {"phase": phase}), **self._fetched()})
+        self._on_progress(
+            {
+                **self._progress(),
+                "return": self._last_return,
+                **({} if phase is None else {"phase": phase}),
+                **self._fetched(),
+            }
+        )
 
     def _state(self) -> _State:
         """What a continuation needs, as it is now, after a tick at which an episode ended.
@@ -471,14 +516,18 @@ class Trainer:
             "trainer.generator": self.generator.get_state(),
         }
         meta = {
-            "obs_shape": self.learner.model.obs_shape, "action_dim": self.learner.model.action_dim,
-            **self._progress(), "started": self.envs.started,
+            "obs_shape": self.learner.model.obs_shape,
+            "action_dim": self.learner.model.action_dim,
+            **self._progress(),
+            "started": self.envs.started,
             "env_restarts": self.envs.restarts,
             "evaluated_at": self._evaluated_at,
             "demonstrator_return": self.demonstrator_return,
             "demonstrations": self._demonstrations_digest,
-            "device": torch.device(self.device).type, "mode": self.learner.mode,
-            "settings": self.config.to_dict()}
+            "device": torch.device(self.device).type,
+            "mode": self.learner.mode,
+            "settings": self.config.to_dict(),
+        }
         return _State(self.env_steps, tensors, meta, self.behaviour.overwritten)
 
     def _save(self) -> None:
@@ -488,8 +537,11 @@ class Trainer:
     def _rescue(self) -> None:
         """Save the last whole episode, while an exception ends the run."""
         whole = self._whole
-        if whole is None or whole.step == self._saved_at or \
-                whole.overwritten != self.behaviour.overwritten:
+        if (
+            whole is None
+            or whole.step == self._saved_at
+            or whole.overwritten != self.behaviour.overwritten
+        ):
             return
         said = f"saved as of step {whole.step}, the end of the last whole episode"
         try:
@@ -512,7 +564,8 @@ class Trainer:
     def _taken(self) -> ConfigError:
         return ConfigError(
             f"{self.run} already holds a run: continue it with resume={self.run}, or give another "
-            "run_dir")
+            "run_dir"
+        )
 
     def _restore(self) -> None:
         found = checkpoint.load_config(self.run)  # refuses what is no run folder
@@ -520,7 +573,8 @@ class Trainer:
         if made != len(self.envs):
             raise ConfigError(
                 f"train.num_envs cannot change when a run is resumed: it is {made}, got "
-                f"{len(self.envs)}")
+                f"{len(self.envs)}"
+            )
         self._resumed = True
         if not checkpoint.exists(self.run):
             self._on_message("the run has no checkpoint yet: starting from its beginning")
@@ -531,11 +585,13 @@ class Trainer:
         self._check_changes(found, meta)
         if meta["demonstrations"] != self._demonstrations_digest:
             raise CheckpointError(
-                f"{self.run} was trained on other demonstrations than those given now")
+                f"{self.run} was trained on other demonstrations than those given now"
+            )
         if meta["env_steps"] > self.config.train.steps:
             raise ConfigError(
                 f"train.steps must be at least the {meta['env_steps']} that {path.name} has "
-                f"made, got {self.config.train.steps}")
+                f"made, got {self.config.train.steps}"
+            )
 
         def part(name: str) -> dict[str, torch.Tensor]:
             prefix = name + "."
@@ -544,12 +600,14 @@ class Trainer:
         learner = part("learner")
         try:
             learner["generator"] = self._random_state(
-                learner["generator"], self.learner.generator, "learner", meta)
+                learner["generator"], self.learner.generator, "learner", meta
+            )
             self.learner.load_state_dict(learner)
             self.agent.planner.load_state_dict(part("planner"))
             self.behaviour.load_state_dict(part("behaviour"))
-            self.generator.set_state(self._random_state(
-                tensors["trainer.generator"], self.generator, "trainer", meta))
+            self.generator.set_state(
+                self._random_state(tensors["trainer.generator"], self.generator, "trainer", meta)
+            )
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this run's settings: {error}") from error
         self.agent.publish(self.learner.acting_weights())
@@ -564,17 +622,23 @@ class Trainer:
     def _check_changes(self, found: Config, meta: dict[str, Any]) -> None:
         """`ConfigError` for settings other than those of the checkpoint that may not change."""
         settings = meta.get("settings", {})
-        changed = [text for key, text in differences(settings, self.config.to_dict())
-                   if not may_change(key)]
+        changed = [
+            text
+            for key, text in differences(settings, self.config.to_dict())
+            if not may_change(key)
+        ]
         if changed:
-            raise ConfigError("what a run learns cannot change when it is resumed: "
-                              + "; ".join(changed))
+            raise ConfigError(
+                "what a run learns cannot change when it is resumed: " + "; ".join(changed)
+            )
         made = {"mode": meta.get("mode"), "precision": settings.get("learner", {}).get("precision")}
         now = {"mode": self.learner.mode, "precision": self.config.learner.precision}
         for key, old in made.items():
             if old not in (None, now[key]):
-                self._on_message(f"the run was made with learner.{key}={old} and goes on with "
-                                 f"{now[key]}: not bit for bit")
+                self._on_message(
+                    f"the run was made with learner.{key}={old} and goes on with "
+                    f"{now[key]}: not bit for bit"
+                )
         for key, text in differences(settings, found.to_dict()):
             if key.startswith("train."):
                 self._on_message(f"config.yaml differs from the checkpoint's settings: {text}")
@@ -587,8 +651,10 @@ class Trainer:
         if meta.get("device", device) == device:
             return state
         if stream == "learner":
-            self._on_message(f"the run was made on {meta['device']} and goes on on {device}: not "
-                             "bit for bit, and with other random draws")
+            self._on_message(
+                f"the run was made on {meta['device']} and goes on on {device}: not "
+                "bit for bit, and with other random draws"
+            )
         generator.manual_seed(stream_seed(self.config.seed, f"resumed {stream}", meta["env_steps"]))
         return generator.get_state()
 
@@ -599,7 +665,8 @@ class Trainer:
             if set(newer) - set(self._unusable) or not self._restored.exists():
                 raise ConfigError(
                     f"{self.run} was continued by another process since {self._restored.name} was "
-                    "read: resume it again")
+                    "read: resume it again"
+                )
             checkpoint.set_aside(newer)
         elif checkpoint.exists(self.run):
             raise ConfigError(f"{self.run} was continued by another process: resume it again")
@@ -607,7 +674,9 @@ class Trainer:
 
 
 def _environments(
-    config: Config, env: Environment | Sequence[Environment], eval_env: gymnasium.Env | None,
+    config: Config,
+    env: Environment | Sequence[Environment],
+    eval_env: gymnasium.Env | None,
     on_message: Callable[[str], None],
 ) -> tuple[VectorEnv, gymnasium.Env]:
     """Those to train in and the one to evaluate in."""
@@ -619,25 +688,39 @@ def _environments(
         if not all(made) or config.train.env_workers:
             raise ConfigError(
                 "train.env_workers=true needs functions that make the environments, got "
-                f"{sum(made)} environments among {count}" if config.train.env_workers else
-                f"{sum(made)} of {count} environments are made already: give environments or "
-                "functions that make them, not both")
+                f"{sum(made)} environments among {count}"
+                if config.train.env_workers
+                else f"{sum(made)} of {count} environments are made already: give environments or "
+                "functions that make them, not both"
+            )
         if count > 1 and (eval_env is None or any(eval_env is e for e in given)):
             raise ConfigError(
                 f"train.num_envs={count} needs an eval_env of its own: an evaluation would cut the "
-                "episodes that are being recorded")
+                "episodes that are being recorded"
+            )
     elif config.train.workers:
         eval_env = eval_env or given[0]()
         t = config.train
         return WorkerVectorEnv(
-            given, config.task.name, like=eval_env, seed=config.seed, max_restarts=t.env_restarts,
-            timeout_s=t.env_timeout_s, episode_length=config.task.episode_length,
-            on_message=on_message), eval_env
+            given,
+            config.task.name,
+            like=eval_env,
+            seed=config.seed,
+            max_restarts=t.env_restarts,
+            timeout_s=t.env_timeout_s,
+            episode_length=config.task.episode_length,
+            on_message=on_message,
+        ), eval_env
     else:
         eval_env = eval_env or (given[0]() if count > 1 else None)
         given = [make() for make in given]
-    envs = VectorEnv(given, config.task.name, seed=config.seed,
-                     episode_length=config.task.episode_length, on_message=on_message)
+    envs = VectorEnv(
+        given,
+        config.task.name,
+        seed=config.seed,
+        episode_length=config.task.episode_length,
+        on_message=on_message,
+    )
     if eval_env is None:
         return envs, given[0]
     check_alike(eval_env, given[0], f"{config.task.name}: eval_env", "environment 0")
@@ -645,23 +728,30 @@ def _environments(
 
 
 def _expert_replay(
-    demonstrations: Demonstrations, task: str, obs_shape: tuple[int, ...], action_dim: int,
-    horizon: int, device: str,
+    demonstrations: Demonstrations,
+    task: str,
+    obs_shape: tuple[int, ...],
+    action_dim: int,
+    horizon: int,
+    device: str,
 ) -> SliceReplay:
     if not names_task(demonstrations.task, task):
         raise ConfigError(
             f"the demonstrations are of task {demonstrations.task!r}, the run's is {task!r}: give "
-            "task.name, or rename them (iqmpc demos convert --task)")
+            "task.name, or rename them (iqmpc demos convert --task)"
+        )
     given = (demonstrations.obs_shape, demonstrations.action_dim)
     if given != (obs_shape, action_dim):
         raise ConfigError(
             f"the demonstrations of {demonstrations.task!r} have observations {list(given[0])} and "
-            f"{given[1]} actions, the environment has {list(obs_shape)} and {action_dim}")
+            f"{given[1]} actions, the environment has {list(obs_shape)} and {action_dim}"
+        )
     rows = sum(len(e.actions) + 1 for e in demonstrations.episodes)
     replay = SliceReplay(obs_shape, action_dim, horizon=horizon, capacity=rows, device=device)
     for e in demonstrations.episodes:
-        replay.add_episode(torch.from_numpy(e.observations), torch.from_numpy(e.actions),
-                           terminated=e.terminated)
+        replay.add_episode(
+            torch.from_numpy(e.observations), torch.from_numpy(e.actions), terminated=e.terminated
+        )
     if not replay.slices:
         raise ConfigError(f"no demonstration is as long as learner.horizon={horizon}")
     return replay

@@ -40,16 +40,26 @@ class Recorder:
             raise
         except Exception as error:
             raise cannot_render(error) from error
-        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 \
-                or frame.shape[2] != 3:
-            given = f"{frame.dtype} {list(frame.shape)}" if isinstance(frame, np.ndarray) else \
-                f"a {type(frame).__name__}"
+        if (
+            not isinstance(frame, np.ndarray)
+            or frame.dtype != np.uint8
+            or frame.ndim != 3
+            or frame.shape[2] != 3
+        ):
+            given = (
+                f"{frame.dtype} {list(frame.shape)}"
+                if isinstance(frame, np.ndarray)
+                else f"a {type(frame).__name__}"
+            )
             raise TaskError(
                 f"the environment's render() gave {given}, expected an image uint8 [H, W, 3]: a "
-                "video needs an environment that takes render_mode='rgb_array' and draws itself")
+                "video needs an environment that takes render_mode='rgb_array' and draws itself"
+            )
         if self._frames and frame.shape != self._frames[0].shape:
-            raise TaskError(f"the environment's render() gave an image {list(frame.shape)} after "
-                            f"those of {list(self._frames[0].shape)}")
+            raise TaskError(
+                f"the environment's render() gave an image {list(frame.shape)} after "
+                f"those of {list(self._frames[0].shape)}"
+            )
         self._frames.append(frame.copy())  # it may draw the next one there
 
     def save(self) -> None:
@@ -57,4 +67,5 @@ class Recorder:
 
         with naming(self.path):
             imageio.mimwrite(
-                self.path, self._frames, fps=self._fps, codec="libx264", macro_block_size=None)
+                self.path, self._frames, fps=self._fps, codec="libx264", macro_block_size=None
+            )

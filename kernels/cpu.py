@@ -68,9 +68,15 @@ class LiveView:
         tensor can have come to lie there, because a view keeps what it shows.
         """
         tensors = weights.tensors()
-        key = (weights.simnorm_dim, weights.log_std_min, weights.log_std_max,
-               *(len(part) for part in weights[:4]), [t.data_ptr() for t in tensors],
-               [t.shape for t in tensors], [t.dtype for t in tensors])
+        key = (
+            weights.simnorm_dim,
+            weights.log_std_min,
+            weights.log_std_max,
+            *(len(part) for part in weights[:4]),
+            [t.data_ptr() for t in tensors],
+            [t.shape for t in tensors],
+            [t.dtype for t in tensors],
+        )
         contiguous = all(t.is_contiguous() for t in tensors)
         if self._key is None or key != self._key or not contiguous:
             self._view = model_view(weights)
@@ -88,16 +94,23 @@ def model_view(weights: Weights) -> Any:
 
     return _C.ModelView(
         encoder=[] if weights.encodes_images else layer_arrays("encoder", weights.encoder),
-        **{part: layer_arrays(part, getattr(weights, part))
-           for part in ("dynamics", "policy", "critics", "termination")},
-        simnorm_dim=weights.simnorm_dim, log_std_min=weights.log_std_min,
-        log_std_max=weights.log_std_max)
+        **{
+            part: layer_arrays(part, getattr(weights, part))
+            for part in ("dynamics", "policy", "critics", "termination")
+        },
+        simnorm_dim=weights.simnorm_dim,
+        log_std_min=weights.log_std_min,
+        log_std_max=weights.log_std_max,
+    )
 
 
 def layer_arrays(part: str, layers: tuple[Layer, ...]) -> list[tuple[np.ndarray, ...]]:
     """(weight, bias[, gamma, beta]) of each layer."""
     return [
-        tuple(as_array(f"{part} layer {i} {name}", t.contiguous())
-              for name, t in zip(Layer._fields, layer, strict=True) if t is not None)
+        tuple(
+            as_array(f"{part} layer {i} {name}", t.contiguous())
+            for name, t in zip(Layer._fields, layer, strict=True)
+            if t is not None
+        )
         for i, layer in enumerate(layers)
     ]

@@ -24,7 +24,10 @@ class CudaWeights:
     """
 
     def __init__(
-        self, weights: Weights, *, precision: str = "float32",
+        self,
+        weights: Weights,
+        *,
+        precision: str = "float32",
         device: torch.device | str | int | None = None,
     ):
         missing = available_backends()["cuda"]
@@ -38,12 +41,18 @@ class CudaWeights:
         for tensor in weights.tensors():
             if tensor.dtype != torch.float32:
                 raise ValueError(
-                    f"weights must be float32 for the cuda backend, got {_name(tensor.dtype)}")
+                    f"weights must be float32 for the cuda backend, got {_name(tensor.dtype)}"
+                )
         self.device = _cuda_device(device, weights.encoder[0].weight.device)
-        host = weights._replace(**{part: _host(getattr(weights, part))
-                                   for part in ("encoder", "dynamics", "policy", "critics")})
+        host = weights._replace(
+            **{
+                part: _host(getattr(weights, part))
+                for part in ("encoder", "dynamics", "policy", "critics")
+            }
+        )
         self.native = _C.CudaWorldModel(
-            model_view(host), precision=precision, device=self.device.index)
+            model_view(host), precision=precision, device=self.device.index
+        )
         self.action_dim: int = self.native.action_dim
         self.latent_dim: int = self.native.latent_dim
         self.num_critics: int = self.native.num_critics
@@ -53,22 +62,31 @@ class CudaWeights:
         """Where the tensor's elements lie; `ValueError` for one that the kernels cannot read."""
         if tensor.device != self.device:
             raise ValueError(
-                f"{name} must be on {self.device} for the cuda backend, got {tensor.device}")
+                f"{name} must be on {self.device} for the cuda backend, got {tensor.device}"
+            )
         if tensor.dtype != dtype:
-            raise ValueError(f"{name} must be {_name(dtype)} for the cuda backend, "
-                             f"got {_name(tensor.dtype)}")
+            raise ValueError(
+                f"{name} must be {_name(dtype)} for the cuda backend, got {_name(tensor.dtype)}"
+            )
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be C-contiguous for the cuda backend, got strides of "
-                             f"{list(tensor.stride())} elements")
+            raise ValueError(
+                f"{name} must be C-contiguous for the cuda backend, got strides of "
+                f"{list(tensor.stride())} elements"
+            )
         if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name} requires grad and the cuda backend has no backward: use "
-                             "backend='reference' or torch.no_grad()")
+            raise ValueError(
+                f"{name} requires grad and the cuda backend has no backward: use "
+                "backend='reference' or torch.no_grad()"
+            )
         return tensor.data_ptr()
 
 
 def _cuda_device(device: torch.device | str | int | None, default: torch.device) -> torch.device:
-    chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(
-        device or (default if default.type == "cuda" else "cuda"))
+    chosen = (
+        torch.device("cuda", device)
+        if isinstance(device, int)
+        else torch.device(device or (default if default.type == "cuda" else "cuda"))
+    )
     if chosen.type != "cuda":
         raise ValueError(f"device must be a CUDA device, got {chosen}")
     if chosen.index is None:

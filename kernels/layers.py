@@ -65,11 +65,10 @@ def encode(w: Weights, obs: Tensor) -> Tensor:
 def convolve(layers: tuple[Layer, ...], images: Tensor) -> Tensor:
     """Convolutions with ReLU between them, flattened, and the linear layer where there is one."""
     x = images.reshape(-1, *images.shape[-3:]).to(layers[0].weight.dtype) / 255 - 0.5
-    for index, (layer, (_, stride)) in enumerate(
-            zip(layers, CONVOLUTIONS, strict=False)):
+    for index, (layer, (_, stride)) in enumerate(zip(layers, CONVOLUTIONS, strict=False)):
         x = F.conv2d(F.relu(x) if index else x, layer.weight, layer.bias, stride)
     x = x.flatten(1)
-    for layer in layers[len(CONVOLUTIONS):]:
+    for layer in layers[len(CONVOLUTIONS) :]:
         x = linear(layer, x)
     return x.reshape(*images.shape[:-3], -1)
 
@@ -81,7 +80,8 @@ def shifted(images: Tensor, shift: Tensor) -> Tensor:
     """
     rows, columns = (
         (torch.arange(size, device=images.device) + shift[..., axis, None]).clamp(0, size - 1)
-        for axis, size in enumerate(images.shape[-2:]))
+        for axis, size in enumerate(images.shape[-2:])
+    )
     moved = images.gather(-2, rows[..., None, :, None].expand_as(images))
     return moved.gather(-1, columns[..., None, None, :].expand_as(images))
 
@@ -170,9 +170,7 @@ def draw_pair(layers: tuple[Layer, ...], pair: Tensor) -> tuple[Layer, ...]:
     )
 
 
-def q_min(
-    pair: tuple[Layer, ...], z: Tensor, action: Tensor, keep: Tensor | None = None
-) -> Tensor:
+def q_min(pair: tuple[Layer, ...], z: Tensor, action: Tensor, keep: Tensor | None = None) -> Tensor:
     """Q_min: the smaller of the drawn pair. z [..., Z], action [..., A] -> [...].
 
     keep: as in `critics`, [2, N, hidden] in the pair's order.

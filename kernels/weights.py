@@ -93,10 +93,12 @@ def snapshot(weights: Weights, dtype: torch.dtype = torch.float32) -> Weights:
     def copy(t: Tensor) -> Tensor:
         return t.detach().to(dtype, copy=True)
 
-    return weights._replace(**{
-        part: map_layers(copy, getattr(weights, part))
-        for part in ("encoder", "dynamics", "policy", "critics", "termination")
-    })
+    return weights._replace(
+        **{
+            part: map_layers(copy, getattr(weights, part))
+            for part in ("encoder", "dynamics", "policy", "critics", "termination")
+        }
+    )
 
 
 @torch.no_grad()

@@ -27,14 +27,23 @@ def _seeded():
 @pytest.fixture
 def small_config() -> Config:
     """Every part present, nothing larger than it must be."""
-    return Config.from_dict({
-        "task": {"name": "point", "episode_length": 20},
-        "model": {"encoder_dim": 32, "hidden_dim": 32, "latent_dim": 16, "critics": 3},
-        "planner": {"samples": 24, "elites": 6, "policy_trajectories": 4, "iterations": 2},
-        "learner": {"batch": 8, "mode": "eager"},
-        "train": {"steps": 100, "random_steps": 40, "initial_updates": 5, "eval_every": 40,
-                  "eval_episodes": 1, "final_episodes": 2, "checkpoint_every": 40},
-    })
+    return Config.from_dict(
+        {
+            "task": {"name": "point", "episode_length": 20},
+            "model": {"encoder_dim": 32, "hidden_dim": 32, "latent_dim": 16, "critics": 3},
+            "planner": {"samples": 24, "elites": 6, "policy_trajectories": 4, "iterations": 2},
+            "learner": {"batch": 8, "mode": "eager"},
+            "train": {
+                "steps": 100,
+                "random_steps": 40,
+                "initial_updates": 5,
+                "eval_every": 40,
+                "eval_episodes": 1,
+                "final_episodes": 2,
+                "checkpoint_every": 40,
+            },
+        }
+    )
 
 
 class PointEnv(gymnasium.Env):
@@ -57,8 +66,13 @@ class PointEnv(gymnasium.Env):
         self.position = np.clip(self.position + 0.2 * np.asarray(action, np.float32), -2, 2)
         self.steps += 1
         distance = float(np.linalg.norm(self.position))
-        return (self.position.copy(), max(0.0, 1 - distance), False,
-                self.steps >= self.episode_length, {"success": distance < 0.2})
+        return (
+            self.position.copy(),
+            max(0.0, 1 - distance),
+            False,
+            self.steps >= self.episode_length,
+            {"success": distance < 0.2},
+        )
 
 
 @pytest.fixture
@@ -70,7 +84,7 @@ def draw_point(position) -> np.ndarray:
     """The plane from above, uint8 [1, 64, 64]: a bright square on a grey slope."""
     frame = np.broadcast_to(np.arange(64, dtype=np.uint8), (1, 64, 64)).copy()
     x, y = (32 + 14 * np.clip(position, -2, 2)).astype(int)
-    frame[:, y - 3:y + 4, x - 3:x + 4] = 255
+    frame[:, y - 3 : y + 4, x - 3 : x + 4] = 255
     return frame
 
 
@@ -98,8 +112,15 @@ def straight_line(env: gymnasium.Env, seeds: range) -> Demonstrations:
             actions.append(action)
             rewards.append(reward)
         rows = np.array(observations)
-        episodes.append(Episode(unstacked(rows) if rows.ndim == 4 else rows, np.array(actions),
-                                np.array(rewards, np.float32), False, bool(info["success"])))
+        episodes.append(
+            Episode(
+                unstacked(rows) if rows.ndim == 4 else rows,
+                np.array(actions),
+                np.array(rewards, np.float32),
+                False,
+                bool(info["success"]),
+            )
+        )
     return Demonstrations("point", tuple(episodes), {"demonstrator": "straight line"})
 
 

@@ -20,8 +20,12 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no
 
 
 # A number or a shape that comes from the device, and a tensor made of the host's numbers.
-WAITING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
-           torch.ops.aten.masked_select.default, torch.ops.aten.lift_fresh.default}
+WAITING = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.lift_fresh.default,
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -103,7 +107,8 @@ def learner_of(config, mode, monkeypatch, device="cpu", obs_shape=2):
 
 def replays(device="cpu", episodes=4):
     experts, behaviour = (
-        SliceReplay(2, 2, horizon=3, capacity=100_000, device=device) for _ in range(2))
+        SliceReplay(2, 2, horizon=3, capacity=100_000, device=device) for _ in range(2)
+    )
     for replay in (experts, behaviour):
         replay._range_on_device = True  # as on a GPU
     for number in range(episodes):
@@ -114,9 +119,12 @@ def replays(device="cpu", episodes=4):
 
 def add(replay, number, steps):
     g = torch.Generator().manual_seed(number)
-    replay.add_episode(torch.randn(steps + 1, 2, generator=g),
-                       torch.rand(steps, 2, generator=g) * 2 - 1,
-                       torch.rand(steps, generator=g), terminated=number % 2 == 0)
+    replay.add_episode(
+        torch.randn(steps + 1, 2, generator=g),
+        torch.rand(steps, 2, generator=g) * 2 - 1,
+        torch.rand(steps, generator=g),
+        terminated=number % 2 == 0,
+    )
 
 
 def values(metrics):
@@ -127,26 +135,43 @@ def values(metrics):
 def same_state(one, two):
     a, b = one.state_dict(), two.state_dict()
     assert a.keys() == b.keys()
-    return all(torch.equal(a[k], b[k]) for k in a) and \
-        torch.equal(one.sampler.get_state(), two.sampler.get_state())
+    return all(torch.equal(a[k], b[k]) for k in a) and torch.equal(
+        one.sampler.get_state(), two.sampler.get_state()
+    )
 
 
 def addresses(learner):
-    moments = [t for o in (learner.model_optimiser, learner.policy_optimiser)
-               for state in o.state.values() for t in state.values()]
+    moments = [
+        t
+        for o in (learner.model_optimiser, learner.policy_optimiser)
+        for state in o.state.values()
+        for t in state.values()
+    ]
     targets = [t for layer in learner.targets for t in layer if t is not None]
     gradients = [p.grad for p in learner.model.parameters()]
     averages = [] if learner.averages is None else learner.averages.tensors()
-    return [t.data_ptr() for t in [
-        *learner.model.parameters(), *targets, *averages, *moments, *gradients]]
+    return [
+        t.data_ptr()
+        for t in [*learner.model.parameters(), *targets, *averages, *moments, *gradients]
+    ]
 
 
-@pytest.mark.parametrize("changes", [
-    {"learner.gradient_penalty": True}, {"learner.objective": "v_diff", "model.dropout": 0.1},
-    {"learner.objective": "td"}, {"model.termination": True},
-    {"learner.gradient_penalty": True, "learner.dropout": "always",
-     "learner.entropy": "presquash", "agent.average": "always"}],
-    ids=["iq", "v_diff", "td", "termination", "dropout and average"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learner.gradient_penalty": True},
+        {"learner.objective": "v_diff", "model.dropout": 0.1},
+        {"learner.objective": "td"},
+        {"model.termination": True},
+        {
+            "learner.gradient_penalty": True,
+            "learner.dropout": "always",
+            "learner.entropy": "presquash",
+            "agent.average": "always",
+        },
+    ],
+    ids=["iq", "v_diff", "td", "termination", "dropout and average"],
+)
 def test_a_recorded_update_is_the_eager_one(small_config, monkeypatch, changes):
     """Same draws: the same metrics and state, bit for bit, in every update, the first included."""
     config = small_config.replace(changes)
@@ -192,10 +217,12 @@ def test_a_recorded_update_from_images_is_the_eager_one(small_config, monkeypatc
     behaviour = SliceReplay((9, 64, 64), 2, horizon=3, capacity=100)
     behaviour._range_on_device = True
     for _ in range(WARM_UPS + 4):
-        behaviour.add_episode(torch.randint(256, (9, 3, 64, 64), dtype=torch.uint8),
-                              torch.rand(8, 2), torch.rand(8))
-        assert values(eager.learn(behaviour, behaviour)) == \
-            values(graph.learn(behaviour, behaviour))
+        behaviour.add_episode(
+            torch.randint(256, (9, 3, 64, 64), dtype=torch.uint8), torch.rand(8, 2), torch.rand(8)
+        )
+        assert values(eager.learn(behaviour, behaviour)) == values(
+            graph.learn(behaviour, behaviour)
+        )
         assert same_state(eager, graph)
     assert graph._captured.captures == 1
 
@@ -208,8 +235,9 @@ def test_a_recorded_update_follows_its_replay(small_config, monkeypatch):
     one = behaviour._line.data_ptr()
     for number in range(12):
         for _ in range(WARM_UPS + 2):
-            assert values(eager.learn(experts, behaviour)) == \
-                values(graph.learn(experts, behaviour))
+            assert values(eager.learn(experts, behaviour)) == values(
+                graph.learn(experts, behaviour)
+            )
         add(behaviour, number, 800)
     assert behaviour._line.data_ptr() != one and behaviour.allocations == 3
     assert graph._captured.captures == 3  # one for each place where the rows were
@@ -235,8 +263,9 @@ def test_static_tensors_stay_where_they_are(small_config, monkeypatch):
     again = graph.learn(experts, behaviour)
     refresh(published, graph.weights)
     assert all(again[k] is metrics[k] for k in metrics) and values(metrics) != first
-    assert all(torch.equal(a, b) for a, b in zip(
-        published.tensors(), graph.weights.tensors(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(published.tensors(), graph.weights.tensors(), strict=True)
+    )
 
     # A state that is loaded is the one that the next replay starts from.
     eager = learner_of(small_config, "eager", monkeypatch)
@@ -294,13 +323,15 @@ def test_graph_needs_cuda_and_slices(small_config, monkeypatch):
 
 @pytest.mark.parametrize("overlap", ["off", "async"])
 def test_a_run_on_recorded_updates_is_the_eager_run(
-        tmp_path, small_config, point_env, point_demonstrations, monkeypatch, overlap):
+    tmp_path, small_config, point_env, point_demonstrations, monkeypatch, overlap
+):
     """Also resumed, and what it logs: metrics are kept where the next update overwrites them."""
+
     def go(name, mode, steps=100, **options):
         config = small_config.replace(
-            {"train.overlap": overlap, "learner.mode": mode, "train.steps": steps})
-        trainer = Trainer(
-            config, point_env, point_demonstrations, run=tmp_path / name, **options)
+            {"train.overlap": overlap, "learner.mode": mode, "train.steps": steps}
+        )
+        trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / name, **options)
         trainer.behaviour._range_on_device = trainer.experts._range_on_device = True
         if mode == "graph":
             trainer.learner._captured.learner = trainer.learner
@@ -318,9 +349,13 @@ def test_a_run_on_recorded_updates_is_the_eager_run(
     one, *others = (checkpoint.newest(tmp_path / n)[1] for n in ("eager", "graph", "parts"))
     for other in others:
         assert all(torch.equal(one[k], other[k]) for k in one) and one.keys() == other.keys()
-    one, two = ([{k: v for k, v in row.items() if k != "wall_s"} for row in
-                 csv.DictReader(open(tmp_path / n / "metrics.csv", newline=""))]
-                for n in ("eager", "graph"))
+    one, two = (
+        [
+            {k: v for k, v in row.items() if k != "wall_s"}
+            for row in csv.DictReader(open(tmp_path / n / "metrics.csv", newline=""))
+        ]
+        for n in ("eager", "graph")
+    )
     assert one == two
 
 
@@ -388,8 +423,9 @@ def test_captured_updates_draw_anew(small_config, monkeypatch):
     """On fixed data no two replays are alike, and another seed draws otherwise."""
     seen = set()
     for seed in (0, 1):
-        graph = learner_of(small_config.replace({"seed": seed, "learner.lr": 1e-12}), "graph",
-                           monkeypatch, "cuda")
+        graph = learner_of(
+            small_config.replace({"seed": seed, "learner.lr": 1e-12}), "graph", monkeypatch, "cuda"
+        )
         experts, behaviour = replays("cuda")
         for _ in range(20):
             metrics = values(graph.learn(experts, behaviour))
@@ -428,7 +464,8 @@ def test_captured_updates_do_not_drift_from_eager_ones(small_config, monkeypatch
         losses = []
         for _ in range(1000):
             metrics = learner.learn(experts, behaviour)
-            losses.append(torch.stack([metrics[k] for k in ("consistency", "critic_loss",
-                                                            "policy_loss")]))
+            losses.append(
+                torch.stack([metrics[k] for k in ("consistency", "critic_loss", "policy_loss")])
+            )
         blocks.append(torch.stack(losses).unflatten(0, (10, 100)).mean(1))
     torch.testing.assert_close(blocks[1], blocks[0], rtol=1e-3, atol=1e-6)

@@ -11,8 +11,11 @@ from iqmpc.files import write_atomically
 
 
 def tensors(step):
-    return {"a": torch.full((5,), float(step)), "b": torch.tensor(step),
-            "state": torch.arange(9, dtype=torch.uint8)}
+    return {
+        "a": torch.full((5,), float(step)),
+        "b": torch.tensor(step),
+        "state": torch.arange(9, dtype=torch.uint8),
+    }
 
 
 def test_round_trip_keeps_the_last_two(tmp_path):
@@ -22,8 +25,9 @@ def test_round_trip_keeps_the_last_two(tmp_path):
     assert names == ["step_000000020.safetensors", "step_000000030.safetensors"]
     path, loaded, meta = checkpoint.newest(tmp_path)
     assert path.name == names[1] and meta == {"step": 30, "wall_s": 1.5}
-    assert all(torch.equal(v, loaded[k]) and v.dtype == loaded[k].dtype
-               for k, v in tensors(30).items())
+    assert all(
+        torch.equal(v, loaded[k]) and v.dtype == loaded[k].dtype for k, v in tensors(30).items()
+    )
 
 
 def flip(data):
@@ -32,18 +36,25 @@ def flip(data):
 
 def rewritten(old, new):
     """A header that still parses but says something else."""
+
     def damage(data):
         assert old in data and len(old) == len(new)
         return data.replace(old, new)
+
     return damage
 
 
-@pytest.mark.parametrize(("damage", "reason"), [
-    (lambda data: data[:-4], "cannot be read"), (flip, "does not match its digest"),
-    (rewritten(b"wall_s", b"wall_x"), "does not match its digest"),
-    (rewritten(b'{\\"wall_s', b'[\\"wall_s'), "does not match its digest"),
-    (lambda data: b"", "cannot be read"), (lambda data: b"\xff" * 100, "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: data[:-4], "cannot be read"),
+        (flip, "does not match its digest"),
+        (rewritten(b"wall_s", b"wall_x"), "does not match its digest"),
+        (rewritten(b'{\\"wall_s', b'[\\"wall_s'), "does not match its digest"),
+        (lambda data: b"", "cannot be read"),
+        (lambda data: b"\xff" * 100, "cannot be read"),
+    ],
+)
 def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path, damage, reason):
     checkpoint.save(tmp_path, 10, tensors(10), {})
     bad = checkpoint.save(tmp_path, 20, tensors(20), {"wall_s": 3})
@@ -57,8 +68,10 @@ def test_without_a_whole_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="there is none"):
         checkpoint.newest(tmp_path)
     checkpoint.save(tmp_path, 10, tensors(10), {}).write_bytes(b"x")
-    with (pytest.warns(RuntimeWarning),
-          pytest.raises(CheckpointError, match="none of 1 can be used")):
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(CheckpointError, match="none of 1 can be used"),
+    ):
         checkpoint.newest(tmp_path)
 
 
@@ -117,8 +130,12 @@ def test_checkpoints_are_told_by_their_numbers(tmp_path):
         checkpoint.save(tmp_path, step, tensors(2), {"step": step})
     assert checkpoint.newest(tmp_path)[2] == {"step": 10**9 + 10}
     assert sorted(p.name for p in folder.iterdir()) == [
-        "step_10 (copy).safetensors", "step_1000000000.safetensors", "step_1000000010.safetensors",
-        "step_best.safetensors", "step_zzz.safetensors"]
+        "step_10 (copy).safetensors",
+        "step_1000000000.safetensors",
+        "step_1000000010.safetensors",
+        "step_best.safetensors",
+        "step_zzz.safetensors",
+    ]
     for step in (2 * 10**9, 3 * 10**9):  # from elsewhere: what is written is kept nevertheless
         (folder / f"step_{step}.safetensors").write_bytes(b"mine")
     assert checkpoint.save(tmp_path, 10**9 + 20, tensors(3), {}).exists()
@@ -145,39 +162,53 @@ def test_the_newest_beside_a_run_that_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "load", load)
     monkeypatch.setattr("safetensors.safe_open", opened)
-    with (pytest.warns(RuntimeWarning, match="unable to open file"),
-          pytest.raises(CheckpointError, match="none of 1 can be used")):
+    with (
+        pytest.warns(RuntimeWarning, match="unable to open file"),
+        pytest.raises(CheckpointError, match="none of 1 can be used"),
+    ):
         checkpoint.newest(tmp_path)
 
 
 def test_a_checkpoint_that_is_not_finite_replaces_none(tmp_path):
     checkpoint.save(tmp_path, 10, {"learner.a": torch.zeros(3)}, {})
-    with pytest.raises(CheckpointError, match=r"step 20: 1 tensors of the learner are not finite "
-                                              r"\(the first is learner.b\)"):
-        checkpoint.save(tmp_path, 20, {"learner.a": torch.zeros(3),
-                                       "learner.b": torch.tensor([0, torch.inf])}, {})
+    with pytest.raises(
+        CheckpointError,
+        match=r"step 20: 1 tensors of the learner are not finite "
+        r"\(the first is learner.b\)",
+    ):
+        checkpoint.save(
+            tmp_path,
+            20,
+            {"learner.a": torch.zeros(3), "learner.b": torch.tensor([0, torch.inf])},
+            {},
+        )
     assert checkpoint.newest(tmp_path)[0].name == "step_000000010.safetensors"
 
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(
-    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
+    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12)
+)
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    (BOMB, "cannot be read: aliases are not read in settings"),
-    ("seed: &a [*a]", "aliases are not read"),
-    ("seed: " + "[" * 20000, "cannot be read: "),
-    ("seed: 2020-13-45", "cannot be read: "),
-    ("seed: 2020-10-10", "seed must be int, got datetime.date"),
-    ("seed: " + "9" * 5000, "cannot be read: "),
-    ("seed: " + "9" * 4000, r"seed must lie in \[0, 2\*\*32\), got 9+\.\.\.9+$"),
-    ("learner: {lr: 1" + "0" * 400 + "}", "learner.lr must be finite, got inf"),
-    ("x" * 70000, "has over 65536 bytes"),
-    ("k" * 1000 + ": 1", r"unknown setting 'k+\.\.\.k+'"),
-    ("seed: '" + "k" * 60000 + "'", r"seed must be int, got 'k+\.\.\.k+' \(str\)$"),
-    ("? [a, b]\n: 1", "cannot be read"), ("2020-10-10: 1", "unknown setting '2020-10-10'"),
-    ("learner: {mode: [1]}", r"learner.mode must be one of .*, got \[1\]"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "cannot be read: aliases are not read in settings"),
+        ("seed: &a [*a]", "aliases are not read"),
+        ("seed: " + "[" * 20000, "cannot be read: "),
+        ("seed: 2020-13-45", "cannot be read: "),
+        ("seed: 2020-10-10", "seed must be int, got datetime.date"),
+        ("seed: " + "9" * 5000, "cannot be read: "),
+        ("seed: " + "9" * 4000, r"seed must lie in \[0, 2\*\*32\), got 9+\.\.\.9+$"),
+        ("learner: {lr: 1" + "0" * 400 + "}", "learner.lr must be finite, got inf"),
+        ("x" * 70000, "has over 65536 bytes"),
+        ("k" * 1000 + ": 1", r"unknown setting 'k+\.\.\.k+'"),
+        ("seed: '" + "k" * 60000 + "'", r"seed must be int, got 'k+\.\.\.k+' \(str\)$"),
+        ("? [a, b]\n: 1", "cannot be read"),
+        ("2020-10-10: 1", "unknown setting '2020-10-10'"),
+        ("learner: {mode: [1]}", r"learner.mode must be one of .*, got \[1\]"),
+    ],
+)
 @pytest.mark.timeout(30)
 def test_hostile_settings_are_refused_in_one_line(tmp_path, text, said):
     (tmp_path / "config.yaml").write_text(text)

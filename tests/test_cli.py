@@ -18,12 +18,26 @@ from iqmpc import Config, Demonstrations, cli
 from iqmpc.cli import main
 
 TINY = [
-    "model.encoder_dim=16", "model.hidden_dim=16", "model.latent_dim=16", "planner.samples=16",
-    "planner.elites=4", "planner.policy_trajectories=4", "planner.iterations=1",
-    "planner.mode=eager", "learner.mode=eager", "learner.batch=8",
-    "task.episode_length=10", "train.steps=40", "train.random_steps=20", "train.initial_updates=2",
-    "train.eval_every=20", "train.eval_episodes=1", "train.final_episodes=2",
-    "train.checkpoint_every=20", "demos.episodes=3", "threads=1",
+    "model.encoder_dim=16",
+    "model.hidden_dim=16",
+    "model.latent_dim=16",
+    "planner.samples=16",
+    "planner.elites=4",
+    "planner.policy_trajectories=4",
+    "planner.iterations=1",
+    "planner.mode=eager",
+    "learner.mode=eager",
+    "learner.batch=8",
+    "task.episode_length=10",
+    "train.steps=40",
+    "train.random_steps=20",
+    "train.initial_updates=2",
+    "train.eval_every=20",
+    "train.eval_episodes=1",
+    "train.final_episodes=2",
+    "train.checkpoint_every=20",
+    "demos.episodes=3",
+    "threads=1",
 ]
 
 
@@ -32,8 +46,13 @@ def iqmpc(*words, cwd=None, env=None):
     program = Path(sys.executable).with_name("iqmpc")
     # Without what dm_control was told in this process.
     outside = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
-    return subprocess.run([str(program), *map(str, words)], capture_output=True, text=True,
-                          cwd=cwd, env={**outside, **(env or {})})
+    return subprocess.run(
+        [str(program), *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**outside, **(env or {})},
+    )
 
 
 def run_main(monkeypatch, *words):
@@ -56,8 +75,10 @@ def test_train_ends_with_the_return_beside_the_demonstrators(run):
     path, done = run
     summary = json.loads((path / "summary.json").read_text())
     assert summary["task"] == "walker-walk" and summary["env_steps"] == 40
-    expected = (f"return {summary['return_mean']:.1f} beside the demonstrator's "
-                f"{summary['demonstrator_return']:.1f}")
+    expected = (
+        f"return {summary['return_mean']:.1f} beside the demonstrator's "
+        f"{summary['demonstrator_return']:.1f}"
+    )
     assert expected in done.stderr.replace("\n", " ") and done.stdout == ""
     three = Demonstrations.packaged("walker-walk").select(3)
     assert summary["demonstrator_return"] == pytest.approx(three.return_mean)
@@ -68,15 +89,24 @@ def test_eval_prints_the_same_figures(run):
     done = iqmpc("eval", path, "--episodes", 2, "--json")
     assert done.returncode == 0, done.stderr
     figures, summary = json.loads(done.stdout), json.loads((path / "summary.json").read_text())
-    of_training = {"wall_s", "env_restarts", "skipped_updates", "threads", "machine", "commit",
-                   *(k for k in summary if k.startswith("last5_"))}
+    of_training = {
+        "wall_s",
+        "env_restarts",
+        "skipped_updates",
+        "threads",
+        "machine",
+        "commit",
+        *(k for k in summary if k.startswith("last5_")),
+    }
     assert {k: figures[k] for k in summary if k not in of_training} == {
-        k: v for k, v in summary.items() if k not in of_training}
+        k: v for k, v in summary.items() if k not in of_training
+    }
     assert figures["wall_s"] == pytest.approx(summary["wall_s"], abs=5)
     assert figures["env_steps"] == 40 and figures["planner"] is True
     assert figures["reward_correlation"] is None
-    prior = json.loads(iqmpc("eval", path, "--episodes", 2, "--json", "--no-planner",
-                             "--correlation").stdout)
+    prior = json.loads(
+        iqmpc("eval", path, "--episodes", 2, "--json", "--no-planner", "--correlation").stdout
+    )
     assert -1 <= prior["reward_correlation"] <= 1
     assert prior["planner"] is False and prior["return_mean"] != figures["return_mean"]
 
@@ -95,8 +125,16 @@ def test_table_measures_what_is_there_and_names_what_is_not(run, tmp_path):
     assert "train.initial_updates=2" in record["ablation"].split()
     assert -1 <= record["correlation"] <= 1 and record["commit"] and record["machine"]
     assert f"| {record['return_mean']:.1f} |" in done.stdout
-    again = iqmpc("eval", tmp_path / "runs" / "one", "--episodes", 3, "--seed", 10_000,
-                  "--correlation", "--json")
+    again = iqmpc(
+        "eval",
+        tmp_path / "runs" / "one",
+        "--episodes",
+        3,
+        "--seed",
+        10_000,
+        "--correlation",
+        "--json",
+    )
     figures = json.loads(again.stdout)
     assert figures["return_mean"] == pytest.approx(record["return_mean"], abs=1e-4)
     assert figures["reward_correlation"] == pytest.approx(record["correlation"], abs=1e-4)
@@ -105,19 +143,29 @@ def test_table_measures_what_is_there_and_names_what_is_not(run, tmp_path):
     done = iqmpc("table", "runs/one", "runs/two", "--episodes", 3, cwd=tmp_path)
     assert done.returncode == 2 and "runs/two is left out: runs/one has the same" in done.stderr
     assert "walker-walk" in done.stdout and record["commit"] in done.stderr
-@pytest.mark.parametrize(("threads", "load", "said"), [
-    (None, 0.2, False), (None, 0.6, True), (None, 3.0, True), (2, 3.0, False)])
+
+
+@pytest.mark.parametrize(
+    ("threads", "load", "said"),
+    [(None, 0.2, False), (None, 0.6, True), (None, 3.0, True), (2, 3.0, False)],
+)
 def test_a_busy_machine_is_said_and_changes_nothing(monkeypatch, threads, load, said):
     monkeypatch.setattr("iqmpc.threads.threads", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0), raising=False)
     hint = cli._busy_hint(Config(threads=threads))
-    assert hint == (f"the machine is busy (load {load} on 2 cores): threads=1 may be faster here "
-                    "than the default of 2" if said else None)
+    assert hint == (
+        f"the machine is busy (load {load} on 2 cores): threads=1 may be faster here "
+        "than the default of 2"
+        if said
+        else None
+    )
 
 
-@pytest.mark.parametrize(("given", "spins"), [
-    ({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)])
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+)
 def test_torchs_threads_do_not_keep_the_cores(monkeypatch, given, spins):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")  # so that what follows is undone
@@ -131,7 +179,9 @@ def test_torchs_threads_do_not_keep_the_cores(monkeypatch, given, spins):
 def test_the_command_line_loads_torch_after_that():
     done = subprocess.run(
         [sys.executable, "-c", "import iqmpc.cli, sys; assert 'torch' not in sys.modules"],
-        capture_output=True, text=True)
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -155,8 +205,7 @@ def test_several_environments_train_and_continue(tmp_path):
     done = iqmpc("train", *TINY, "train.num_envs=3", f"run_dir={path}")
     assert done.returncode == 0, done.stderr
     serial = tmp_path / "serial"
-    done = iqmpc("train", *TINY, "train.num_envs=3", "train.env_workers=false",
-                 f"run_dir={serial}")
+    done = iqmpc("train", *TINY, "train.num_envs=3", "train.env_workers=false", f"run_dir={serial}")
     assert done.returncode == 0, done.stderr
     summaries = [json.loads((p / "summary.json").read_text()) for p in (path, serial)]
     assert summaries[0] == {**summaries[1], "wall_s": summaries[0]["wall_s"]}
@@ -178,13 +227,21 @@ def test_record_makes_demonstrations_that_train_reads(run, tmp_path):
     assert recorded.provenance["run"] == "walker" and np.isfinite(recorded.return_mean)
     again = iqmpc("demos", "record", path, out)
     assert again.returncode == 2 and "exists; --force overwrites it" in again.stderr
-    none = iqmpc("demos", "record", path, tmp_path / "none.h5", "--episodes", 1,
-                 "--min-return", 1e6)
-    assert none.returncode == 2 and "0 of 1 episodes were kept after 1 tries: 0 reached" in \
-        none.stderr
+    none = iqmpc(
+        "demos", "record", path, tmp_path / "none.h5", "--episodes", 1, "--min-return", 1e6
+    )
+    assert (
+        none.returncode == 2 and "0 of 1 episodes were kept after 1 tries: 0 reached" in none.stderr
+    )
     assert not (tmp_path / "none.h5").exists()
-    trained = iqmpc("train", *TINY[:-2], "threads=1", "train.steps=20", f"demos.path={out}",
-                    f"run_dir={tmp_path / 'second'}")
+    trained = iqmpc(
+        "train",
+        *TINY[:-2],
+        "threads=1",
+        "train.steps=20",
+        f"demos.path={out}",
+        f"run_dir={tmp_path / 'second'}",
+    )
     assert trained.returncode == 0, trained.stderr
 
 
@@ -198,7 +255,10 @@ def test_plot_draws_a_curve_and_writes_its_points(run, tmp_path):
     assert lines[0] == "task,seed,env_steps,minutes,kind,return"
     rows = [line.split(",") for line in lines[1:]]
     assert {r[4] for r in rows} == {"training", "evaluation"} and rows[0][:3] == [
-        "walker-walk", "0", "10"]
+        "walker-walk",
+        "0",
+        "10",
+    ]
     bad = iqmpc("plot", path, "--out", "curve.doc")
     assert bad.returncode == 2 and "must be a .png, .pdf or .svg file" in bad.stderr
 
@@ -226,33 +286,41 @@ def test_doctor_names_backends_and_reasons():
     assert "sees no CUDA device" in " ".join(done.stdout.split()) or "sm_" in done.stdout
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["train", "task=walker-wlak"], "did you mean 'walker-walk'?"),
-    (["train", "learner.bach=3"], "did you mean 'learner.batch'?"),
-    (["train", "task=hopper-hop"], "walker-walk"),  # nothing packaged: says what is
-    (["train", "demos.path=nowhere.h5"], "nowhere.h5"),
-    (["train", "demos.path=demos.pkl"], "pickle"),
-    (["train", "demos.episodes=5000"], "5000"),
-    (["train", "task=walker-run", "demos.path=@walker-walk"], "walker-run"),
-    (["train", "threads=0"], "threads must be at least 1, got 0"),
-    pytest.param(
-        ["train", "device=cuda"], "torch sees no CUDA device",
-        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")),
-    (["train", "planner.backend=cuda"], "backend 'cuda' cannot run"),
-    (["train", "resume=nowhere"], "nowhere is no run folder"),
-    (["train", "seed=-1"], "seed must lie in [0, 2**32), got -1"),
-    (["train", "task.episode_length=0"], "task.episode_length must be at least 1, got 0"),
-    (["train", "task.episode_length=2"], "learner.horizon must be at most task.episode_length"),
-    (["train", "train.capacity=300"], "train.capacity must be above task.episode_length"),
-    (["train", "run_dir=/proc/nowhere"], "/proc/nowhere"),
-    (["plot", "nowhere", "--out", "a.doc"], "must be a .png, .pdf or .svg file"),
-    (["table", "nowhere"], "nowhere is no run folder"),
-    (["table", "nowhere", "--out", "nowhere/a.json"], "nowhere/a.json is in no folder that exists"),
-    (["demos", "record", "nowhere", "nowhere/a.h5"], "in a folder that exists"),
-    (["eval", "nowhere"], "nowhere is no run folder"),
-    (["eval", "nowhere", "--video", "a.gif"], "--video must name an .mp4 file, got a.gif"),
-    (["demos", "record", "nowhere", "a.h5"], "nowhere is no run folder"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "task=walker-wlak"], "did you mean 'walker-walk'?"),
+        (["train", "learner.bach=3"], "did you mean 'learner.batch'?"),
+        (["train", "task=hopper-hop"], "walker-walk"),  # nothing packaged: says what is
+        (["train", "demos.path=nowhere.h5"], "nowhere.h5"),
+        (["train", "demos.path=demos.pkl"], "pickle"),
+        (["train", "demos.episodes=5000"], "5000"),
+        (["train", "task=walker-run", "demos.path=@walker-walk"], "walker-run"),
+        (["train", "threads=0"], "threads must be at least 1, got 0"),
+        pytest.param(
+            ["train", "device=cuda"],
+            "torch sees no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
+        (["train", "planner.backend=cuda"], "backend 'cuda' cannot run"),
+        (["train", "resume=nowhere"], "nowhere is no run folder"),
+        (["train", "seed=-1"], "seed must lie in [0, 2**32), got -1"),
+        (["train", "task.episode_length=0"], "task.episode_length must be at least 1, got 0"),
+        (["train", "task.episode_length=2"], "learner.horizon must be at most task.episode_length"),
+        (["train", "train.capacity=300"], "train.capacity must be above task.episode_length"),
+        (["train", "run_dir=/proc/nowhere"], "/proc/nowhere"),
+        (["plot", "nowhere", "--out", "a.doc"], "must be a .png, .pdf or .svg file"),
+        (["table", "nowhere"], "nowhere is no run folder"),
+        (
+            ["table", "nowhere", "--out", "nowhere/a.json"],
+            "nowhere/a.json is in no folder that exists",
+        ),
+        (["demos", "record", "nowhere", "nowhere/a.h5"], "in a folder that exists"),
+        (["eval", "nowhere"], "nowhere is no run folder"),
+        (["eval", "nowhere", "--video", "a.gif"], "--video must name an .mp4 file, got a.gif"),
+        (["demos", "record", "nowhere", "a.h5"], "nowhere is no run folder"),
+    ],
+)
 def test_errors_are_one_message_and_exit_code_2(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     from iqmpc.demos.demonstrations import packaged_path
@@ -328,8 +396,11 @@ def test_a_signal_saves_and_prints_the_command_that_continues(number, tmp_path):
     never = [f"train.{key}=100000" for key in ("steps", "checkpoint_every", "eval_every")]
     words = [*TINY, *never, f"run_dir={path}"]
     process = subprocess.Popen(
-        [str(program), "train", *words], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "COLUMNS": "80", "MUJOCO_GL": "disabled"})
+        [str(program), "train", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "80", "MUJOCO_GL": "disabled"},
+    )
     metrics, deadline = path / "metrics.csv", time.monotonic() + 60
     while time.monotonic() < deadline:
         if metrics.exists() and len(metrics.read_text().splitlines()) > 4:
@@ -355,8 +426,7 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, 
     first = _unused(Config(), claim=False)
     assert not first.exists()
     claimed = [_unused(Config(), claim=True) for _ in range(3)]
-    assert [p.name for p in claimed] == [
-        f"20260101-120000-seed0{end}" for end in ("", "-2", "-3")]
+    assert [p.name for p in claimed] == [f"20260101-120000-seed0{end}" for end in ("", "-2", "-3")]
     assert claimed[0] == first and all(p.is_dir() for p in claimed)
     assert _unused(Config(), claim=False).name.endswith("-4")
 
@@ -365,8 +435,14 @@ def test_a_run_is_resumed_where_its_data_have_moved(run, tmp_path):
     path = tmp_path / "walker"
     shutil.copytree(run[0], path)
     Demonstrations.packaged("walker-walk").save(tmp_path / "moved.h5")
-    done = iqmpc("train", f"resume={path}", "train.steps=50", "demos.path=moved.h5", "device=cpu",
-                 cwd=tmp_path)
+    done = iqmpc(
+        "train",
+        f"resume={path}",
+        "train.steps=50",
+        "demos.path=moved.h5",
+        "device=cpu",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "moved.h5") in (path / "config.yaml").read_text()
     other = iqmpc("train", f"resume={path}", "train.steps=60", "demos.episodes=2")
@@ -375,8 +451,18 @@ def test_a_run_is_resumed_where_its_data_have_moved(run, tmp_path):
 
 def test_a_run_is_recorded_on_another_device_and_backend(run, tmp_path):
     out = tmp_path / "a.h5"
-    for words in (["record", run[0], out], ["make", "walker-walk", "--policy", f"run:{run[0]}",
-                                            "--out", tmp_path / "b.h5", "task.episode_length=10"]):
+    for words in (
+        ["record", run[0], out],
+        [
+            "make",
+            "walker-walk",
+            "--policy",
+            f"run:{run[0]}",
+            "--out",
+            tmp_path / "b.h5",
+            "task.episode_length=10",
+        ],
+    ):
         done = iqmpc("demos", *words, "--episodes", 1, "--device", "cpu", "--backend", "reference")
         assert done.returncode == 0, done.stderr
 
@@ -384,8 +470,10 @@ def test_a_run_is_recorded_on_another_device_and_backend(run, tmp_path):
 def test_a_summary_of_costs_has_no_percentage(capsys):
     from iqmpc.cli import _print_summary
 
-    _print_summary({"task": "pendulum", "return_mean": -200.0, "demonstrator_return": -150.0,
-                    "ratio": None}, Path("runs/x"))
+    _print_summary(
+        {"task": "pendulum", "return_mean": -200.0, "demonstrator_return": -150.0, "ratio": None},
+        Path("runs/x"),
+    )
     assert "return -200.0 beside the demonstrator's -150.0\n" in capsys.readouterr().err
 
 

@@ -14,11 +14,15 @@ def without(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
 
 
-def test_compile_is_refused_at_once(without, tmp_path, small_config, point_env,
-                                    point_demonstrations):
+def test_compile_is_refused_at_once(
+    without, tmp_path, small_config, point_env, point_demonstrations
+):
     config = small_config.replace({"learner.mode": "compile"})
-    with pytest.raises(ConfigError, match=r"learner.mode=compile needs a C\+\+ compiler .*without, "
-                                          "give learner.mode=eager$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"learner.mode=compile needs a C\+\+ compiler .*without, "
+        "give learner.mode=eager$",
+    ):
         Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     check_compiler(small_config, "cpu", "eager")

@@ -10,44 +10,58 @@ from iqmpc.envs import TASKS
 from iqmpc.errors import ConfigError
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["task=walker-wlak"], "unknown task 'walker-wlak'; did you mean 'walker-walk'?"),
-    (["preset=gpu"], "unknown preset 'gpu'"),
-    (["learner.bach=3"], "unknown setting 'learner.bach'; did you mean 'learner.batch'?"),
-    (["batch=3"], "unknown setting 'batch'; did you mean 'learner.batch'?"),
-    (["lerner.batch=3"], "unknown setting 'lerner.batch'; did you mean 'learner.batch'?"),
-    (["learner.batch.size=3"], "unknown setting 'learner.batch.size'"),
-    (["learner.batch=many"], "learner.batch must be int, got 'many' (str)"),
-    (["learner.batch=2.5"], "learner.batch must be int, got 2.5 (float)"),
-    (["learner.batch=true"], "learner.batch must be int, got True (bool)"),
-    (["learner.lr=fast"], "learner.lr must be float, got 'fast' (str)"),
-    (["learner.lr=inf"], "learner.lr must be finite, got inf"),
-    (["planner.enabled=1"], "planner.enabled must be bool, got 1 (int)"),
-    (["learner.objective=tdd"], "must be one of iq, v_diff, td, got 'tdd'; did you mean 'td'?"),
-    (["learner=5"], "unknown learner '5' (known: iq, td, v_diff)"),
-    (["train=5"], "train must be a mapping, got 5"),
-    (["planner.elites=600", "planner.samples=500"],
-     "planner.elites must be at most planner.samples, got 600 and 500"),
-    (["model.latent_dim=100"], "must be a multiple of model.simnorm_dim, got 100 and 8"),
-    (["train.steps=0"], "train.steps must be at least 1, got 0"),
-    (["learner.rho=1.5"], "learner.rho must lie in [0, 1], got 1.5"),
-    (["agent.average=ever"], "agent.average must be one of off, evaluation, always, got 'ever'"),
-    (["agent.average_rate=0"], "agent.average_rate must be positive, got 0.0"),
-    (["agent.average_rate=1.5"], "agent.average_rate must lie in [0, 1], got 1.5"),
-    (["learner.entropy=squash"], "learner.entropy must be one of exact, presquash, got 'squash'"),
-    (["learner.dropout=never"], "learner.dropout must be one of regression, always, got 'never'"),
-    (["learner.lr=0"], "learner.lr must be positive, got 0.0"),
-    (["train.updates_per_step=0"], "train.updates_per_step must be positive, got 0"),
-    (["train.updates_per_step=-0.5"], "train.updates_per_step must be positive, got -0.5"),
-    (["train.updates_per_step=inf"], "train.updates_per_step must be finite, got inf"),
-    (["train.updates_per_step=nan"], "train.updates_per_step must be finite, got nan"),
-    (["train.updates_per_step=true"], "train.updates_per_step must be float, got True (bool)"),
-    (["train.updates_per_step=few"], "train.updates_per_step must be float, got 'few' (str)"),
-    (["steps"], "expected key=value, got 'steps'"),
-    (["+train.steps=3"], "expected key=value, got '+train.steps=3'"),
-    (["seed=1,2"], "expected key=value, got 'seed=1,2'"),
-    (["train.steps=[1"], "cannot read 'train.steps=[1'"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task=walker-wlak"], "unknown task 'walker-wlak'; did you mean 'walker-walk'?"),
+        (["preset=gpu"], "unknown preset 'gpu'"),
+        (["learner.bach=3"], "unknown setting 'learner.bach'; did you mean 'learner.batch'?"),
+        (["batch=3"], "unknown setting 'batch'; did you mean 'learner.batch'?"),
+        (["lerner.batch=3"], "unknown setting 'lerner.batch'; did you mean 'learner.batch'?"),
+        (["learner.batch.size=3"], "unknown setting 'learner.batch.size'"),
+        (["learner.batch=many"], "learner.batch must be int, got 'many' (str)"),
+        (["learner.batch=2.5"], "learner.batch must be int, got 2.5 (float)"),
+        (["learner.batch=true"], "learner.batch must be int, got True (bool)"),
+        (["learner.lr=fast"], "learner.lr must be float, got 'fast' (str)"),
+        (["learner.lr=inf"], "learner.lr must be finite, got inf"),
+        (["planner.enabled=1"], "planner.enabled must be bool, got 1 (int)"),
+        (["learner.objective=tdd"], "must be one of iq, v_diff, td, got 'tdd'; did you mean 'td'?"),
+        (["learner=5"], "unknown learner '5' (known: iq, td, v_diff)"),
+        (["train=5"], "train must be a mapping, got 5"),
+        (
+            ["planner.elites=600", "planner.samples=500"],
+            "planner.elites must be at most planner.samples, got 600 and 500",
+        ),
+        (["model.latent_dim=100"], "must be a multiple of model.simnorm_dim, got 100 and 8"),
+        (["train.steps=0"], "train.steps must be at least 1, got 0"),
+        (["learner.rho=1.5"], "learner.rho must lie in [0, 1], got 1.5"),
+        (
+            ["agent.average=ever"],
+            "agent.average must be one of off, evaluation, always, got 'ever'",
+        ),
+        (["agent.average_rate=0"], "agent.average_rate must be positive, got 0.0"),
+        (["agent.average_rate=1.5"], "agent.average_rate must lie in [0, 1], got 1.5"),
+        (
+            ["learner.entropy=squash"],
+            "learner.entropy must be one of exact, presquash, got 'squash'",
+        ),
+        (
+            ["learner.dropout=never"],
+            "learner.dropout must be one of regression, always, got 'never'",
+        ),
+        (["learner.lr=0"], "learner.lr must be positive, got 0.0"),
+        (["train.updates_per_step=0"], "train.updates_per_step must be positive, got 0"),
+        (["train.updates_per_step=-0.5"], "train.updates_per_step must be positive, got -0.5"),
+        (["train.updates_per_step=inf"], "train.updates_per_step must be finite, got inf"),
+        (["train.updates_per_step=nan"], "train.updates_per_step must be finite, got nan"),
+        (["train.updates_per_step=true"], "train.updates_per_step must be float, got True (bool)"),
+        (["train.updates_per_step=few"], "train.updates_per_step must be float, got 'few' (str)"),
+        (["steps"], "expected key=value, got 'steps'"),
+        (["+train.steps=3"], "expected key=value, got '+train.steps=3'"),
+        (["seed=1,2"], "expected key=value, got 'seed=1,2'"),
+        (["train.steps=[1"], "cannot read 'train.steps=[1'"),
+    ],
+)
 def test_what_is_wrong_is_named(words, message):
     with pytest.raises(ConfigError) as caught:
         compose(words)
@@ -56,8 +70,16 @@ def test_what_is_wrong_is_named(words, message):
 
 def test_what_the_command_line_names_wins():
     assert compose(["model=paper"]).model.latent_dim == 512  # over the preset's choice
-    config = compose(["task=cheetah-run", "learner.lr=1e-3", "train.steps=1e5", "seed=3",
-                      "demos.path=a.h5", "planner.iterations=null"])
+    config = compose(
+        [
+            "task=cheetah-run",
+            "learner.lr=1e-3",
+            "train.steps=1e5",
+            "seed=3",
+            "demos.path=a.h5",
+            "planner.iterations=null",
+        ]
+    )
     assert config.task.name == "cheetah-run" and config.learner.lr == 1e-3
     assert config.train.steps == 100_000 and config.seed == 3
     assert config.demos.path == "a.h5" and config.planner.iterations is None
@@ -82,10 +104,17 @@ def test_every_task_file_is_a_task():
         assert compose([f"task={name}"]).task == TASKS[name]
 
 
-@pytest.mark.parametrize(("word", "value", "kind", "rate"), [
-    ("2", 2, int, (2, 1)), ("0.25", 0.25, float, (1, 4)), ("0.1", 0.1, float, (1, 10)),
-    ("1e-3", 1e-3, float, (1, 1000)), ("1.5", 1.5, float, (3, 2)), ("3.0", 3.0, float, (3, 1)),
-])
+@pytest.mark.parametrize(
+    ("word", "value", "kind", "rate"),
+    [
+        ("2", 2, int, (2, 1)),
+        ("0.25", 0.25, float, (1, 4)),
+        ("0.1", 0.1, float, (1, 10)),
+        ("1e-3", 1e-3, float, (1, 1000)),
+        ("1.5", 1.5, float, (3, 2)),
+        ("3.0", 3.0, float, (3, 1)),
+    ],
+)
 def test_updates_per_step_is_a_number_as_it_is_written(word, value, kind, rate):
     config = compose([f"train.updates_per_step={word}"])
     again = Config.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict())))
@@ -125,7 +154,8 @@ def test_derived_values():
     assert not config.gradient_penalty
     assert config.replace({"task.gradient_penalty": True}).gradient_penalty
     assert not config.replace(
-        {"task.gradient_penalty": True, "learner.gradient_penalty": False}).gradient_penalty
+        {"task.gradient_penalty": True, "learner.gradient_penalty": False}
+    ).gradient_penalty
 
 
 def test_the_entropy_coefficient_grows_with_the_actions():
@@ -173,8 +203,24 @@ def test_the_task_decides_on_the_termination_head():
         gym.replace({"learner.termination_weight": 0})
 
 
-@pytest.mark.parametrize("value", [
-    "é.h5", "a,b", "a=b", "~/x", "(a", "[a", "a b", "{a", "$x", "2020-10-10", "123", "a'b", "a: b"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "é.h5",
+        "a,b",
+        "a=b",
+        "~/x",
+        "(a",
+        "[a",
+        "a b",
+        "{a",
+        "$x",
+        "2020-10-10",
+        "123",
+        "a'b",
+        "a: b",
+    ],
+)
 def test_text_is_taken_as_it_stands(value):
     config = compose([f"demos.path={value}", f"run_dir={value}", "task=gym", f"env_id={value}"])
     assert (config.demos.path, config.run_dir, config.task.env_id) == (value,) * 3
@@ -189,29 +235,52 @@ def test_text_may_be_quoted_or_null():
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("word", [
-    "seed=" + "9" * 5000, "seed=" + "9" * 90, "seed=" + "[" * 99, "learner.lr=(" * 9,
-    "k" * 60000 + "=1", "seed=" + "x" * 60000, "x" * 60000, "learner.mode=" + "é" * 90,
-    "task=" + "x" * 60000])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "seed=" + "9" * 5000,
+        "seed=" + "9" * 90,
+        "seed=" + "[" * 99,
+        "learner.lr=(" * 9,
+        "k" * 60000 + "=1",
+        "seed=" + "x" * 60000,
+        "x" * 60000,
+        "learner.mode=" + "é" * 90,
+        "task=" + "x" * 60000,
+    ],
+)
 def test_hostile_words_are_refused_in_one_line(word):
     with pytest.raises(ConfigError) as caught:
         compose([word])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize(("word", "near"), [
-    ("tsk=walker-walk", "task"), ("env=x", "env_id"), ("presets=cpu", "preset"),
-    ("resum=runs/x", "resume")])
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("tsk=walker-walk", "task"),
+        ("env=x", "env_id"),
+        ("presets=cpu", "preset"),
+        ("resum=runs/x", "resume"),
+    ],
+)
 def test_groups_and_short_names_are_suggested(word, near):
     with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
         compose([word])
 
 
-@pytest.mark.parametrize(("given", "env_id", "same"), [
-    ("HalfCheetah-v4", "HalfCheetah-v4", True), ("Cart-v0", "dictenv:Cart-v0", True),
-    ("dictenv:Cart-v0", "dictenv:Cart-v0", True), ("Cart-v1", "dictenv:Cart-v0", False),
-    ("gym-cart-v0", "dictenv:Cart-v0", True), ("gym-envs-make", "envs:make", True),
-    ("make", "envs:make", False)])
+@pytest.mark.parametrize(
+    ("given", "env_id", "same"),
+    [
+        ("HalfCheetah-v4", "HalfCheetah-v4", True),
+        ("Cart-v0", "dictenv:Cart-v0", True),
+        ("dictenv:Cart-v0", "dictenv:Cart-v0", True),
+        ("Cart-v1", "dictenv:Cart-v0", False),
+        ("gym-cart-v0", "dictenv:Cart-v0", True),
+        ("gym-envs-make", "envs:make", True),
+        ("make", "envs:make", False),
+    ],
+)
 def test_a_package_does_not_count_in_the_name_of_a_gym_task(given, env_id, same):
     assert names_task(given, compose(["task=gym", f"env_id={env_id}"]).task.name) is same
 
@@ -234,19 +303,26 @@ def test_a_run_knows_its_preset():
     assert Config().preset is None
 
 
-@pytest.mark.parametrize(("words", "text"), [
-    ([], ""),
-    (["task=dog-run", "preset=paper", "seed=3", "train.steps=7", "threads=1"], ""),
-    (["preset=pixels", "task=cheetah-run"], ""),
-    (["task=gym", "env_id=HalfCheetah-v4"], ""),
-    (["task=gym", "env_id=my.module:make", "task.terminates=false"], "task.terminates=false"),
-    (["learner.batch=128", "learner.lr=1e-3", "learner.gradient_penalty=null"],
-     "learner.batch=128 learner.gradient_penalty=null learner.lr=0.001"),
-    (["learner=td", "planner.iterations=null"], "planner.iterations=null learner.objective=td"),
-    (["demos.path=/data/mine.h5", "demos.episodes=5"], "demos.path=mine.h5 demos.episodes=5"),
-    (["task.name=own", "task.suite=own", "task.episode_length=9", "model.critics=3"],
-     "model.critics=3"),
-])
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([], ""),
+        (["task=dog-run", "preset=paper", "seed=3", "train.steps=7", "threads=1"], ""),
+        (["preset=pixels", "task=cheetah-run"], ""),
+        (["task=gym", "env_id=HalfCheetah-v4"], ""),
+        (["task=gym", "env_id=my.module:make", "task.terminates=false"], "task.terminates=false"),
+        (
+            ["learner.batch=128", "learner.lr=1e-3", "learner.gradient_penalty=null"],
+            "learner.batch=128 learner.gradient_penalty=null learner.lr=0.001",
+        ),
+        (["learner=td", "planner.iterations=null"], "planner.iterations=null learner.objective=td"),
+        (["demos.path=/data/mine.h5", "demos.episodes=5"], "demos.path=mine.h5 demos.episodes=5"),
+        (
+            ["task.name=own", "task.suite=own", "task.episode_length=9", "model.critics=3"],
+            "model.critics=3",
+        ),
+    ],
+)
 def test_what_departs_from_task_and_preset(words, text):
     assert ablation(compose(words)) == text
     if "demos.path" not in text and "terminates" not in text:

@@ -42,9 +42,15 @@ def test_the_mix_is_in_three_equal_parts(mixed, point_env):
     good, noisy, random = mixed[:6], mixed[6:12], mixed[12:]
     means = [np.mean([e.rewards.sum() for e in part]) for part in (good, noisy, random)]
     assert means[0] > means[1] > means[2]
-    spread = [np.std([np.std(noisy[i].actions - Homing().act(noisy[i].observations[:-1])),
-                      np.std(noisy[i + 3].actions - Homing().act(noisy[i + 3].observations[:-1]))])
-              for i in range(3)]
+    spread = [
+        np.std(
+            [
+                np.std(noisy[i].actions - Homing().act(noisy[i].observations[:-1])),
+                np.std(noisy[i + 3].actions - Homing().act(noisy[i + 3].observations[:-1])),
+            ]
+        )
+        for i in range(3)
+    ]
     sizes = [np.std(e.actions - Homing().act(e.observations[:-1])) for e in noisy]
     assert sizes[0] < sizes[1] < sizes[2] and max(spread) < 0.1  # each noise twice, in turn
     starts = {tuple(e.observations[0]) for e in mixed}
@@ -52,14 +58,21 @@ def test_the_mix_is_in_three_equal_parts(mixed, point_env):
     again = mixed_episodes(Homing(), point_env)
     assert all(np.array_equal(a.actions, b.actions) for a, b in zip(mixed, again, strict=True))
     other = mixed_episodes(Homing(), point_env, seed=1)
-    assert not any(np.array_equal(a.observations[0], b.observations[0])
-                   for a, b in zip(mixed, other, strict=True))
+    assert not any(
+        np.array_equal(a.observations[0], b.observations[0])
+        for a, b in zip(mixed, other, strict=True)
+    )
 
 
 def test_the_agent_is_told_of_every_episode_it_acts_in(point_env):
     agent, seen = Homing(), []
-    mixed_episodes(agent, point_env, each=2, noises=(0.1,),
-                   progress=lambda done, total: seen.append((done, total)))
+    mixed_episodes(
+        agent,
+        point_env,
+        each=2,
+        noises=(0.1,),
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert agent.resets == 4 and [done for done, _ in seen] == [1, 2, 3, 4, 5, 6]
 
 
@@ -73,8 +86,10 @@ def test_episodes_that_do_not_end_are_cut_and_what_is_no_number_is_named(point_e
         mixed_episodes(agent, endless)
 
 
-@pytest.mark.parametrize(("decode", "expected"), [
-    (closeness, 1.0), (lambda x: 3 + 0.1 * closeness(x), 1.0), (lambda x: -closeness(x), -1.0)])
+@pytest.mark.parametrize(
+    ("decode", "expected"),
+    [(closeness, 1.0), (lambda x: 3 + 0.1 * closeness(x), 1.0), (lambda x: -closeness(x), -1.0)],
+)
 def test_a_decoded_reward_that_is_known(mixed, decode, expected):
     assert reward_correlation(Homing(decode), mixed) == pytest.approx(expected, abs=1e-5)
 
@@ -94,8 +109,14 @@ def test_only_the_last_step_of_a_terminated_episode_ends_the_task():
     rows = np.arange(8, dtype=np.float32).reshape(4, 2)
     agent = Homing(closeness)
     for ended in (False, True):
-        reward_correlation(agent, [Episode(
-            rows, np.zeros((3, 2), np.float32), np.arange(3, dtype=np.float32), ended, None)])
+        reward_correlation(
+            agent,
+            [
+                Episode(
+                    rows, np.zeros((3, 2), np.float32), np.arange(3, dtype=np.float32), ended, None
+                )
+            ],
+        )
     assert [x.tolist() for x in agent.terminated] == [[False] * 3, [False, False, True]]
 
 
@@ -104,8 +125,9 @@ def test_noise_stays_in_range_and_random_actions_fill_it():
     noisy = Noisy(Homing(), max(NOISES), seed=0)
     actions = np.array([noisy.act(obs) for _ in range(500)])
     assert actions.dtype == np.float32 and np.abs(actions).max() == 1
-    assert actions[:, 1].std() > 0.5 and np.array_equal(Noisy(Homing(), 0, 0).act(obs),
-                                                         Homing().act(obs))
+    assert actions[:, 1].std() > 0.5 and np.array_equal(
+        Noisy(Homing(), 0, 0).act(obs), Homing().act(obs)
+    )
     random = Random(3, seed=0)
     actions = np.array([random.act(obs) for _ in range(500)])
     assert actions.shape == (500, 3) and 0.95 < np.abs(actions).max() <= 1

@@ -25,9 +25,14 @@ def test_what_is_no_stack_is_refused():
         unstacked(stacks)
 
 
-@pytest.mark.parametrize(("dtype", "shape", "kept"), [
-    (np.float64, (4,), np.float32), (np.uint8, (4,), np.float32),
-    (np.uint8, (3, 64, 64), np.uint8)])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "kept"),
+    [
+        (np.float64, (4,), np.float32),
+        (np.uint8, (4,), np.float32),
+        (np.uint8, (3, 64, 64), np.uint8),
+    ],
+)
 def test_observations_are_copied(dtype, shape, kept):
     obs = np.ones(shape, dtype)
     copy = observed(obs)

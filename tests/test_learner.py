@@ -16,9 +16,13 @@ from iqmpc.replay import SliceReplay, join
 def batch(experts=8, seed=0):
     g = torch.Generator().manual_seed(seed)
     rows = 2 * experts
-    return Batch(torch.randn(4, rows, 2, generator=g),
-                 torch.rand(3, rows, 2, generator=g) * 2 - 1,
-                 torch.randn(3, rows, generator=g), torch.zeros(3, rows), experts)
+    return Batch(
+        torch.randn(4, rows, 2, generator=g),
+        torch.rand(3, rows, 2, generator=g) * 2 - 1,
+        torch.randn(3, rows, generator=g),
+        torch.zeros(3, rows),
+        experts,
+    )
 
 
 def with_(config, **learner):
@@ -34,8 +38,12 @@ def calls_of(monkeypatch, name):
     calls, loss = [], getattr(losses, name)
 
     def called(weights, *args):
-        calls.append((snapshot(weights), *(
-            map_layers(torch.clone, a) if type(a) is tuple else a for a in args)))
+        calls.append(
+            (
+                snapshot(weights),
+                *(map_layers(torch.clone, a) if type(a) is tuple else a for a in args),
+            )
+        )
         return loss(weights, *args)
 
     monkeypatch.setattr(losses, name, called)
@@ -64,11 +72,15 @@ class Adam:
 
 
 def parts(weights):
-    """The tensors that the model's step moves (with their number in the encoder), and the policy's.
-    """
-    encoder, rest, policy = (weights._replace(**{p: () for p in absent}).tensors() for absent in (
-        ("dynamics", "critics", "termination", "policy"), ("encoder", "policy"),
-        ("encoder", "dynamics", "critics", "termination")))
+    """Tensors that the model's step moves (with their number in the encoder), and the policy's."""
+    encoder, rest, policy = (
+        weights._replace(**{p: () for p in absent}).tensors()
+        for absent in (
+            ("dynamics", "critics", "termination", "policy"),
+            ("encoder", "policy"),
+            ("encoder", "dynamics", "critics", "termination"),
+        )
+    )
     return [*encoder, *rest], len(encoder), policy
 
 
@@ -80,21 +92,39 @@ def copies(weights):
     return weights
 
 
-@pytest.mark.parametrize(("settings", "clips"), [
-    ({"grad_clip": 0.01}, True),
-    ({"objective": "td", "entropy_scale": "one", "dropout": "always"}, False),
-    ({"objective": "v_diff", "gradient_penalty": True, "dropout": "always", "c_gp": 3.0}, False)])
+@pytest.mark.parametrize(
+    ("settings", "clips"),
+    [
+        ({"grad_clip": 0.01}, True),
+        ({"objective": "td", "entropy_scale": "one", "dropout": "always"}, False),
+        (
+            {"objective": "v_diff", "gradient_penalty": True, "dropout": "always", "c_gp": 3.0},
+            False,
+        ),
+    ],
+)
 def test_an_update_by_hand(small_config, monkeypatch, settings, clips):
     """Two steps of Adam, each on its own parameters and clipped by their norm alone; the policy's
     with the new critics on the old latents; then targets and average. No setting at its default.
     """
     model_calls, policy_calls = (
-        calls_of(monkeypatch, name) for name in ("model_loss", "policy_loss"))
+        calls_of(monkeypatch, name) for name in ("model_loss", "policy_loss")
+    )
     model_loss, policy_loss = losses.model_loss, losses.policy_loss
-    config = with_(small_config, **{
-        "lr": 2e-3, "encoder_lr_scale": 0.7, "tau": 0.3, "discount": 0.9, "beta": 0.03,
-        "entropy": "presquash", "rho": 0.7, "c_iq": 0.4, **settings}).replace(
-            {"agent.average": "evaluation", "agent.average_rate": 0.2})
+    config = with_(
+        small_config,
+        **{
+            "lr": 2e-3,
+            "encoder_lr_scale": 0.7,
+            "tau": 0.3,
+            "discount": 0.9,
+            "beta": 0.03,
+            "entropy": "presquash",
+            "rho": 0.7,
+            "c_iq": 0.4,
+            **settings,
+        },
+    ).replace({"agent.average": "evaluation", "agent.average_rate": 0.2})
     learner = Learner(2, 2, config)
     average = [t.clone() for t in learner.averages.tensors()]
     assert all(torch.equal(a, b) for a, b in zip(average, learner.weights.tensors(), strict=True))
@@ -121,8 +151,7 @@ def test_an_update_by_hand(small_config, monkeypatch, settings, clips):
         for name, value in expected.items():
             assert metrics[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
         was, _, policy_was = parts(before)
-        after, norm = adam.step(
-            [t.detach() for t in was], torch.autograd.grad(loss, was))
+        after, norm = adam.step([t.detach() for t in was], torch.autograd.grad(loss, was))
         assert metrics["model_grad_norm"].item() == pytest.approx(norm, rel=1e-4)
         assert (norm > clip) == clips
 
@@ -136,7 +165,8 @@ def test_an_update_by_hand(small_config, monkeypatch, settings, clips):
         loss, _ = policy_loss(between, latents, policy_noise, *last)
         policy_calls.clear()
         after, norm = policy_adam.step(
-            [t.detach() for t in policy_now], torch.autograd.grad(loss, policy_now))
+            [t.detach() for t in policy_now], torch.autograd.grad(loss, policy_now)
+        )
         assert metrics["policy_grad_norm"].item() == pytest.approx(norm, rel=1e-4)
         assert (norm > clip) == clips
         moved, _, policy_moved = parts(learner.weights)
@@ -144,14 +174,22 @@ def test_an_update_by_hand(small_config, monkeypatch, settings, clips):
             torch.testing.assert_close(a.detach().double(), b, rtol=0, atol=2e-5)
         assert all(torch.equal(a, b) for a, b in zip(moved, now, strict=True))
 
-        targets = tuple(type(x)(*(None if a is None else a + 0.3 * (b.detach() - a)
-                                  for a, b in zip(x, y, strict=True)))
-                        for x, y in zip(targets, learner.weights.critics, strict=True))
+        targets = tuple(
+            type(x)(
+                *(
+                    None if a is None else a + 0.3 * (b.detach() - a)
+                    for a, b in zip(x, y, strict=True)
+                )
+            )
+            for x, y in zip(targets, learner.weights.critics, strict=True)
+        )
         for x, y in zip(targets, learner.targets, strict=True):
             torch.testing.assert_close(list(x), list(y))
         targets = map_layers(torch.clone, learner.targets)
-        average = [a + 0.2 * (w.detach() - a)
-                   for a, w in zip(average, learner.weights.tensors(), strict=True)]
+        average = [
+            a + 0.2 * (w.detach() - a)
+            for a, w in zip(average, learner.weights.tensors(), strict=True)
+        ]
         torch.testing.assert_close(average, learner.averages.tensors())
     assert learner.skipped_updates == metrics["skipped_updates"] == 0
 
@@ -162,7 +200,8 @@ def test_an_update_by_hand(small_config, monkeypatch, settings, clips):
 def test_what_an_update_draws(small_config, monkeypatch, objective, dropout, penalty):
     """Shapes and distributions, and everything anew in the next update."""
     model_calls, policy_calls = (
-        calls_of(monkeypatch, name) for name in ("model_loss", "policy_loss"))
+        calls_of(monkeypatch, name) for name in ("model_loss", "policy_loss")
+    )
     config = with_(small_config, objective=objective, dropout=dropout, gradient_penalty=penalty)
     learner = Learner(2, 2, config.replace({"model.dropout": 0.2}))
     experts, rows = (0 if objective == "td" else 40), 80
@@ -170,19 +209,25 @@ def test_what_an_update_draws(small_config, monkeypatch, objective, dropout, pen
     for _ in range(2):
         learner.update(data)
     (noise, later), (policy, policy_later) = (
-        [call[i] for call in calls] for i, calls in ((3, model_calls), (2, policy_calls)))
+        [call[i] for call in calls] for i, calls in ((3, model_calls), (2, policy_calls))
+    )
     always, penalised = dropout == "always", penalty and objective != "td"
     value = {"iq": experts, "v_diff": 3 * (rows - experts), "td": None}[objective]
     shapes = {
-        "target": [3, rows, 2], "initial": [3 if objective == "v_diff" else 1, rows, 2],
-        "keep": [3, 3 * rows, 32], "mix": [3, experts, 1] if penalised else None, "pair": [2],
-        "shift": None, "keep_target": [2, 3 * rows, 32] if always else None,
+        "target": [3, rows, 2],
+        "initial": [3 if objective == "v_diff" else 1, rows, 2],
+        "keep": [3, 3 * rows, 32],
+        "mix": [3, experts, 1] if penalised else None,
+        "pair": [2],
+        "shift": None,
+        "keep_target": [2, 3 * rows, 32] if always else None,
         "keep_value": [2, value, 32] if always and value else None,
-        "keep_penalty": [3, 3 * experts, 32] if always and penalised else None}
-    assert shapes == {k: None if t is None else list(t.shape)
-                      for k, t in noise._asdict().items()}
+        "keep_penalty": [3, 3 * experts, 32] if always and penalised else None,
+    }
+    assert shapes == {k: None if t is None else list(t.shape) for k, t in noise._asdict().items()}
     assert {"action": [4, rows, 2], "pair": [2], "keep": [2, 4 * rows, 32] if always else None} == {
-        k: None if t is None else list(t.shape) for k, t in policy._asdict().items()}
+        k: None if t is None else list(t.shape) for k, t in policy._asdict().items()
+    }
     for draws, then in ((noise, later), (policy, policy_later)):
         for name, drawn in draws._asdict().items():
             if drawn is None or name == "pair":
@@ -205,7 +250,8 @@ def test_what_an_update_draws(small_config, monkeypatch, objective, dropout, pen
 
 def test_without_dropout_nothing_is_dropped(small_config, monkeypatch):
     model_calls, policy_calls = (
-        calls_of(monkeypatch, name) for name in ("model_loss", "policy_loss"))
+        calls_of(monkeypatch, name) for name in ("model_loss", "policy_loss")
+    )
     config = with_(small_config, dropout="always", gradient_penalty=True)
     Learner(2, 2, config.replace({"model.dropout": 0.0})).update(batch())
     for noise in (model_calls[0][3], policy_calls[0][2]):
@@ -230,9 +276,15 @@ def spoil(monkeypatch, name, how):
         value, *rest = loss(weights, *args)
         stack = weights.policy if name == "policy_loss" else weights.dynamics
         zero = stack[0].bias.sum() - stack[0].bias.sum().detach()
-        value = value + {"nan": math.nan * zero, "inf": zero + math.inf,
-                         "gradient inf": zero.sqrt(),  # its slope at 0
-                         "gradient nan": (zero * 0).sqrt()}[how]
+        value = (
+            value
+            + {
+                "nan": math.nan * zero,
+                "inf": zero + math.inf,
+                "gradient inf": zero.sqrt(),  # its slope at 0
+                "gradient nan": (zero * 0).sqrt(),
+            }[how]
+        )
         return value, *rest
 
     monkeypatch.setattr(losses, name, spoilt)
@@ -251,8 +303,12 @@ def test_an_update_that_is_not_finite_changes_nothing(small_config, monkeypatch,
     bad.load_state_dict(state_of(good))
     before = state_of(bad)
     metrics = bad.update(batch(seed=2))
-    changed = {k for k in unlike({k: before.get(k, torch.zeros_like(v)) for k, v in
-                                  state_of(bad).items()}, state_of(bad))}
+    changed = {
+        k
+        for k in unlike(
+            {k: before.get(k, torch.zeros_like(v)) for k, v in state_of(bad).items()}, state_of(bad)
+        )
+    }
     assert changed == {"generator", "updates", "skipped_updates"}  # moments may appear, as zeros
     assert bad.updates == good.updates + 1 and bad.skipped_updates == 1
     assert metrics["skipped_updates"] == 1 and metrics["skipped_updates"].is_floating_point()
@@ -302,23 +358,31 @@ def test_data_that_are_not_finite_are_survived(small_config):
 
 
 def test_who_acts(small_config):
-    for average, acts, evaluates in (("off", "live", "live"), ("evaluation", "live", "average"),
-                                     ("always", "average", "average")):
+    for average, acts, evaluates in (
+        ("off", "live", "live"),
+        ("evaluation", "live", "average"),
+        ("always", "average", "average"),
+    ):
         learner = Learner(2, 2, small_config.replace({"agent.average": average}))
         assert (learner.averages is None) == (average == "off")
         weights = {"live": learner.weights, "average": learner.averages}
         assert learner.acting_weights() is weights[acts]
         assert learner.evaluation_weights() is weights[evaluates]
         learner.update(batch())
-        kept = {k.removeprefix("average."): v for k, v in learner.state_dict().items()
-                if k.startswith("average.")}
+        kept = {
+            k.removeprefix("average."): v
+            for k, v in learner.state_dict().items()
+            if k.startswith("average.")
+        }
         assert kept.keys() == (set() if average == "off" else learner.model.state_dict().keys())
         if kept:
             assert not any(t.requires_grad for t in learner.averages.tensors())
             by_name = dict(learner.average.named_parameters())
             assert all(torch.equal(v, by_name[k]) for k, v in kept.items())
-            assert all(t.data_ptr() == p.data_ptr() for t, p in zip(
-                learner.averages.tensors(), by_name.values(), strict=True))
+            assert all(
+                t.data_ptr() == p.data_ptr()
+                for t, p in zip(learner.averages.tensors(), by_name.values(), strict=True)
+            )
 
 
 def test_learning_is_the_same_whoever_acts(small_config):
@@ -343,8 +407,11 @@ def test_updates_are_finite_and_change_every_part(small_config, objective, penal
     assert all(v.isfinite() for v in metrics.values()) and learner.updates == 3
     assert ("gradient_penalty" in metrics) == (penalty and objective != "td")
     for part in ("encoder", "dynamics", "policy", "critics"):
-        assert any(not torch.equal(v, before[k])
-                   for k, v in learner.model.state_dict().items() if k.startswith(part))
+        assert any(
+            not torch.equal(v, before[k])
+            for k, v in learner.model.state_dict().items()
+            if k.startswith(part)
+        )
 
 
 def test_the_critics_learn_to_tell_experts_from_behaviour(small_config):
@@ -357,8 +424,9 @@ def test_the_critics_learn_to_tell_experts_from_behaviour(small_config):
 @pytest.mark.parametrize("discount", [0.0, 0.5])
 def test_td_regresses_on_the_return(small_config, discount):
     """A reward of 1 for ever is worth 1 / (1 - γ): with γ = 0 the target is the reward itself."""
-    learner = Learner(2, 2, with_(
-        small_config, objective="td", discount=discount, beta=0.0, lr=3e-3, tau=1.0))
+    learner = Learner(
+        2, 2, with_(small_config, objective="td", discount=discount, beta=0.0, lr=3e-3, tau=1.0)
+    )
     data = batch()._replace(experts=0, reward=torch.ones(3, 16))
     for _ in range(150):
         metrics = learner.update(data)
@@ -372,7 +440,8 @@ def test_targets_move_by_tau(small_config):
     learner.update(batch())
     for before, after, critic in zip(old, learner.targets, learner.weights.critics, strict=True):
         torch.testing.assert_close(
-            after.weight, before.weight + 0.25 * (critic.weight - before.weight))
+            after.weight, before.weight + 0.25 * (critic.weight - before.weight)
+        )
         torch.testing.assert_close(after.bias, before.bias + 0.25 * (critic.bias - before.bias))
         if critic.gamma is not None:
             for name in ("gamma", "beta"):
@@ -437,7 +506,8 @@ def test_learning_is_an_update_on_slices_of_both_replays(small_config):
     for experts in (replays[0], None):
         for learner in (learns, updates):
             learner.settings = dataclasses.replace(
-                small_config.learner, objective="iq" if experts else "td")
+                small_config.learner, objective="iq" if experts else "td"
+            )
         generator = torch.Generator()
         generator.set_state(sampler.get_state())
         behaviour = replays[1].sample(8, generator)
@@ -498,7 +568,8 @@ def test_updates_on_images_repeat_and_change_the_encoder(small_config):
 @pytest.mark.slow
 def test_eager_and_compiled_agree_on_images(small_config):
     eager, compiled = (
-        Learner((9, 64, 64), 2, with_(small_config, mode=mode)) for mode in ("eager", "compile"))
+        Learner((9, 64, 64), 2, with_(small_config, mode=mode)) for mode in ("eager", "compile")
+    )
     for _ in range(2):
         a, b = (learner.update(image_batch()) for learner in (eager, compiled))
     for key in a:
@@ -539,10 +610,15 @@ def fused_and_eager(config, monkeypatch):
         d = drawn()
         always = config.learner.dropout == "always"
         return losses.ModelNoise(
-            d["target"], d["initial"], d["keep"], d["mix"] if eager.penalise else None, d["pair"],
+            d["target"],
+            d["initial"],
+            d["keep"],
+            d["mix"] if eager.penalise else None,
+            d["pair"],
             keep_target=d["keep_target"] if always else None,
             keep_value=d["keep_value"] if always and data.experts else None,
-            keep_penalty=d["keep_penalty"] if always and eager.penalise else None)
+            keep_penalty=d["keep_penalty"] if always and eager.penalise else None,
+        )
 
     def policy_noise(latents):
         d = drawn()
@@ -554,10 +630,22 @@ def fused_and_eager(config, monkeypatch):
     return fused, eager
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"learner.objective": "td"}, {"learner.objective": "v_diff", "model.termination": True},
-    {"learner.gradient_penalty": True, "learner.dropout": "always",
-     "learner.entropy": "presquash", "agent.average": "evaluation", "learner.tau": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"learner.objective": "td"},
+        {"learner.objective": "v_diff", "model.termination": True},
+        {
+            "learner.gradient_penalty": True,
+            "learner.dropout": "always",
+            "learner.entropy": "presquash",
+            "agent.average": "evaluation",
+            "learner.tau": 0.3,
+        },
+    ],
+    ids=str,
+)
 def test_fused_is_eager(small_config, monkeypatch, settings):
     config = small_config.replace({"model.dropout": 0.125, **settings})
     fused, eager = fused_and_eager(config, monkeypatch)
@@ -572,8 +660,9 @@ def test_fused_is_eager(small_config, monkeypatch, settings):
         assert one.keys() == two.keys()
         for key in two:
             assert one[key].dtype == torch.float32 and one[key].shape == ()
-            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5, msg=key,
-                                       equal_nan=True)
+            torch.testing.assert_close(
+                one[key], two[key], rtol=1e-3, atol=1e-5, msg=key, equal_nan=True
+            )
     # A checkpoint of one is one of the other, moments and counts of steps included.
     a, b = fused.state_dict(), eager.state_dict()
     assert a.keys() == b.keys() and fused.updates == eager.updates == 5

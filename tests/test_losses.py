@@ -26,8 +26,15 @@ class Plain:
             return [[None if t is None else t.detach().numpy() for t in layer] for layer in stack]
 
         self.encoder, self.dyn, self.pi, self.critic, self.head = (
-            numpy(s) for s in (weights.encoder, weights.dynamics, weights.policy, weights.critics,
-                               weights.termination))
+            numpy(s)
+            for s in (
+                weights.encoder,
+                weights.dynamics,
+                weights.policy,
+                weights.critics,
+                weights.termination,
+            )
+        )
         self.form = form
 
     @staticmethod
@@ -65,8 +72,9 @@ class Plain:
 
     def q_min(self, pair, z, a, keep, row):
         """keep [2, rows, hidden], in the pair's order, or None."""
-        return min(self.q(k, z, a, None if keep is None else keep[i, row])
-                   for i, k in enumerate(pair))
+        return min(
+            self.q(k, z, a, None if keep is None else keep[i, row]) for i, k in enumerate(pair)
+        )
 
     def sample(self, z, eps):
         out = self.mlp(self.pi, z)
@@ -81,8 +89,9 @@ class Plain:
 
 def randomised(seed, **options):
     torch.manual_seed(seed)
-    model = WorldModel(OBS, A, ModelConfig(
-        encoder_dim=6, hidden_dim=HIDDEN, latent_dim=Z, critics=K, **options))
+    model = WorldModel(
+        OBS, A, ModelConfig(encoder_dim=6, hidden_dim=HIDDEN, latent_dim=Z, critics=K, **options)
+    )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return model.double()
@@ -96,11 +105,19 @@ def multipliers(*shape):
 def case():
     model, target = randomised(1), randomised(2)
     batch = Batch(
-        torch.randn(H + 1, 2 * N, OBS).double(), torch.rand(H, 2 * N, A).double() * 2 - 1,
-        torch.randn(H, 2 * N).double(), (torch.rand(H, 2 * N) < 0.3).double(), N)
+        torch.randn(H + 1, 2 * N, OBS).double(),
+        torch.rand(H, 2 * N, A).double() * 2 - 1,
+        torch.randn(H, 2 * N).double(),
+        (torch.rand(H, 2 * N) < 0.3).double(),
+        N,
+    )
     noise = ModelNoise(
-        torch.randn(H, 2 * N, A).double(), torch.randn(H, 2 * N, A).double(),
-        multipliers(K, H * 2 * N), torch.rand(H, N, 1).double(), torch.tensor([2, 0]))
+        torch.randn(H, 2 * N, A).double(),
+        torch.randn(H, 2 * N, A).double(),
+        multipliers(K, H * 2 * N),
+        torch.rand(H, N, 1).double(),
+        torch.tensor([2, 0]),
+    )
     return model, target, batch, noise
 
 
@@ -110,7 +127,8 @@ def dropped_everywhere(noise, objective):
     return noise._replace(
         keep_target=multipliers(2, H * 2 * N),
         keep_value=None if values is None else multipliers(2, values),
-        keep_penalty=multipliers(K, H * N))
+        keep_penalty=multipliers(K, H * N),
+    )
 
 
 def array(t):
@@ -129,8 +147,7 @@ def by_hand(case, config, penalise=False, live=None):
     bar, n, rows = Plain(target.weights()), batch.experts, batch.action.shape[1]
     obs, action, reward, done = (t.numpy() for t in batch[:4])
     eps, eps0, pair = noise.target.numpy(), noise.initial.numpy(), noise.pair.tolist()
-    keep, keep_target, keep_value = map(
-        array, (noise.keep, noise.keep_target, noise.keep_value))
+    keep, keep_target, keep_value = map(array, (noise.keep, noise.keep_target, noise.keep_value))
 
     def rollout(m):
         z = [[m.h(obs[0, b]) for b in range(rows)]]
@@ -140,27 +157,45 @@ def by_hand(case, config, penalise=False, live=None):
 
     z, z_fixed = rollout(m), rollout(fixed)
     hat = [[fixed.h(obs[t + 1, b]) for b in range(rows)] for t in range(H)]
-    consistency = sum(
-        RHO**t * np.mean([(z[t + 1][b] - hat[t][b]) ** 2 for b in range(rows)])
-        for t in range(H)) / H
+    consistency = (
+        sum(
+            RHO**t * np.mean([(z[t + 1][b] - hat[t][b]) ** 2 for b in range(rows)])
+            for t in range(H)
+        )
+        / H
+    )
 
     target_value = np.zeros((H, rows))
     for t in range(H):
         for b in range(rows):
             a, log_prob = fixed.sample(hat[t][b], eps[t, b])
-            target_value[t, b] = bar.q_min(
-                pair, hat[t][b], a, keep_target, t * rows + b) - BETA * log_prob
+            target_value[t, b] = (
+                bar.q_min(pair, hat[t][b], a, keep_target, t * rows + b) - BETA * log_prob
+            )
     backup = GAMMA * (1 - done) * target_value
 
     def value(t, b, row):
         a, log_prob = fixed.sample(z_fixed[t][b], eps0[t, b])
         return m.q_min(pair, z[t][b], a, keep_value, row) - BETA * log_prob
 
-    q = np.array([[[m.q(k, z[t][b], action[t, b], None if keep is None else keep[k, t * rows + b])
-                    for b in range(rows)] for t in range(H)] for k in range(K)])
+    q = np.array(
+        [
+            [
+                [
+                    m.q(k, z[t][b], action[t, b], None if keep is None else keep[k, t * rows + b])
+                    for b in range(rows)
+                ]
+                for t in range(H)
+            ]
+            for k in range(K)
+        ]
+    )
     r = q - backup
-    metrics = {"consistency": consistency, "target_value": target_value.mean(),
-               "q_behaviour": q[:, :, n:].mean()}
+    metrics = {
+        "consistency": consistency,
+        "target_value": target_value.mean(),
+        "q_behaviour": q[:, :, n:].mean(),
+    }
     if config.objective == "td":
         parts = [[np.mean((r[k, t] - reward[t]) ** 2) for t in range(H)] for k in range(K)]
     else:
@@ -168,19 +203,30 @@ def by_hand(case, config, penalise=False, live=None):
             terms = [(1 - GAMMA) * np.mean([value(0, b, b) for b in range(n)])] * H
         else:
             behaviour = rows - n
-            terms = [np.mean([value(t, b, t * behaviour + b - n) - backup[t, b]
-                              for b in range(n, rows)]) for t in range(H)]
-        parts = [[-np.mean(r[k, t, :n]) + terms[t] + np.mean(r[k, t] ** 2) / (4 * config.alpha)
-                  for t in range(H)] for k in range(K)]
+            terms = [
+                np.mean([value(t, b, t * behaviour + b - n) - backup[t, b] for b in range(n, rows)])
+                for t in range(H)
+            ]
+        parts = [
+            [
+                -np.mean(r[k, t, :n]) + terms[t] + np.mean(r[k, t] ** 2) / (4 * config.alpha)
+                for t in range(H)
+            ]
+            for k in range(K)
+        ]
         metrics |= {
-            "q_expert": q[:, :, :n].mean(), "q_difference": q[:, :, :n].mean() - q[:, :, n:].mean(),
-            "reward_expert": r[:, :, :n].mean(), "reward_behaviour": r[:, :, n:].mean(),
-            "value_term": np.mean(terms)}
+            "q_expert": q[:, :, :n].mean(),
+            "q_difference": q[:, :, :n].mean() - q[:, :, n:].mean(),
+            "reward_expert": r[:, :, :n].mean(),
+            "reward_behaviour": r[:, :, n:].mean(),
+            "value_term": np.mean(terms),
+        }
     critic = sum(RHO**t * parts[k][t] for k in range(K) for t in range(H)) / (H * K)
     if penalise:  # its own tests say what it is
         latents = torch.tensor(np.array(z_fixed[:-1]))
         penalty = losses.gradient_penalty(
-            live.weights().critics, latents, batch.action, noise.mix, RHO, noise.keep_penalty)
+            live.weights().critics, latents, batch.action, noise.mix, RHO, noise.keep_penalty
+        )
         metrics["gradient_penalty"] = penalty.item()
         critic += config.c_gp * penalty.item()
     loss = config.c_cons * consistency + config.c_iq * critic
@@ -188,27 +234,47 @@ def by_hand(case, config, penalise=False, live=None):
     if m.head:
         logits = np.array([[m.mlp(m.head, z[t + 1][b])[0] for b in range(rows)] for t in range(H)])
         p, w = 1 / (1 + np.exp(-logits)), config.termination_weight
-        ends = sum(RHO**t * np.mean(
-            -w * done[t] * np.log(p[t]) - (1 - done[t]) * np.log(1 - p[t])) for t in range(H)) / H
+        ends = (
+            sum(
+                RHO**t * np.mean(-w * done[t] * np.log(p[t]) - (1 - done[t]) * np.log(1 - p[t]))
+                for t in range(H)
+            )
+            / H
+        )
         right, claimed = ((p > 0.5) & (done == 1)).sum(), (p > 0.5).sum()
         assert 0 < right < claimed < p.size and 0 < done.sum() < done.size
-        metrics |= {"termination_loss": ends, "termination_recall": right / done.sum(),
-                    "termination_precision": right / claimed}
+        metrics |= {
+            "termination_loss": ends,
+            "termination_recall": right / done.sum(),
+            "termination_precision": right / claimed,
+        }
         loss += config.c_termination * ends
     return loss, metrics
 
 
 def settings(objective, **others):
     """Everything away from its default."""
-    return LearnerConfig(**{
-        "objective": objective, "alpha": ALPHA, "rho": RHO, "beta": 1.0, "c_cons": 3.0,
-        "c_iq": 0.4, "c_gp": 0.7, "c_termination": 1.7, "termination_weight": 4.0, **others})
+    return LearnerConfig(
+        **{
+            "objective": objective,
+            "alpha": ALPHA,
+            "rho": RHO,
+            "beta": 1.0,
+            "c_cons": 3.0,
+            "c_iq": 0.4,
+            "c_gp": 0.7,
+            "c_termination": 1.7,
+            "termination_weight": 4.0,
+            **others,
+        }
+    )
 
 
 def run(case, config, penalise=False):
     model, target, batch, noise = case
-    return losses.model_loss(model.weights(), target.weights().critics, batch, noise,
-                             config, GAMMA, BETA, penalise)
+    return losses.model_loss(
+        model.weights(), target.weights().critics, batch, noise, config, GAMMA, BETA, penalise
+    )
 
 
 def with_head(case):
@@ -281,7 +347,8 @@ def test_gradient_of_the_model_loss(case, objective, form, dropout, penalise, he
         assert p.grad is None
     parameters = [(name, p) for name, p in model.named_parameters() if "policy" not in name]
     for name, p, direction, slope in slopes(
-            lambda live: by_hand(case, config, penalise, live)[0], model, parameters):
+        lambda live: by_hand(case, config, penalise, live)[0], model, parameters
+    ):
         assert p.grad.abs().sum() > 0
         assert (p.grad * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8), name
 
@@ -303,13 +370,16 @@ def test_gradient_penalty(case, dropout):
                 slope = []
                 for i in range(Z + A):
                     step = np.eye(Z + A)[i] * 1e-5
-                    up, down = (m.q(k, p[:Z], p[Z:], None if keep is None else
-                                    keep[k, t * N + b].numpy()) for p in (at + step, at - step))
+                    up, down = (
+                        m.q(k, p[:Z], p[Z:], None if keep is None else keep[k, t * N + b].numpy())
+                        for p in (at + step, at - step)
+                    )
                     slope.append((up - down) / 2e-5)
                 errors.append((math.sqrt(np.square(slope).sum()) - 1) ** 2)
             total += RHO**t * np.mean(errors)
     penalty = losses.gradient_penalty(
-        model.weights().critics, z, batch.action, noise.mix, RHO, keep)
+        model.weights().critics, z, batch.action, noise.mix, RHO, keep
+    )
     assert penalty.item() == pytest.approx(total / (H * K), rel=1e-6)
 
 
@@ -322,23 +392,31 @@ def test_gradient_of_the_gradient_penalty(case, dropout):
 
     def value(model):
         return losses.gradient_penalty(
-            model.weights().critics, z, batch.action, noise.mix, RHO, keep)
+            model.weights().critics, z, batch.action, noise.mix, RHO, keep
+        )
 
     value(model).backward()
     assert z.grad is None
     assert model.critics[0].bias.grad.abs().max() > 1e-3
     for name, p, direction, slope in slopes(
-            lambda m: value(m).item(), model, model.critics.named_parameters("critics")):
+        lambda m: value(m).item(), model, model.critics.named_parameters("critics")
+    ):
         found = 0.0 if p.grad is None else (p.grad * direction).sum().item()
         assert found == pytest.approx(slope, rel=1e-5, abs=1e-8), name
 
 
 def test_gradient_penalty_is_differentiable_at_the_initial_critic():
     """The last layer starts at zero, where the norm's own gradient is infinite."""
-    model = WorldModel(OBS, A, ModelConfig(
-        encoder_dim=6, hidden_dim=HIDDEN, latent_dim=Z, critics=K))
-    losses.gradient_penalty(model.weights().critics, torch.rand(H, 2 * N, Z),
-                            torch.rand(H, 2 * N, A), torch.rand(H, N, 1), RHO).backward()
+    model = WorldModel(
+        OBS, A, ModelConfig(encoder_dim=6, hidden_dim=HIDDEN, latent_dim=Z, critics=K)
+    )
+    losses.gradient_penalty(
+        model.weights().critics,
+        torch.rand(H, 2 * N, Z),
+        torch.rand(H, 2 * N, A),
+        torch.rand(H, N, 1),
+        RHO,
+    ).backward()
     assert all(p.grad.isfinite().all() for p in model.critics.parameters() if p.grad is not None)
 
 
@@ -357,26 +435,36 @@ def test_policy_loss_its_metrics_and_its_gradient(case, form, dropout):
         for t in range(H + 1):
             for b in range(2 * N):
                 a, log_prob = m.sample(z[t, b].numpy(), eps[t, b].numpy())
-                terms.append((log_prob, m.q_min(
-                    noise.pair.tolist(), z[t, b].numpy(), a, array(keep), t * 2 * N + b), a))
+                terms.append(
+                    (
+                        log_prob,
+                        m.q_min(
+                            noise.pair.tolist(), z[t, b].numpy(), a, array(keep), t * 2 * N + b
+                        ),
+                        a,
+                    )
+                )
         log_prob, q, actions = map(np.array, zip(*terms, strict=True))
         weight = np.repeat([RHO**t for t in range(H + 1)], 2 * N)
         return (weight * (BETA * log_prob - q)).mean(), -log_prob.mean(), q.mean(), actions
 
     latents = z.clone().requires_grad_()
     loss, metrics = losses.policy_loss(
-        model.weights(), latents, PolicyNoise(eps, noise.pair, keep), RHO, BETA, form)
+        model.weights(), latents, PolicyNoise(eps, noise.pair, keep), RHO, BETA, form
+    )
     value, entropy, q, actions = expected(model)
     assert abs(actions).max() > 0.99
     assert loss.item() == pytest.approx(value, rel=1e-10)
     assert {k: v.item() for k, v in metrics.items()} == pytest.approx(
-        {"policy_loss": value, "entropy": entropy, "q_policy": q}, rel=1e-10)
+        {"policy_loss": value, "entropy": entropy, "q_policy": q}, rel=1e-10
+    )
     loss.backward()
     for part in (model.encoder, model.dynamics, model.critics):
         assert all(p.grad is None for p in part.parameters())
     assert latents.grad is None
     for name, p, direction, slope in slopes(
-            lambda m: expected(m)[0], model, model.policy.named_parameters("policy")):
+        lambda m: expected(m)[0], model, model.policy.named_parameters("policy")
+    ):
         assert p.grad.abs().sum() > 0
         assert (p.grad * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8), name
 
@@ -395,16 +483,19 @@ def test_terminal_transitions_do_not_bootstrap(case):
     batch = batch._replace(terminated=torch.ones_like(batch.terminated))
     changed = [map_layers(lambda t, s=s: t + s, target.weights().critics) for s in (0.0, 1.0)]
     first, second = (
-        losses.model_loss(model.weights(), critics, batch, noise, settings("iq"), GAMMA, BETA,
-                          False)[0] for critics in changed)
+        losses.model_loss(
+            model.weights(), critics, batch, noise, settings("iq"), GAMMA, BETA, False
+        )[0]
+        for critics in changed
+    )
     assert first.item() == second.item()
 
 
 def test_termination_metrics_without_terminations_are_not_numbers():
-    _, metrics = losses.termination_loss(
-        torch.full((H, 4), -1.0), torch.zeros(H, 4), RHO, 10.0)
+    _, metrics = losses.termination_loss(torch.full((H, 4), -1.0), torch.zeros(H, 4), RHO, 10.0)
     assert metrics["termination_loss"].item() == pytest.approx(
-        math.log1p(math.exp(-1)) * (1 + RHO + RHO**2) / H)
+        math.log1p(math.exp(-1)) * (1 + RHO + RHO**2) / H
+    )
     assert metrics["termination_recall"].isnan() and metrics["termination_precision"].isnan()
 
 
@@ -419,7 +510,8 @@ def test_images_are_shifted_as_the_noise_says(case):
     def loss(batch, noise):
         weights = model.weights()
         return losses.model_loss(
-            weights, weights.critics, batch, noise, LearnerConfig(), GAMMA, BETA, False)
+            weights, weights.critics, batch, noise, LearnerConfig(), GAMMA, BETA, False
+        )
 
     there, latents, _ = loss(batch, noise._replace(shift=shift))
     moved = batch._replace(obs=layers.shifted(batch.obs, shift))

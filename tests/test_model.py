@@ -49,7 +49,8 @@ def test_shapes_and_simplices():
     for latent in (z, model.next(z, action)):
         assert latent.shape == (4, 7, 16)
         torch.testing.assert_close(
-            latent.unflatten(-1, (2, 8)).sum(-1), torch.ones(4, 7, 2), rtol=1e-5, atol=1e-5)
+            latent.unflatten(-1, (2, 8)).sum(-1), torch.ones(4, 7, 2), rtol=1e-5, atol=1e-5
+        )
     assert model.q(z, action).shape == (3, 4, 7)
 
 
@@ -98,7 +99,8 @@ def test_log_density_is_the_exact_squashed_gaussian():
     mean, log_std = layers.policy(weights, z)
     squashed = torch.distributions.TransformedDistribution(
         torch.distributions.Normal(mean, log_std.exp()),
-        [torch.distributions.transforms.TanhTransform()])
+        [torch.distributions.transforms.TanhTransform()],
+    )
     torch.testing.assert_close(log_prob, squashed.log_prob(action).sum(-1), rtol=1e-6, atol=1e-6)
     assert -10 <= log_std.min() and log_std.max() <= 2
 
@@ -109,7 +111,8 @@ def test_log_density_stays_finite_in_saturation(form):
     for noise in (1e4, -1e4):
         model.zero_grad()
         action, log_prob = layers.policy_sample(
-            model.weights(), torch.rand(1, 16), torch.full((1, 1), noise), form)
+            model.weights(), torch.rand(1, 16), torch.full((1, 1), noise), form
+        )
         assert action.abs().item() == 1 and log_prob.isfinite().all()
         log_prob.sum().backward()
         assert all(p.grad.isfinite().all() for p in model.policy.parameters())
@@ -122,8 +125,11 @@ def test_presquash_is_the_gaussian_and_a_share_of_the_squashing():
     noise[0] = 1e3  # saturated: what the 1e-6 is for
     action, log_prob = layers.policy_sample(weights, z, noise, "presquash")
     mean, log_std = layers.policy(weights, z)
-    gaussian = torch.distributions.Normal(mean, log_std.exp()).log_prob(
-        mean + log_std.exp() * noise).sum(-1)
+    gaussian = (
+        torch.distributions.Normal(mean, log_std.exp())
+        .log_prob(mean + log_std.exp() * noise)
+        .sum(-1)
+    )
     squash = torch.log(torch.relu(1 - action**2) + 1e-6).sum(-1)
     torch.testing.assert_close(3 * log_prob, 3 * gaussian - squash)
     assert torch.equal(action, layers.policy_sample(weights, z, noise)[0])
@@ -146,10 +152,11 @@ def test_q_min_is_of_the_pair_and_drops_in_its_order():
     keep = (torch.rand(2, 28, 24) < 0.5).double() * 2
     pair = layers.draw_pair(weights.critics, torch.tensor([2, 0]))
     every = layers.critics(weights.critics, z, a)
-    torch.testing.assert_close(
-        layers.q_min(pair, z, a), torch.minimum(every[0], every[2]))
-    dropped = [layers.critics(weights.critics, z, a, keep[i].expand(3, -1, -1))[k]
-               for i, k in enumerate((2, 0))]
+    torch.testing.assert_close(layers.q_min(pair, z, a), torch.minimum(every[0], every[2]))
+    dropped = [
+        layers.critics(weights.critics, z, a, keep[i].expand(3, -1, -1))[k]
+        for i, k in enumerate((2, 0))
+    ]
     assert not torch.allclose(dropped[0], every[2])
     torch.testing.assert_close(layers.q_min(pair, z, a, keep), torch.minimum(*dropped))
 
@@ -159,7 +166,12 @@ def test_images_have_an_encoder_of_convolutions():
     weights = model.weights()
     assert weights.obs_shape == model.obs_shape == (9, 64, 64) and weights.latent_dim == 16
     assert [tuple(x.weight.shape) for x in weights.encoder] == [
-        (32, 9, 7, 7), (32, 32, 5, 5), (32, 32, 3, 3), (32, 32, 3, 3), (16, 512)]
+        (32, 9, 7, 7),
+        (32, 32, 5, 5),
+        (32, 32, 3, 3),
+        (32, 32, 3, 3),
+        (16, 512),
+    ]
     assert all(x.bias.count_nonzero() == 0 and x.gamma is None for x in weights.encoder)
     # the convolutions' 512 outputs are the latent where that has as many features
     assert len(WorldModel((9, 64, 64), 2).encoder) == 4

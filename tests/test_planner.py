@@ -22,15 +22,23 @@ def make(config, *, num_envs=1, seed=0, action_dim=2, model=MODEL):
     model = WorldModel(5, action_dim, model)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
-    return Planner(model.weights(), config, discount=0.95, beta=1e-3, num_envs=num_envs,
-                   seed=seed), model
+    return Planner(
+        model.weights(), config, discount=0.95, beta=1e-3, num_envs=num_envs, seed=seed
+    ), model
 
 
 @pytest.mark.parametrize("explore", [False, True])
 @pytest.mark.parametrize("score", ["advantage", "unrolled"])
-@pytest.mark.parametrize("shape", [dict(), dict(horizon=1), dict(samples=1, elites=1,
-                                                                policy_trajectories=0),
-                                   dict(policy_trajectories=32), dict(policy_trajectories=0)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(),
+        dict(horizon=1),
+        dict(samples=1, elites=1, policy_trajectories=0),
+        dict(policy_trajectories=32),
+        dict(policy_trajectories=0),
+    ],
+)
 def test_actions_are_in_range(config, shape, score, explore):
     planner, _ = make(dataclasses.replace(config, score=score, **shape), num_envs=3, action_dim=1)
     for _ in range(4):
@@ -76,8 +84,9 @@ def test_reset_forgets(config):
 
 def test_the_shifted_mean_is_where_sampling_starts(config):
     """With one iteration and std at its floor, samples lie around the shifted mean."""
-    planner, _ = make(dataclasses.replace(
-        config, iterations=1, std_max=0.05, policy_trajectories=0, elites=32))
+    planner, _ = make(
+        dataclasses.replace(config, iterations=1, std_max=0.05, policy_trajectories=0, elites=32)
+    )
     planner.mean[0] = torch.tensor([[0.9, 0.9], [0.5, -0.5], [0.1, 0.2]])
     planner.plan(torch.randn(1, 5))
     expected = torch.tensor([[0.5, -0.5], [0.1, 0.2], [0.0, 0.0]])
@@ -160,7 +169,8 @@ def test_without_planning_the_prior_acts(config):
     planner, model = make(dataclasses.replace(config, enabled=False))
     obs = torch.randn(1, 5)
     torch.testing.assert_close(
-        planner.plan(obs), torch.tanh(layers.policy(model.weights(), model.encode(obs))[0]))
+        planner.plan(obs), torch.tanh(layers.policy(model.weights(), model.encode(obs))[0])
+    )
     assert not torch.equal(planner.plan(obs, explore=True), planner.plan(obs, explore=True))
     assert planner.missed_plans == 0
 
@@ -208,26 +218,48 @@ def test_wrong_observations_and_backends_are_named(config):
         make(dataclasses.replace(CONFIG, backend="cuda"))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(backend="reference", precision="bf16"),
-     "backend 'reference' computes in float32 or float64, got planner.precision=bf16"),
-    (dict(backend="reference", budget_us=5.0), "backend 'reference' keeps to no planner.budget_us"),
-    (dict(backend="cpu", precision="float64"),
-     "backend 'cpu' computes in float32 or bf16, got planner.precision=float64"),
-    (dict(precision="float64", budget_us=5.0), "no backend can serve these settings: reference "
-                                               "keeps to no planner.budget_us; cpu computes in"),
-    (dict(backend="reference", precision="tf32"), "backend 'reference' computes in float32 or "
-                                                  "float64, got planner.precision=tf32"),
-    (dict(backend="cpu", precision="tf32"), "backend 'cpu' computes in float32 or bf16, got "),
-    (dict(backend="triton", precision="float64"),
-     "backend 'triton' computes in float32, tf32 or bf16, got planner.precision=float64"),
-    (dict(backend="triton", budget_us=5.0), "backend 'triton' keeps to no planner.budget_us"),
-    (dict(backend="triton"), "backend 'triton' needs weights on a CUDA device, got cpu"),
-    (dict(backend="reference", capture=True),
-     "backend 'reference' captures no CUDA graph, got planner.capture=true"),
-    (dict(backend="cpu", capture=True), "backend 'cpu' captures no CUDA graph, got "),
-    (dict(capture=True), "no backend can serve these settings: reference captures no CUDA graph, "),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            dict(backend="reference", precision="bf16"),
+            "backend 'reference' computes in float32 or float64, got planner.precision=bf16",
+        ),
+        (
+            dict(backend="reference", budget_us=5.0),
+            "backend 'reference' keeps to no planner.budget_us",
+        ),
+        (
+            dict(backend="cpu", precision="float64"),
+            "backend 'cpu' computes in float32 or bf16, got planner.precision=float64",
+        ),
+        (
+            dict(precision="float64", budget_us=5.0),
+            "no backend can serve these settings: reference "
+            "keeps to no planner.budget_us; cpu computes in",
+        ),
+        (
+            dict(backend="reference", precision="tf32"),
+            "backend 'reference' computes in float32 or float64, got planner.precision=tf32",
+        ),
+        (dict(backend="cpu", precision="tf32"), "backend 'cpu' computes in float32 or bf16, got "),
+        (
+            dict(backend="triton", precision="float64"),
+            "backend 'triton' computes in float32, tf32 or bf16, got planner.precision=float64",
+        ),
+        (dict(backend="triton", budget_us=5.0), "backend 'triton' keeps to no planner.budget_us"),
+        (dict(backend="triton"), "backend 'triton' needs weights on a CUDA device, got cpu"),
+        (
+            dict(backend="reference", capture=True),
+            "backend 'reference' captures no CUDA graph, got planner.capture=true",
+        ),
+        (dict(backend="cpu", capture=True), "backend 'cpu' captures no CUDA graph, got "),
+        (
+            dict(capture=True),
+            "no backend can serve these settings: reference captures no CUDA graph, ",
+        ),
+    ],
+)
 def test_settings_no_backend_can_serve_are_named(change, message):
     with pytest.raises(BackendError, match=message):
         make(dataclasses.replace(CONFIG, **change))
@@ -246,8 +278,14 @@ def fitted_cliff():
     model.critics[-1].weight.data.normal_(std=0.1)
     for p in model.policy[-1].parameters():
         p.data.zero_()  # it stands still
-    adam = torch.optim.Adam([p for part in (model.dynamics, model.critics, model.termination)
-                             for p in part.parameters()], lr=3e-3)
+    adam = torch.optim.Adam(
+        [
+            p
+            for part in (model.dynamics, model.critics, model.termination)
+            for p in part.parameters()
+        ],
+        lr=3e-3,
+    )
     for _ in range(400):
         x, a = torch.rand(256, 1) * 3 - 1, torch.rand(256, 1) * 2 - 1
         after = (x + a / 2).clamp(-1, 2)
@@ -255,9 +293,15 @@ def fitted_cliff():
         value = torch.where(x > 1, 5 * a, -(after > 1).float())[:, 0]
         ends, _ = losses.termination_loss(
             layers.termination(model.weights(), model.encode(after).detach())[None],
-            (after > 1).float().T, 1.0, 1.0)
-        loss = ((model.q(z, a) - value).square().mean() + ends
-                + 20 * (model.next(z, a) - model.encode(after).detach()).square().mean())
+            (after > 1).float().T,
+            1.0,
+            1.0,
+        )
+        loss = (
+            (model.q(z, a) - value).square().mean()
+            + ends
+            + 20 * (model.next(z, a) - model.encode(after).detach()).square().mean()
+        )
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -269,7 +313,8 @@ def test_planning_does_not_fall_for_what_critics_say_of_terminal_states(config):
     x = torch.tensor([[0.6], [0.65], [0.7]])
     for score in ("advantage", "unrolled"):
         settings = dataclasses.replace(
-            config, score=score, samples=256, elites=16, policy_trajectories=8, iterations=4)
+            config, score=score, samples=256, elites=16, policy_trajectories=8, iterations=4
+        )
         after = {}
         for weights in (model.weights(), model.weights()._replace(termination=())):
             planner = Planner(weights, settings, discount=0.95, num_envs=3)
@@ -284,10 +329,14 @@ def test_gpu_backends_are_refused_for_a_termination_head_and_auto_passes_over_th
     monkeypatch.setitem(mppi_plan.BACKENDS, "triton", None)
     monkeypatch.setattr(
         "iqmpc.kernels.backends._availability",
-        lambda: {"reference": None, "cpu": "not built", "triton": None, "cuda": None})
+        lambda: {"reference": None, "cpu": "not built", "triton": None, "cuda": None},
+    )
     for name in ("triton", "cuda"):
-        with pytest.raises(BackendError, match=f"backend '{name}' takes no model with a "
-                                               r"termination head \(model.termination\)"):
+        with pytest.raises(
+            BackendError,
+            match=f"backend '{name}' takes no model with a "
+            r"termination head \(model.termination\)",
+        ):
             Planner(model.weights(), dataclasses.replace(CONFIG, backend=name), discount=0.9)
     with pytest.warns(RuntimeWarning, match="using the slow reference"):
         assert Planner(model.weights(), CONFIG, discount=0.9).backend == "reference"
@@ -302,7 +351,8 @@ def test_images_are_planned_for(config):
         planner.plan(images[:1])
     with pytest.raises(ValueError, match="images must be uint8, got torch.float32"):
         planner.plan(images / 255)
-    alone = Planner(model.weights(), dataclasses.replace(config, enabled=False), discount=0.95,
-                    num_envs=2)
+    alone = Planner(
+        model.weights(), dataclasses.replace(config, enabled=False), discount=0.95, num_envs=2
+    )
     expected = torch.tanh(model.pi(model.encode(images))[0])
     torch.testing.assert_close(alone.plan(images), expected, rtol=1e-4, atol=1e-4)

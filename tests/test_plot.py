@@ -25,6 +25,7 @@ def make_run(tmp_path):
         if demonstrator is not None:
             write_summary(run, {"demonstrator_return": demonstrator})
         return run
+
     return make
 
 
@@ -33,13 +34,15 @@ def drawn(monkeypatch, tmp_path):
     """Plots runs and returns the axes along environment steps and along minutes."""
     figures = []
     original = module.save_figure
-    monkeypatch.setattr(module, "save_figure", lambda figure, out: (
-        figures.append(figure), original(figure, out)))
+    monkeypatch.setattr(
+        module, "save_figure", lambda figure, out: (figures.append(figure), original(figure, out))
+    )
 
     def draw(*runs):
         plot(runs, tmp_path / "curves.png")
         assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
         return figures[-1].axes
+
     return draw
 
 
@@ -54,7 +57,9 @@ def test_seeds_of_the_same_settings_are_one_curve(make_run, drawn):
     assert mean.get_xydata().tolist() == [[10, 20], [20, 40], [30, 60]]
     (band,) = steps.collections
     assert (band.get_datalim(steps.transData).min, band.get_datalim(steps.transData).max) == (
-        pytest.approx((10, 10)), pytest.approx((30, 90)))
+        pytest.approx((10, 10)),
+        pytest.approx((30, 90)),
+    )
     dots = [line for line in steps.lines if line.get_marker() == "o"]
     assert len(dots) == 3  # every seed's evaluations
     dashed = [line for line in steps.lines if line.get_linestyle() == "--"]
@@ -90,9 +95,12 @@ def test_over_seeds_is_over_what_all_have():
 def test_the_csv_has_every_point(make_run, drawn, tmp_path):
     drawn(make_run(0, steps=(10,)), make_run(1, steps=(20,)))
     assert (tmp_path / "curves.csv").read_text().splitlines() == [
-        "task,seed,env_steps,minutes,kind,return", "walker-walk,0,10,1.0,training,5.0",
-        "walker-walk,0,10,1.0,evaluation,10.0", "walker-walk,1,20,2.0,training,5.0",
-        "walker-walk,1,20,2.0,evaluation,20.0"]
+        "task,seed,env_steps,minutes,kind,return",
+        "walker-walk,0,10,1.0,training,5.0",
+        "walker-walk,0,10,1.0,evaluation,10.0",
+        "walker-walk,1,20,2.0,training,5.0",
+        "walker-walk,1,20,2.0,evaluation,20.0",
+    ]
 
 
 def test_what_cannot_be_drawn_is_named(make_run, tmp_path):

@@ -34,9 +34,10 @@ def test_without_a_terminal_there_are_lines():
     assert "Q expert-behaviour 0.50  consistency 1.0e-03" in lines[4]
 
 
-@pytest.mark.parametrize("display", [
-    lambda out: TrainingDisplay(1000, out, every_s=0.05),
-    lambda out: TrainingDisplay(1000, out)])
+@pytest.mark.parametrize(
+    "display",
+    [lambda out: TrainingDisplay(1000, out, every_s=0.05), lambda out: TrainingDisplay(1000, out)],
+)
 def test_silence_is_broken(display):
     """Where nothing reports, as while an update is compiled, what is under way is said again."""
     out = console(False)
@@ -77,19 +78,26 @@ def test_a_short_recording_prints_no_line():
 
 @pytest.mark.parametrize("schedule", ["off", "sync", "async"])
 def test_a_run_reports_its_phases(
-        tmp_path, small_config, point_env, point_demonstrations, schedule):
+    tmp_path, small_config, point_env, point_demonstrations, schedule
+):
     """Each from none to all of it, announced with its number, and steps in between."""
     config = small_config.replace({"train.overlap": schedule, "train.demo_updates": 30})
     seen = []
-    Trainer(config, point_env, point_demonstrations, run=tmp_path / "run",
-            on_progress=lambda v: seen.append(v.get("phase", ("steps", v["env_steps"], 100))),
-            on_message=seen.append).train()
+    Trainer(
+        config,
+        point_env,
+        point_demonstrations,
+        run=tmp_path / "run",
+        on_progress=lambda v: seen.append(v.get("phase", ("steps", v["env_steps"], 100))),
+        on_message=seen.append,
+    ).train()
     phases = [s for s in seen if isinstance(s, tuple)]
     for name, total in (("demo updates", 30), ("initial updates", 5), ("evaluation", 2)):
         done = [d for n, d, t in phases if n == name and t == total]
         assert done[0] == 0 and total in done and set(done) <= set(range(total + 1))
     assert ("demo updates", 25, 30) in phases and ("steps", 50, 100) in phases
     for message, phase in (
-            ("30 demo updates on the demonstrations alone", ("demo updates", 0, 30)),
-            ("5 initial updates on the first 40 steps", ("initial updates", 0, 5))):
+        ("30 demo updates on the demonstrations alone", ("demo updates", 0, 30)),
+        ("5 initial updates on the first 40 steps", ("initial updates", 0, 5)),
+    ):
         assert seen[seen.index(message) + 1] == phase

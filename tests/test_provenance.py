@@ -9,8 +9,11 @@ from iqmpc import provenance
 
 def git(root, *words):
     return subprocess.run(
-        ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True,
-        capture_output=True, text=True).stdout.strip()
+        ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *words],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
 
 
 @pytest.fixture
@@ -48,7 +51,12 @@ def test_elsewhere_it_is_the_version(tree, tmp_path_factory, monkeypatch):
 def test_the_machine_is_named_with_its_instruction_set(monkeypatch):
     name, _, level = provenance.machine().rpartition(", ")
     assert name == provenance.processor() != ""
-    assert level in ("portable", "avx2", "avx512", "avx512bf16",
-                     torch.backends.cpu.get_cpu_capability().lower())
+    assert level in (
+        "portable",
+        "avx2",
+        "avx512",
+        "avx512bf16",
+        torch.backends.cpu.get_cpu_capability().lower(),
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU ({device})")
     assert provenance.machine("cuda:0") == f"{name}, {level}, a GPU (cuda:0)"

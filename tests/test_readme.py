@@ -18,10 +18,19 @@ TEXT = README.read_text()
 
 def test_the_ten_lines_train_on_ones_own_environment(tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(.*?)```", TEXT, re.S).group(1)
-    small = ["train.random_steps=20", "train.initial_updates=1", "train.final_episodes=1",
-             "model.hidden_dim=16", "planner.samples=16", "planner.elites=4",
-             "planner.policy_trajectories=4", "planner.mode=eager", "planner.backend=reference",
-             "learner.mode=eager", "learner.batch=8"]
+    small = [
+        "train.random_steps=20",
+        "train.initial_updates=1",
+        "train.final_episodes=1",
+        "model.hidden_dim=16",
+        "planner.samples=16",
+        "planner.elites=4",
+        "planner.policy_trajectories=4",
+        "planner.mode=eager",
+        "planner.backend=reference",
+        "learner.mode=eager",
+        "learner.batch=8",
+    ]
     assert '"train.steps=20000"]' in code
     code = code.replace('"train.steps=20000"]', f'"train.steps=30", *{small}]')
     code = code.replace("episodes=10", "episodes=1")
@@ -33,8 +42,9 @@ def test_the_ten_lines_train_on_ones_own_environment(tmp_path, monkeypatch, caps
         o, reward, *_ = env.step(action)
         obs.append(o)
         rewards.append(reward)
-    episode = Episode(np.array(obs, np.float32), actions, np.array(rewards, np.float32), False,
-                      None)
+    episode = Episode(
+        np.array(obs, np.float32), actions, np.array(rewards, np.float32), False, None
+    )
     Demonstrations("pendulum", (episode,), {}).save(tmp_path / "pendulum.h5")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
@@ -49,8 +59,11 @@ def test_every_command_exists():
     from iqmpc.cli import app
     from iqmpc.compose import compose
 
-    lines = [line.split("#")[0].strip() for line in TEXT.splitlines()
-             if re.match(r"(\.venv/bin/)?iqmpc ", line)]
+    lines = [
+        line.split("#")[0].strip()
+        for line in TEXT.splitlines()
+        if re.match(r"(\.venv/bin/)?iqmpc ", line)
+    ]
     assert len(lines) >= 10
     for line in lines:
         words = shlex.split(line)[1:]

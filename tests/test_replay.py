@@ -26,8 +26,11 @@ def check(batch, horizon):
 
 
 @settings(deadline=None, max_examples=60)
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=25),
-       horizon=st.integers(1, 5), capacity=st.integers(31, 90))
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=25),
+    horizon=st.integers(1, 5),
+    capacity=st.integers(31, 90),
+)
 def test_slices_never_cross_an_episode(lengths, horizon, capacity):
     replay = SliceReplay(2, 1, horizon=horizon, capacity=capacity)
     generator = torch.Generator().manual_seed(0)
@@ -39,7 +42,7 @@ def test_slices_never_cross_an_episode(lengths, horizon, capacity):
     kept = [n for n, s in enumerate(lengths) if s >= horizon]
     if kept:  # the newest episode is always there, and the kept ones are the newest
         held = sorted({int(x) for x in replay.sample(3000, generator).obs[0, :, 0]})
-        assert held == kept[-len(held):]
+        assert held == kept[-len(held) :]
 
 
 @pytest.mark.parametrize(("steps", "held"), [(4, [1, 2, 3]), (5, [1, 2, 3]), (6, [2, 3])])
@@ -59,10 +62,14 @@ def test_an_episode_of_which_a_row_is_overwritten_is_gone(steps, held):
 
 def test_an_old_tail_is_dropped_when_the_ring_begins_again():
     replay = SliceReplay(2, 1, horizon=3, capacity=18)
-    for number, steps, held in ((0, 5, [0]), (1, 5, [0, 1]), (2, 5, [0, 1, 2]),
-                                (3, 4, [1, 2, 3]),  # over 0
-                                (4, 5, [2, 3, 4]),  # over 1, up to row 10
-                                (5, 7, [5])):  # begins again, over 3 and 4; 2 is the oldest
+    for number, steps, held in (
+        (0, 5, [0]),
+        (1, 5, [0, 1]),
+        (2, 5, [0, 1, 2]),
+        (3, 4, [1, 2, 3]),  # over 0
+        (4, 5, [2, 3, 4]),  # over 1, up to row 10
+        (5, 7, [5]),
+    ):  # begins again, over 3 and 4; 2 is the oldest
         replay.add_episode(*episode(number, steps))
         batch = replay.sample(500, torch.Generator().manual_seed(0))
         check(batch, 3)
@@ -92,7 +99,8 @@ def test_a_range_on_the_device_draws_every_slice_alike():
     assert len(slices) == replay.slices == 3 + 7
     assert (count / 10_000 - 1).abs().max() < 0.05  # five standard deviations
     assert replay.allocations == 1 and memory == [
-        t.data_ptr() for t in (*replay._rows.values(), replay._line, replay._count)]
+        t.data_ptr() for t in (*replay._rows.values(), replay._line, replay._count)
+    ]
     for number in range(2, 12):
         replay.add_episode(*episode(number, 500))
     assert replay.allocations == 2 and memory[0] != replay._rows["obs"].data_ptr()
@@ -184,12 +192,18 @@ def test_images_are_kept_once_and_drawn_as_they_were_observed(image_point_env):
     assert replay._rows["obs"].shape[1:] == (1, 64, 64)
     batch = replay.sample(300, torch.Generator().manual_seed(0))
     assert batch.obs.shape == (3, 300, 3, 64, 64) and batch.obs.dtype == torch.uint8
-    slices = [(rows[t:t + 3], actions[t:t + 2])
-              for rows, actions in episodes for t in range(len(actions) - 1)]
+    slices = [
+        (rows[t : t + 3], actions[t : t + 2])
+        for rows, actions in episodes
+        for t in range(len(actions) - 1)
+    ]
     found = set()
     for b in range(300):
-        at = [i for i, (rows, actions) in enumerate(slices)
-              if torch.equal(rows, batch.obs[:, b]) and torch.equal(actions, batch.action[:, b])]
+        at = [
+            i
+            for i, (rows, actions) in enumerate(slices)
+            if torch.equal(rows, batch.obs[:, b]) and torch.equal(actions, batch.action[:, b])
+        ]
         assert len(at) == 1
         found.add(at[0])
     assert len(found) == len(slices)  # first slices, whose frames repeat, among them

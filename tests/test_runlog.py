@@ -49,7 +49,8 @@ def test_any_byte_may_be_damaged(run, place, byte):
 
 def test_an_older_runs_columns_are_completed(tmp_path):
     (tmp_path / "metrics.csv").write_text(
-        "env_steps,updates,episodes,wall_s,return\n10,1,1,2.0,3.5\n20,1,1,2.0,4.5\n30,1,")
+        "env_steps,updates,episodes,wall_s,return\n10,1,1,2.0,3.5\n20,1,1,2.0,4.5\n30,1,"
+    )
     rows, damaged = read_rows(tmp_path / "metrics.csv")
     assert [r["return"] for r in rows] == ["3.5", "4.5"] and not damaged
     assert set(rows[0]) == set(COLUMNS)
@@ -77,7 +78,11 @@ def test_summaries_are_strict_json(tmp_path):
     write_summary(tmp_path, {"a": float("nan"), "b": [np.float64("inf"), 1.5], "c": None, "d": "x"})
     text = (tmp_path / "summary.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {
-        "a": None, "b": [None, 1.5], "c": None, "d": "x"}
+        "a": None,
+        "b": [None, 1.5],
+        "c": None,
+        "d": "x",
+    }
     assert strict_json({"shape": (3, 2)}).split() == ["{", '"shape":', "[", "3,", "2", "]", "}"]
 
 
@@ -94,25 +99,40 @@ def evaluation(value, success=None):
 
 def test_the_last_five_evaluations_on_the_way(tmp_path):
     """Not those before them, not the training episodes, not the one that ended the run."""
-    write_rows(tmp_path, [
-        *((10 * i, evaluation(float(i), i / 10)) for i in range(1, 8)), (75, {"return": 1e6}),
-        (80, evaluation(1000.0, 1.0))])
+    write_rows(
+        tmp_path,
+        [
+            *((10 * i, evaluation(float(i), i / 10)) for i in range(1, 8)),
+            (75, {"return": 1e6}),
+            (80, evaluation(1000.0, 1.0)),
+        ],
+    )
     assert last_evaluations(tmp_path, before=80) == {
-        "last5_return_mean": 5.0, "last5_return_min": 3.0,
-        "last5_success_mean": pytest.approx(0.5), "last5_success_min": 0.3}
+        "last5_return_mean": 5.0,
+        "last5_return_min": 3.0,
+        "last5_success_mean": pytest.approx(0.5),
+        "last5_success_min": 0.3,
+    }
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("76,6")  # which a crash left incomplete
     assert last_evaluations(tmp_path, before=80)["last5_return_mean"] == 5.0
 
 
 def test_fewer_evaluations_and_none(tmp_path):
-    nothing = {"last5_return_mean": None, "last5_return_min": None,
-               "last5_success_mean": None, "last5_success_min": None}
+    nothing = {
+        "last5_return_mean": None,
+        "last5_return_min": None,
+        "last5_success_mean": None,
+        "last5_success_min": None,
+    }
     assert last_evaluations(tmp_path, before=10) == nothing
     write_rows(tmp_path, [(10, evaluation(4.0)), (20, evaluation(2.0)), (30, evaluation(9.0))])
     assert last_evaluations(tmp_path, before=10) == nothing
     assert last_evaluations(tmp_path, before=30) == {
-        **nothing, "last5_return_mean": 3.0, "last5_return_min": 2.0}
+        **nothing,
+        "last5_return_mean": 3.0,
+        "last5_return_min": 2.0,
+    }
 
 
 def test_what_is_not_finite_is_no_figure(tmp_path):

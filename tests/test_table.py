@@ -11,20 +11,38 @@ from iqmpc.errors import CheckpointError, IqmpcError, TaskError
 from iqmpc.runlog import RunLog, write_summary
 
 SUMMARY = {
-    "env_steps": 100, "wall_s": 600.0, "episodes": 20, "return_mean": 900.0, "return_std": 10.0,
-    "success_rate": None, "demonstrator_return": 1000.0, "machine": "a CPU, avx2", "threads": 1,
+    "env_steps": 100,
+    "wall_s": 600.0,
+    "episodes": 20,
+    "return_mean": 900.0,
+    "return_std": 10.0,
+    "success_rate": None,
+    "demonstrator_return": 1000.0,
+    "machine": "a CPU, avx2",
+    "threads": 1,
     "commit": "abc",
 }
 MEASURED = {
-    "env_steps": 100, "updates": 90, "wall_s": 601.0, "demonstrator_return": 1000.0,
-    "return_mean": 800.0, "return_std": 20.0, "success_rate": None, "reward_correlation": 0.9,
+    "env_steps": 100,
+    "updates": 90,
+    "wall_s": 601.0,
+    "demonstrator_return": 1000.0,
+    "return_mean": 800.0,
+    "return_std": 20.0,
+    "success_rate": None,
+    "reward_correlation": 0.9,
 }
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(name="run", words=(), summary=SUMMARY, evaluations=((40, 1.0, None), (80, 3.0, None)),
-             checkpoints=True):
+    def make(
+        name="run",
+        words=(),
+        summary=SUMMARY,
+        evaluations=((40, 1.0, None), (80, 3.0, None)),
+        checkpoints=True,
+    ):
         run = tmp_path / name
         run.mkdir()
         checkpoint.save_config(run, compose(["task=walker-walk", *words]), new=True)
@@ -34,16 +52,26 @@ def make_run(tmp_path):
             write_summary(run, summary)
         log = RunLog(run)
         for step, mean, success in [*evaluations, (100, 1e6, None)]:
-            log.write({"env_steps": step, "updates": step, "episodes": 1, "wall_s": 6.0,
-                       "eval_return_mean": mean, "eval_success_rate": success})
+            log.write(
+                {
+                    "env_steps": step,
+                    "updates": step,
+                    "episodes": 1,
+                    "wall_s": 6.0,
+                    "eval_return_mean": mean,
+                    "eval_success_rate": success,
+                }
+            )
         log.close()
         return run
+
     return make
 
 
 @pytest.fixture
 def measuring(monkeypatch):
     """What `measure` was asked for, in place of a process that does it; `figures` is its answer."""
+
     class Measuring:
         figures, asked = MEASURED, []
 
@@ -61,11 +89,27 @@ def measuring(monkeypatch):
 def test_a_record(make_run, measuring):
     run = make_run(words=["seed=3", "learner.batch=128", "threads=1"])
     assert table.record(run) == {
-        "task": "walker-walk", "agent": "planner", "seed": 3, "ablation": "learner.batch=128",
-        "preset": "cpu", "steps": 100, "minutes": 10.0, "episodes": 20, "return_mean": 900.0,
-        "return_std": 10.0, "demonstrator_return": 1000.0, "ratio": 0.9, "success_rate": None,
-        "last5_of": "return", "last5_mean": 2.0, "last5_min": 1.0, "correlation": 0.9,
-        "machine": "a CPU, avx2", "threads": 1, "commit": "abc"}
+        "task": "walker-walk",
+        "agent": "planner",
+        "seed": 3,
+        "ablation": "learner.batch=128",
+        "preset": "cpu",
+        "steps": 100,
+        "minutes": 10.0,
+        "episodes": 20,
+        "return_mean": 900.0,
+        "return_std": 10.0,
+        "demonstrator_return": 1000.0,
+        "ratio": 0.9,
+        "success_rate": None,
+        "last5_of": "return",
+        "last5_mean": 2.0,
+        "last5_min": 1.0,
+        "correlation": 0.9,
+        "machine": "a CPU, avx2",
+        "threads": 1,
+        "commit": "abc",
+    }
     assert measuring.asked == [(0, True)]  # the summary has the episodes
 
 
@@ -98,8 +142,9 @@ def test_the_prior_is_another_agent(make_run, measuring):
 
 
 def test_successes_are_what_the_last_five_are_of_where_there_are_any(make_run, measuring):
-    run = make_run(summary={**SUMMARY, "success_rate": 0.5},
-                   evaluations=[(40, 1.0, 0.0), (80, 3.0, 1.0)])
+    run = make_run(
+        summary={**SUMMARY, "success_rate": 0.5}, evaluations=[(40, 1.0, 0.0), (80, 3.0, 1.0)]
+    )
     record = table.record(run)
     assert (record["last5_of"], record["last5_mean"], record["last5_min"]) == ("success", 0.5, 0)
 
@@ -113,8 +158,10 @@ def test_a_run_that_has_not_ended(make_run, measuring):
 
 def test_what_is_not_finite_or_not_known_is_null(make_run, measuring):
     measuring.figures = {**MEASURED, "reward_correlation": None}
-    run = make_run(summary={**SUMMARY, "return_mean": float("nan"), "demonstrator_return": None},
-                   evaluations=[])
+    run = make_run(
+        summary={**SUMMARY, "return_mean": float("nan"), "demonstrator_return": None},
+        evaluations=[],
+    )
     record = table.record(run)
     for field in ("return_mean", "ratio", "demonstrator_return", "correlation", "last5_mean"):
         assert record[field] is None
@@ -148,24 +195,52 @@ def test_what_is_no_run_is_named(make_run, measuring, tmp_path):
 
 def record(task="walker-walk", seed=0, ablation="", agent="planner", **figures):
     return {
-        "task": task, "agent": agent, "seed": seed, "ablation": ablation, "steps": 15000,
-        "minutes": 12.0, "return_mean": 900.0, "demonstrator_return": 1000.0, "ratio": 0.9,
-        "success_rate": None, "last5_mean": 800.0, "last5_min": 700.0, "correlation": 0.8,
-        "machine": "a CPU", "threads": 1, "commit": "abc", **figures}
+        "task": task,
+        "agent": agent,
+        "seed": seed,
+        "ablation": ablation,
+        "steps": 15000,
+        "minutes": 12.0,
+        "return_mean": 900.0,
+        "demonstrator_return": 1000.0,
+        "ratio": 0.9,
+        "success_rate": None,
+        "last5_mean": 800.0,
+        "last5_min": 700.0,
+        "correlation": 0.8,
+        "machine": "a CPU",
+        "threads": 1,
+        "commit": "abc",
+        **figures,
+    }
 
 
 def test_records_replace_those_of_the_same_run_and_no_others(tmp_path):
     path = tmp_path / "table.json"
     foreign = [{"task": "other", "note": "by hand"}, {"task": "other", "note": "as well"}]
-    path.write_text(json.dumps([
-        record(seed=10), record(seed=2), record(ablation="learner.batch=128"),
-        record(agent="prior"), *foreign, {"task": "third", "return_mean": float("nan")}]))
+    path.write_text(
+        json.dumps(
+            [
+                record(seed=10),
+                record(seed=2),
+                record(ablation="learner.batch=128"),
+                record(agent="prior"),
+                *foreign,
+                {"task": "third", "return_mean": float("nan")},
+            ]
+        )
+    )
     table.merge_records(path, [record(seed=10, return_mean=1.0), record(seed=1)])
     found = table.read_records(path)
     assert [r["return_mean"] for r in found if r.get("seed") == 10] == [1.0]
     walker = [(r["agent"], r["ablation"], r["seed"]) for r in found if r["task"] == "walker-walk"]
-    assert walker == [("planner", "", 1), ("planner", "", 2), ("planner", "", 10),
-                      ("planner", "learner.batch=128", 0), ("prior", "", 0)]
+    assert walker == [
+        ("planner", "", 1),
+        ("planner", "", 2),
+        ("planner", "", 10),
+        ("planner", "learner.batch=128", 0),
+        ("prior", "", 0),
+    ]
     assert [r for r in found if r["task"] == "other"] == foreign
     assert found[2] == {"task": "third", "return_mean": None}
     assert len(path.read_text().splitlines()) == len(found) + 2  # a record a line
@@ -186,23 +261,34 @@ def test_globs_are_folders_and_what_is_missing_stays(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "ab.txt").touch()
     assert table.find_runs([f"{tmp_path}/[ab]*", f"{tmp_path}/a", f"{tmp_path}/c*"]) == [
-        tmp_path / "a", tmp_path / "b", tmp_path / "c*"]
+        tmp_path / "a",
+        tmp_path / "b",
+        tmp_path / "c*",
+    ]
     assert table.find_runs([f"{tmp_path}/[1]"]) == [tmp_path / "[1]"]
 
 
 def test_tables_have_means_over_seeds():
-    records = [record(seed=0, correlation=None), record(seed=1, return_mean=800.0, last5_min=600),
-               record("myo-key-turn", success_rate=0.95, demonstrator_return=None, ratio=None)]
+    records = [
+        record(seed=0, correlation=None),
+        record(seed=1, return_mean=800.0, last5_min=600),
+        record("myo-key-turn", success_rate=0.95, demonstrator_return=None, ratio=None),
+    ]
     lines = table.to_markdown(records).splitlines()
     assert len(lines) == 2 + 4
-    assert lines[2] == ("| walker-walk | planner |  | 0 | 15,000 | 12 | 900.0 | 1000.0 | 0.90 | – "
-                        "| 800.00 | 700.00 | – |")
-    assert lines[4] == ("| walker-walk | planner |  | mean of 2 | 15,000 | 12 | 850.0 | 1000.0 "
-                        "| 0.90 | – | 800.00 | 650.00 | – |")
+    assert lines[2] == (
+        "| walker-walk | planner |  | 0 | 15,000 | 12 | 900.0 | 1000.0 | 0.90 | – "
+        "| 800.00 | 700.00 | – |"
+    )
+    assert lines[4] == (
+        "| walker-walk | planner |  | mean of 2 | 15,000 | 12 | 850.0 | 1000.0 "
+        "| 0.90 | – | 800.00 | 650.00 | – |"
+    )
     assert "| 0.95 |" in lines[5] and {line.count("|") for line in lines} == {14}
     assert table.to_rich(records).row_count == 4
     assert table.made_on([record(), record(commit="abd", machine=None)]) == (
-        "machine a CPU; threads 1; commit abc, abd")
+        "machine a CPU; threads 1; commit abc, abd"
+    )
 
 
 class Deadly:

@@ -14,9 +14,14 @@ def test_runs_of_one_process_do_not_take_threads_from_each_other(small_config, m
     for name in ("_threads", "_torchs", "_default"):
         monkeypatch.setattr(threads, name, None)
     fused = small_config.replace({"learner.mode": "fused"})
-    for config, library, own in ((fused, 6, 1), (fused, 6, 1), (small_config, 6, 6),
-                                 (fused.replace({"threads": 3}), 3, 1),
-                                 (small_config.replace({"threads": 2}), 2, 2), (fused, 6, 1)):
+    for config, library, own in (
+        (fused, 6, 1),
+        (fused, 6, 1),
+        (small_config, 6, 6),
+        (fused.replace({"threads": 3}), 3, 1),
+        (small_config.replace({"threads": 2}), 2, 2),
+        (fused, 6, 1),
+    ):
         prepare_torch(config)
         assert (threads.threads(), torch.get_num_threads()) == (library, own)
     torch.set_num_threads(4)  # by who uses iqmpc

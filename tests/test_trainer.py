@@ -35,18 +35,49 @@ def train(config, env, demonstrations, run, **options):
 
 def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demonstrations):
     messages, progress = [], []
-    summary = train(small_config, point_env, point_demonstrations, tmp_path / "run",
-                    on_message=messages.append, on_progress=progress.append)
+    summary = train(
+        small_config,
+        point_env,
+        point_demonstrations,
+        tmp_path / "run",
+        on_message=messages.append,
+        on_progress=progress.append,
+    )
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "metrics.csv", "tensorboard", "checkpoints", "summary.json"}
+        "config.yaml",
+        "metrics.csv",
+        "tensorboard",
+        "checkpoints",
+        "summary.json",
+    }
     assert json.loads((run / "summary.json").read_text()) == summary
     assert list(summary) == [
-        "task", "seed", "env_steps", "updates", "skipped_updates", "wall_s", "episodes",
-        "return_mean", "return_std", "success_rate", "success_any_rate", "demonstrator_return",
-        "ratio", "last5_return_mean", "last5_return_min", "last5_success_mean",
-        "last5_success_min", "backend", "nonfinite_plans", "missed_plans", "env_restarts",
-        "threads", "machine", "commit"]
+        "task",
+        "seed",
+        "env_steps",
+        "updates",
+        "skipped_updates",
+        "wall_s",
+        "episodes",
+        "return_mean",
+        "return_std",
+        "success_rate",
+        "success_any_rate",
+        "demonstrator_return",
+        "ratio",
+        "last5_return_mean",
+        "last5_return_min",
+        "last5_success_mean",
+        "last5_success_min",
+        "backend",
+        "nonfinite_plans",
+        "missed_plans",
+        "env_restarts",
+        "threads",
+        "machine",
+        "commit",
+    ]
     assert summary["env_steps"] == 100 and summary["updates"] == 5 + 60
     assert summary["demonstrator_return"] == point_demonstrations.return_mean
     assert summary["ratio"] == summary["return_mean"] / summary["demonstrator_return"]
@@ -66,10 +97,19 @@ def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demon
 
 def test_a_short_run_improves_its_return(tmp_path, small_config, point_env, point_demonstrations):
     """From demonstrations alone: a point learns to walk to the origin; the reward is never seen."""
-    config = small_config.replace({
-        "train.steps": 1000, "train.random_steps": 100, "train.initial_updates": 100,
-        "train.final_episodes": 10, "train.eval_every": 1000, "learner.batch": 32,
-        "learner.lr": 1e-3, "planner.samples": 64, "planner.elites": 8})
+    config = small_config.replace(
+        {
+            "train.steps": 1000,
+            "train.random_steps": 100,
+            "train.initial_updates": 100,
+            "train.final_episodes": 10,
+            "train.eval_every": 1000,
+            "learner.batch": 32,
+            "learner.lr": 1e-3,
+            "planner.samples": 64,
+            "planner.elites": 8,
+        }
+    )
 
     class Blind(gymnasium.Wrapper):
         """Rewards that would mislead whoever reads them."""
@@ -81,29 +121,49 @@ def test_a_short_run_improves_its_return(tmp_path, small_config, point_env, poin
     train(config, Blind(point_env), point_demonstrations, tmp_path / "run")
     agent = Agent.load(tmp_path / "run")
     learnt = evaluate(agent, point_env, episodes=10)
-    untrained = evaluate(Agent(type(agent.model)(2, 2, config.model), config), point_env,
-                         episodes=10)
+    untrained = evaluate(
+        Agent(type(agent.model)(2, 2, config.model), config), point_env, episodes=10
+    )
     expert = point_demonstrations.return_mean
     assert untrained.return_mean < 0.4 * expert
     assert learnt.return_mean > 0.7 * expert and learnt.success_rate >= 0.8
 
 
-def test_td_learns_from_the_reward_without_demonstrations(tmp_path, small_config, point_env,
-                                                          point_demonstrations):
-    config = small_config.replace({
-        "learner.objective": "td", "train.steps": 600, "train.random_steps": 200,
-        "train.initial_updates": 200, "train.final_episodes": 10, "train.eval_every": 1000,
-        "learner.batch": 32, "learner.lr": 1e-3, "planner.samples": 64, "planner.elites": 8})
+def test_td_learns_from_the_reward_without_demonstrations(
+    tmp_path, small_config, point_env, point_demonstrations
+):
+    config = small_config.replace(
+        {
+            "learner.objective": "td",
+            "train.steps": 600,
+            "train.random_steps": 200,
+            "train.initial_updates": 200,
+            "train.final_episodes": 10,
+            "train.eval_every": 1000,
+            "learner.batch": 32,
+            "learner.lr": 1e-3,
+            "planner.samples": 64,
+            "planner.elites": 8,
+        }
+    )
     summary = train(config, point_env, None, tmp_path / "run")
     assert summary["return_mean"] > 0.7 * point_demonstrations.return_mean
     assert summary["demonstrator_return"] is None and summary["ratio"] is None
 
 
 def test_decoded_reward_ranks_the_expert_above_its_opposite(
-        tmp_path, small_config, point_env, point_demonstrations):
-    config = small_config.replace({
-        "train.steps": 600, "train.random_steps": 100, "train.initial_updates": 100,
-        "train.eval_every": 1000, "learner.batch": 32, "learner.lr": 1e-3})
+    tmp_path, small_config, point_env, point_demonstrations
+):
+    config = small_config.replace(
+        {
+            "train.steps": 600,
+            "train.random_steps": 100,
+            "train.initial_updates": 100,
+            "train.eval_every": 1000,
+            "learner.batch": 32,
+            "learner.lr": 1e-3,
+        }
+    )
     train(config, point_env, point_demonstrations, tmp_path / "run")
     agent = Agent.load(tmp_path / "run")
     angle = np.linspace(0, 2 * np.pi, 64, dtype=np.float32)
@@ -115,10 +175,12 @@ def test_decoded_reward_ranks_the_expert_above_its_opposite(
     ends = agent.decode_reward(obs, toward, obs + 0.2 * toward, terminated=np.arange(64) == 3)
     assert np.flatnonzero(ends != good).tolist() == [3]
     episodes = evaluate(agent, point_env, episodes=4).episodes
-    decoded = np.concatenate([agent.decode_reward(
-        e.observations[:-1], e.actions, e.observations[1:]) for e in episodes])
+    decoded = np.concatenate(
+        [agent.decode_reward(e.observations[:-1], e.actions, e.observations[1:]) for e in episodes]
+    )
     assert reward_correlation(agent, episodes) == pytest.approx(
-        pearson(decoded, np.concatenate([e.rewards for e in episodes])), rel=1e-4)
+        pearson(decoded, np.concatenate([e.rewards for e in episodes])), rel=1e-4
+    )
     single = agent.decode_reward(obs[0], toward[0], (obs + 0.2 * toward)[0])
     assert single == pytest.approx(good[0], rel=1e-4, abs=1e-5)
     with pytest.raises(ValueError, match=r"action must be \[64, 2\], got \[1, 2\]"):
@@ -128,8 +190,9 @@ def test_decoded_reward_ranks_the_expert_above_its_opposite(
 @pytest.mark.parametrize("entropy", ["exact", "presquash"])
 def test_the_decoded_reward_is_its_formula(small_config, entropy):
     """Q - γ (1 - d) mean of (Q - β A log π) over draws of the prior; log π as it was trained."""
-    config = small_config.replace({
-        "learner.entropy": entropy, "learner.beta": 0.5, "learner.discount": 0.8})
+    config = small_config.replace(
+        {"learner.entropy": entropy, "learner.beta": 0.5, "learner.discount": 0.8}
+    )
     model = WorldModel(2, 2, config.model)
     torch.nn.init.normal_(model.critics[-1].weight)
     obs, action, after = torch.randn(5, 2), torch.rand(5, 2), torch.randn(5, 2)
@@ -139,10 +202,12 @@ def test_the_decoded_reward_is_its_formula(small_config, entropy):
     for noise in torch.randn(16, 1, 2, generator=torch.Generator().manual_seed(0)):
         prior, log_prob = layers.policy_sample(weights, z, noise.expand(5, 2), entropy)
         values.append(model.q(z, prior).mean(0) - 0.5 * 2 * log_prob)
-    expected = model.q(model.encode(obs), action).mean(0) - \
-        0.8 * (~ends).float() * torch.stack(values).mean(0)
+    expected = model.q(model.encode(obs), action).mean(0) - 0.8 * (~ends).float() * torch.stack(
+        values
+    ).mean(0)
     decoded = Agent(model, config).decode_reward(
-        *(x.numpy() for x in (obs, action, after)), terminated=ends.numpy())
+        *(x.numpy() for x in (obs, action, after)), terminated=ends.numpy()
+    )
     np.testing.assert_allclose(decoded, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -175,13 +240,18 @@ def assert_same_state(one, two):
     assert not different
 
 
-@pytest.mark.parametrize("mode", [
-    "eager", "fused", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mode", ["eager", "fused", pytest.param("compile", marks=pytest.mark.slow)]
+)
 def test_resume_is_exact(tmp_path, small_config, point_env, point_demonstrations, mode):
     """40 + 60 steps are 100 steps, evaluations in between or not."""
-    config = small_config.replace({
-        "planner.mode": "compile" if mode == "compile" else "eager", "learner.mode": mode,
-        "agent.average": "always"})
+    config = small_config.replace(
+        {
+            "planner.mode": "compile" if mode == "compile" else "eager",
+            "learner.mode": mode,
+            "agent.average": "always",
+        }
+    )
     train(config, point_env, point_demonstrations, tmp_path / "straight")
     first = config.replace({"train.steps": 40, "train.eval_every": 20})
     train(first, point_env, point_demonstrations, tmp_path / "parts")
@@ -215,9 +285,19 @@ def test_kill_and_resume_is_exact(tmp_path, small_config, point_demonstrations):
     shared = os.path.join(os.path.dirname(__file__), "conftest.py")
 
     def start(run, mode, slow):
-        return subprocess.Popen([
-            sys.executable, "-c", _WORKER, shared, str(tmp_path / run), mode, str(slow),
-            str(tmp_path / "config.yaml"), str(tmp_path / "demos.h5")])
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                _WORKER,
+                shared,
+                str(tmp_path / run),
+                mode,
+                str(slow),
+                str(tmp_path / "config.yaml"),
+                str(tmp_path / "demos.h5"),
+            ]
+        )
 
     assert start("straight", "new", 0).wait(120) == 0
     cut = start("cut", "new", 0.05)
@@ -231,27 +311,34 @@ def test_kill_and_resume_is_exact(tmp_path, small_config, point_demonstrations):
     assert not (tmp_path / "cut" / "summary.json").exists()
     assert start("cut", "resume", 0).wait(120) == 0
     assert_same_state(tmp_path / "straight", tmp_path / "cut")
-    rows = {run: [{k: v for k, v in r.items() if k != "wall_s"} for r in
-                  csv.DictReader(open(tmp_path / run / "metrics.csv", newline=""))]
-            for run in ("straight", "cut")}
+    rows = {
+        run: [
+            {k: v for k, v in r.items() if k != "wall_s"}
+            for r in csv.DictReader(open(tmp_path / run / "metrics.csv", newline=""))
+        ]
+        for run in ("straight", "cut")
+    }
     assert rows["straight"] == rows["cut"]
 
 
-def test_a_damaged_newest_checkpoint_falls_back(tmp_path, small_config, point_env,
-                                                point_demonstrations):
+def test_a_damaged_newest_checkpoint_falls_back(
+    tmp_path, small_config, point_env, point_demonstrations
+):
     train(small_config, point_env, point_demonstrations, tmp_path / "run")
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     newest.write_bytes(newest.read_bytes()[:-10])
     with pytest.warns(RuntimeWarning, match=newest.name):
-        trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run",
-                          resume=True)
+        trainer = Trainer(
+            small_config, point_env, point_demonstrations, run=tmp_path / "run", resume=True
+        )
     assert trainer.env_steps == 80
     with pytest.warns(RuntimeWarning, match=newest.name):
         Agent.load(tmp_path / "run")
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     run = tmp_path / "run"
 
     class Wide(gymnasium.Wrapper):
@@ -267,10 +354,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     other = gymnasium.make("Pendulum-v1")
     other = gymnasium.wrappers.RescaleAction(other, -1.0, 1.0)
     with pytest.raises(ConfigError, match="are of task 'point', the run's is 'line'"):
-        Trainer(small_config.replace({"task.name": "line"}), point_env, point_demonstrations,
-                run=run)
-    with pytest.raises(ConfigError, match=r"have observations \[2\] and 2 actions, the "
-                                          r"environment has \[3\] and 1"):
+        Trainer(
+            small_config.replace({"task.name": "line"}), point_env, point_demonstrations, run=run
+        )
+    with pytest.raises(
+        ConfigError,
+        match=r"have observations \[2\] and 2 actions, the "
+        r"environment has \[3\] and 1",
+    ):
         Trainer(small_config, other, point_demonstrations, run=run)
     long = small_config.replace({"learner.horizon": 30, "task.episode_length": 40})
     with pytest.raises(ConfigError, match="no demonstration is as long as learner.horizon=30"):
@@ -288,8 +379,9 @@ def test_demonstrations_may_name_a_gym_task_by_its_env_id(
     trainer = Trainer(config, point_env, named, run=tmp_path / "run")
     assert trainer.experts.slices
     with pytest.raises(ConfigError, match="are of task 'Point-v1', the run's is 'gym-point-v0'"):
-        Trainer(config, point_env, dataclasses.replace(named, task="Point-v1"),
-                run=tmp_path / "run")
+        Trainer(
+            config, point_env, dataclasses.replace(named, task="Point-v1"), run=tmp_path / "run"
+        )
 
 
 def test_a_run_is_not_overwritten(tmp_path, small_config, point_env, point_demonstrations):
@@ -298,31 +390,42 @@ def test_a_run_is_not_overwritten(tmp_path, small_config, point_env, point_demon
     with pytest.raises(ConfigError, match="already holds a run: continue it with resume="):
         Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
     # two that start at once: only one gets the folder
-    one, two = (Trainer(config, point_env, point_demonstrations, run=tmp_path / "both")
-                for _ in range(2))
+    one, two = (
+        Trainer(config, point_env, point_demonstrations, run=tmp_path / "both") for _ in range(2)
+    )
     one.train()
     with pytest.raises(ConfigError, match="already holds a run"):
         two.train()
 
 
-def test_another_models_checkpoint_is_refused(tmp_path, small_config, point_env,
-                                              point_demonstrations):
-    train(small_config.replace({"train.steps": 20}), point_env, point_demonstrations,
-          tmp_path / "run")
+def test_another_models_checkpoint_is_refused(
+    tmp_path, small_config, point_env, point_demonstrations
+):
+    train(
+        small_config.replace({"train.steps": 20}), point_env, point_demonstrations, tmp_path / "run"
+    )
     wider = small_config.replace({"model.hidden_dim": 40})
-    with pytest.raises(ConfigError, match="what a run learns cannot change when it is resumed: "
-                                          "model.hidden_dim is 40, was 32"):
+    with pytest.raises(
+        ConfigError,
+        match="what a run learns cannot change when it is resumed: model.hidden_dim is 40, was 32",
+    ):
         Trainer(wider, point_env, point_demonstrations, run=tmp_path / "run", resume=True)
 
 
-def test_evaluation_is_repeatable_and_episode_seeds_differ(tmp_path, small_config, point_env,
-                                                           point_demonstrations):
+def test_evaluation_is_repeatable_and_episode_seeds_differ(
+    tmp_path, small_config, point_env, point_demonstrations
+):
     train(small_config, point_env, point_demonstrations, tmp_path / "run")
-    one, two = (evaluate(Agent.load(tmp_path / "run"), point_env, episodes=3).returns
-                for _ in range(2))
+    one, two = (
+        evaluate(Agent.load(tmp_path / "run"), point_env, episodes=3).returns for _ in range(2)
+    )
     np.testing.assert_array_equal(one, two)
-    seeds = {stream_seed(s, stream, i) for s in range(3) for stream in ("train", "eval")
-             for i in range(50)}
+    seeds = {
+        stream_seed(s, stream, i)
+        for s in range(3)
+        for stream in ("train", "eval")
+        for i in range(50)
+    }
     assert len(seeds) == 300
 
 
@@ -342,8 +445,9 @@ def test_random_actions_come_first(tmp_path, small_config, point_env, point_demo
     assert planned_steps(trainer) == list(range(40, 100))
 
 
-def test_the_initial_updates_see_all_random_steps(tmp_path, small_config, point_env,
-                                                  point_demonstrations):
+def test_the_initial_updates_see_all_random_steps(
+    tmp_path, small_config, point_env, point_demonstrations
+):
     trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run")
     held = []
     update = trainer.learner.update
@@ -352,16 +456,18 @@ def test_the_initial_updates_see_all_random_steps(tmp_path, small_config, point_
     assert held[:6] == [40] * 6 and trainer.learner.updates == 5 + 60
 
 
-def test_short_random_phases_lose_no_updates(tmp_path, small_config, point_env,
-                                             point_demonstrations):
+def test_short_random_phases_lose_no_updates(
+    tmp_path, small_config, point_env, point_demonstrations
+):
     """Until an episode has ended there is nothing to learn from: act at random, then catch up."""
     config = small_config.replace({"train.random_steps": 5})
     trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
     assert planned_steps(trainer) == list(range(20, 100)) and trainer.learner.updates == 5 + 95
 
 
-def test_updates_on_the_demonstrations_alone(tmp_path, small_config, point_env,
-                                             point_demonstrations):
+def test_updates_on_the_demonstrations_alone(
+    tmp_path, small_config, point_env, point_demonstrations
+):
     config = small_config.replace({"train.demo_updates": 7, "train.steps": 60})
     trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
     at = []
@@ -373,8 +479,9 @@ def test_updates_on_the_demonstrations_alone(tmp_path, small_config, point_env,
         config.replace({"learner.objective": "td"})
 
 
-def test_an_environment_may_reuse_its_observation(tmp_path, small_config, point_env,
-                                                  point_demonstrations):
+def test_an_environment_may_reuse_its_observation(
+    tmp_path, small_config, point_env, point_demonstrations
+):
     class Reusing(gymnasium.Wrapper):
         buffer = np.zeros(2, np.float32)
 
@@ -393,7 +500,8 @@ def test_an_environment_may_reuse_its_observation(tmp_path, small_config, point_
 
 
 def test_a_run_cut_before_its_first_checkpoint_starts_again(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     run = tmp_path / "run"
     run.mkdir()
     checkpoint.save_config(run, small_config, new=True)
@@ -402,19 +510,26 @@ def test_a_run_cut_before_its_first_checkpoint_starts_again(
     assert_same_state(run, tmp_path / "straight")
 
 
-def test_resume_refuses_what_is_no_continuation(tmp_path, small_config, point_env,
-                                                point_demonstrations):
+def test_resume_refuses_what_is_no_continuation(
+    tmp_path, small_config, point_env, point_demonstrations
+):
     run = tmp_path / "run"
     train(small_config, point_env, point_demonstrations, run)
     with pytest.raises(CheckpointError, match="was trained on other demonstrations"):
         Trainer(small_config, point_env, point_demonstrations.select(5), run=run, resume=True)
     with pytest.raises(ConfigError, match="train.steps must be at least the 100"):
-        Trainer(small_config.replace({"train.steps": 60}), point_env, point_demonstrations,
-                run=run, resume=True)
+        Trainer(
+            small_config.replace({"train.steps": 60}),
+            point_env,
+            point_demonstrations,
+            run=run,
+            resume=True,
+        )
 
 
-def test_a_finished_run_resumed_says_the_same_again(tmp_path, small_config, point_env,
-                                                    point_demonstrations):
+def test_a_finished_run_resumed_says_the_same_again(
+    tmp_path, small_config, point_env, point_demonstrations
+):
     """Also with a line of metrics.csv that a crash left incomplete."""
     run = tmp_path / "run"
     first = train(small_config, point_env, point_demonstrations, run)
@@ -459,14 +574,23 @@ def modes(weights, seen):
 @pytest.mark.parametrize("average", ["off", "evaluation", "always"])
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_the_average_acts_where_it_should(
-        tmp_path, small_config, point_env, point_demonstrations, average, num_envs):
+    tmp_path, small_config, point_env, point_demonstrations, average, num_envs
+):
     """A prior that hardly explores shows by its actions whose they are: an average that has not
     moved yet, or the live weights.
     """
-    config = small_config.replace({
-        "planner.enabled": False, "model.log_std_min": -11.0, "model.log_std_max": -10.0,
-        "learner.lr": 1e-2, "train.num_envs": num_envs, "train.updates_per_step": 3,
-        "agent.average": average, "agent.average_rate": 1e-9})
+    config = small_config.replace(
+        {
+            "planner.enabled": False,
+            "model.log_std_min": -11.0,
+            "model.log_std_max": -10.0,
+            "learner.lr": 1e-2,
+            "train.num_envs": num_envs,
+            "train.updates_per_step": 3,
+            "agent.average": average,
+            "agent.average_rate": 1e-9,
+        }
+    )
     envs = [Watched(type(point_env)()) for _ in range(num_envs)]
     eval_env = Watched(point_env)
     trainer = Trainer(config, envs, point_demonstrations, run=tmp_path / "run", eval_env=eval_env)
@@ -479,23 +603,33 @@ def test_the_average_acts_where_it_should(
         ended = tick()
         if not random:
             for env in envs:
-                during.append([(a - b).abs().max().item() < 1e-3 for a, b in (
-                    modes(w, env.seen[before:]) for w in (initial, live))])
+                during.append(
+                    [
+                        (a - b).abs().max().item() < 1e-3
+                        for a, b in (modes(w, env.seen[before:]) for w in (initial, live))
+                    ]
+                )
         return ended
 
     trainer._tick = watched
     trainer.train()
     live = trainer.learner.weights
-    acted, evaluated = np.array(during).mean(0), [
-        (a - b).abs().max().item() < 1e-3 for a, b in (
-            modes(w, eval_env.seen[-40:]) for w in (initial, live))]
+    acted, evaluated = (
+        np.array(during).mean(0),
+        [
+            (a - b).abs().max().item() < 1e-3
+            for a, b in (modes(w, eval_env.seen[-40:]) for w in (initial, live))
+        ],
+    )
     assert acted.tolist() == ([1, 0] if average == "always" else [0, 1])
     assert evaluated == ([False, True] if average == "off" else [True, False])
 
     loaded = Agent.load(tmp_path / "run")
     weights = trainer.learner.evaluation_weights()
-    assert all(torch.equal(a, b) for a, b in zip(
-        loaded.model.weights().tensors(), weights.tensors(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(loaded.model.weights().tensors(), weights.tensors(), strict=True)
+    )
     obs = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
     mode, _ = modes(weights, [(o, o) for o in obs])
     np.testing.assert_allclose([loaded.act(o) for o in obs], mode.detach(), atol=1e-5)
@@ -504,12 +638,13 @@ def test_the_average_acts_where_it_should(
     for agent, of in ((loaded, weights), (trainer.agent, acting)):
         by_hand = Agent(type(loaded.model)(2, 2, config.model), config)
         by_hand.publish(of)
-        np.testing.assert_array_equal(
-            agent.decode_reward(*what), by_hand.decode_reward(*what))
+        np.testing.assert_array_equal(agent.decode_reward(*what), by_hand.decode_reward(*what))
     if average != "off":  # what a loaded agent acts with may be chosen
         other = Agent.load(tmp_path / "run", changes={"agent.average": "off"})
-        assert all(torch.equal(a, b) for a, b in zip(
-            other.model.weights().tensors(), live.tensors(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(other.model.weights().tensors(), live.tensors(), strict=True)
+        )
     else:
         with pytest.raises(CheckpointError, match="holds no average of the weights"):
             Agent.load(tmp_path / "run", changes={"agent.average": "always"})
@@ -517,16 +652,23 @@ def test_the_average_acts_where_it_should(
 
 @pytest.mark.parametrize("average", ["evaluation", "always"])
 def test_a_run_with_an_average_continues_exactly(
-        tmp_path, small_config, point_env, point_demonstrations, average):
+    tmp_path, small_config, point_env, point_demonstrations, average
+):
     config = small_config.replace({"agent.average": average, "agent.average_rate": 0.1})
     train(config, point_env, point_demonstrations, tmp_path / "straight")
-    train(config.replace({"train.steps": 60, "train.eval_every": 20}), point_env,
-          point_demonstrations, tmp_path / "parts")
+    train(
+        config.replace({"train.steps": 60, "train.eval_every": 20}),
+        point_env,
+        point_demonstrations,
+        tmp_path / "parts",
+    )
     train(config, point_env, point_demonstrations, tmp_path / "parts", resume=True)
     one, two = (tensors_of(tmp_path / n)[0] for n in ("straight", "parts"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    averages, live = ({k.removeprefix(prefix) for k in one if k.startswith(prefix)}
-                      for prefix in ("learner.average.", "learner.model."))
+    averages, live = (
+        {k.removeprefix(prefix) for k in one if k.startswith(prefix)}
+        for prefix in ("learner.average.", "learner.model.")
+    )
     assert averages == live and averages
     if average == "evaluation":  # it leaves no trace in training
         train(small_config, point_env, point_demonstrations, tmp_path / "off")
@@ -536,18 +678,21 @@ def test_a_run_with_an_average_continues_exactly(
 
 
 def test_a_checkpoint_from_before_updates_were_skipped_is_continued(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     train(small_config, point_env, point_demonstrations, tmp_path / "run")
     path, tensors, meta = checkpoint.newest(tmp_path / "run")
     del tensors["learner.skipped_updates"]
     checkpoint.save(tmp_path / "run", 100, tensors, meta)
-    trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run",
-                      resume=True)
+    trainer = Trainer(
+        small_config, point_env, point_demonstrations, run=tmp_path / "run", resume=True
+    )
     assert trainer.learner.skipped_updates == 0 and trainer.learner.updates == 65
 
 
 def test_skipped_updates_are_counted_and_said_once(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     """In summary.json, metrics.csv and checkpoints, over a continuation."""
     trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run")
     update = trainer.learner.update
@@ -568,8 +713,13 @@ def test_skipped_updates_are_counted_and_said_once(
     counted = [r["skipped_updates"] for r in rows_of(tmp_path / "run") if r["return"]]
     assert counted == ["", "1", "2", "3", "3"]  # after 5, 25, 45 and 65 updates
     with pytest.warns(RuntimeWarning, match="was left out"):
-        resumed = train(small_config.replace({"train.steps": 120}), point_env,
-                        point_demonstrations, tmp_path / "run", resume=True)
+        resumed = train(
+            small_config.replace({"train.steps": 120}),
+            point_env,
+            point_demonstrations,
+            tmp_path / "run",
+            resume=True,
+        )
     assert resumed["skipped_updates"] == 3
 
 
@@ -598,8 +748,13 @@ class Marked(gymnasium.Env):
                 raise KeyboardInterrupt
         self.steps += 1
         ended = self.steps >= self.length
-        return (self.obs(), float(self.steps), ended and self.terminates,
-                ended and not self.terminates, {})
+        return (
+            self.obs(),
+            float(self.steps),
+            ended and self.terminates,
+            ended and not self.terminates,
+            {},
+        )
 
 
 def marked(**options):
@@ -613,10 +768,10 @@ def three(small_config):
 
 
 def test_three_environments_are_planned_in_one_call(
-        tmp_path, three, point_env, point_demonstrations):
+    tmp_path, three, point_env, point_demonstrations
+):
     envs = [type(point_env)(length) for length in (5, 8, 20)]
-    trainer = Trainer(three, envs, point_demonstrations, run=tmp_path / "run",
-                      eval_env=point_env)
+    trainer = Trainer(three, envs, point_demonstrations, run=tmp_path / "run", eval_env=point_env)
     ticks, shapes, updates = [], [], []
     plan, step, update = trainer.agent.planner.plan, trainer.envs.step, trainer.learner.update
     trainer.agent.planner.plan = lambda obs, **k: shapes.append(list(obs.shape)) or plan(obs, **k)
@@ -629,28 +784,46 @@ def test_three_environments_are_planned_in_one_call(
     assert updates == [42] * (5 + 2) + [s for s in range(45, 100, 3) for _ in range(3)] + [100]
     rows = list(csv.DictReader(open(tmp_path / "run" / "metrics.csv", newline="")))
     ends = [int(r["env_steps"]) for r in rows if r["return"]]
-    assert ends == sorted(3 * t for length in (5, 8, 20) for t in range(length, 34, length)) \
-        + [100] * 3  # the unfinished ones
+    assert (
+        ends
+        == sorted(3 * t for length in (5, 8, 20) for t in range(length, 34, length)) + [100] * 3
+    )  # the unfinished ones
     assert [int(r["env_steps"]) for r in rows if r["eval_return_mean"]] == [45, 90, 100]
     assert all(r["consistency"] for r in rows if r["return"] and int(r["env_steps"]) > 40)
 
 
 def test_three_environments_train(tmp_path, three, point_env, point_demonstrations):
-    config = three.replace({
-        "train.steps": 1000, "train.random_steps": 100, "train.initial_updates": 100,
-        "train.final_episodes": 10, "train.eval_every": 1000, "learner.batch": 32,
-        "learner.lr": 1e-3, "planner.samples": 64, "planner.elites": 8})
-    summary = train(config, [type(point_env)() for _ in range(3)], point_demonstrations,
-                    tmp_path / "run", eval_env=point_env)
+    config = three.replace(
+        {
+            "train.steps": 1000,
+            "train.random_steps": 100,
+            "train.initial_updates": 100,
+            "train.final_episodes": 10,
+            "train.eval_every": 1000,
+            "learner.batch": 32,
+            "learner.lr": 1e-3,
+            "planner.samples": 64,
+            "planner.elites": 8,
+        }
+    )
+    summary = train(
+        config,
+        [type(point_env)() for _ in range(3)],
+        point_demonstrations,
+        tmp_path / "run",
+        eval_env=point_env,
+    )
     assert summary["ratio"] > 0.7 and summary["success_rate"] >= 0.8
     learnt = evaluate(Agent.load(tmp_path / "run"), point_env, episodes=10)
     assert learnt.return_mean == summary["return_mean"]
 
 
 def test_episodes_of_several_environments_are_not_mixed(
-        tmp_path, three, point_env, point_demonstrations):
-    trainer = Trainer(three, marked(), point_demonstrations, run=tmp_path / "run",
-                      eval_env=point_env)
+    tmp_path, three, point_env, point_demonstrations
+):
+    trainer = Trainer(
+        three, marked(), point_demonstrations, run=tmp_path / "run", eval_env=point_env
+    )
     trainer.train()
     # 34, 33, 33 steps: 6, 4 and 3 whole episodes, and 4, 5 and 0 steps at the end
     assert len(trainer.behaviour) == 100 and trainer.episodes == 13 + 2
@@ -658,18 +831,20 @@ def test_episodes_of_several_environments_are_not_mixed(
     lengths = [5] * 6 + [4] + [7] * 4 + [5] + [11] * 3
     assert len(starts) == sum(length - 3 + 1 for length in lengths)
     for start in starts.tolist():
-        of, at = rows["obs"][start:start + 4].T
+        of, at = rows["obs"][start : start + 4].T
         assert of.unique().numel() == 1 and (at - at[0]).tolist() == [0, 1, 2, 3]
-        assert rows["reward"][start:start + 3].tolist() == at[1:].tolist()
+        assert rows["reward"][start : start + 3].tolist() == at[1:].tolist()
         ends = [bool(2 <= m < 3 and t == 7) for m, t in zip(of[1:], at[1:], strict=True)]
-        assert rows["terminated"][start:start + 3].tolist() == ends
+        assert rows["terminated"][start : start + 3].tolist() == ends
     assert rows["terminated"].sum() == 4
 
 
 def test_each_environments_plan_is_forgotten_at_its_episodes_end(
-        tmp_path, three, point_env, point_demonstrations):
-    trainer = Trainer(three, marked(), point_demonstrations, run=tmp_path / "run",
-                      eval_env=point_env)
+    tmp_path, three, point_env, point_demonstrations
+):
+    trainer = Trainer(
+        three, marked(), point_demonstrations, run=tmp_path / "run", eval_env=point_env
+    )
     reset, act, resets, ticks = trainer.agent.planner.reset, trainer._act, [], []
     trainer.agent.planner.reset = lambda env=None: resets.append(env) or reset(env)
 
@@ -685,21 +860,34 @@ def test_each_environments_plan_is_forgotten_at_its_episodes_end(
 
 
 def test_evaluation_leaves_no_trace_beside_three_environments(
-        tmp_path, three, point_env, point_demonstrations):
+    tmp_path, three, point_env, point_demonstrations
+):
     for name, every in (("often", 10), ("never", 1000)):
-        train(three.replace({"train.eval_every": every}), marked(), point_demonstrations,
-              tmp_path / name, eval_env=point_env)
+        train(
+            three.replace({"train.eval_every": every}),
+            marked(),
+            point_demonstrations,
+            tmp_path / name,
+            eval_env=point_env,
+        )
     one, two = (tensors_of(tmp_path / n)[0] for n in ("often", "never"))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 def test_resume_is_exact_where_episodes_end_together(
-        tmp_path, three, point_env, point_demonstrations):
+    tmp_path, three, point_env, point_demonstrations
+):
     config = three.replace({"train.steps": 180})
 
     def go(config, run, **options):
-        train(config, [type(point_env)() for _ in range(3)], point_demonstrations,
-              tmp_path / run, eval_env=point_env, **options)
+        train(
+            config,
+            [type(point_env)() for _ in range(3)],
+            point_demonstrations,
+            tmp_path / run,
+            eval_env=point_env,
+            **options,
+        )
 
     go(config, "straight")
     go(config.replace({"train.steps": 120}), "parts")
@@ -709,17 +897,18 @@ def test_resume_is_exact_where_episodes_end_together(
 
 
 def test_resume_drops_unfinished_episodes_of_the_others(
-        tmp_path, three, point_env, point_demonstrations):
+    tmp_path, three, point_env, point_demonstrations
+):
     """Cut in tick 31; the checkpoint of tick 28 holds what had ended by then."""
     config = three.replace({"train.checkpoint_every": 80})
     before, after = marked(fails_at=30), marked()
-    killed = Trainer(config, before, point_demonstrations, run=tmp_path / "run",
-                     eval_env=point_env)
+    killed = Trainer(config, before, point_demonstrations, run=tmp_path / "run", eval_env=point_env)
     killed._rescue = lambda: None  # which a killed process has no time for
     with pytest.raises(KeyboardInterrupt):
         killed.train()
-    trainer = Trainer(config, after, point_demonstrations, run=tmp_path / "run",
-                      eval_env=point_env, resume=True)
+    trainer = Trainer(
+        config, after, point_demonstrations, run=tmp_path / "run", eval_env=point_env, resume=True
+    )
     assert trainer.env_steps == 84 and len(trainer.behaviour) == 25 + 28 + 22
     assert trainer.episodes == 5 + 4 + 2
     # by the checkpoint: the first two have begun one more since
@@ -731,8 +920,9 @@ def test_resume_drops_unfinished_episodes_of_the_others(
     assert not used & {seed for env in after for seed in env.seeds}
 
 
-def test_wrong_environments_are_refused(tmp_path, small_config, three, point_env,
-                                        point_demonstrations):
+def test_wrong_environments_are_refused(
+    tmp_path, small_config, three, point_env, point_demonstrations
+):
     run, envs = tmp_path / "run", [type(point_env)() for _ in range(3)]
 
     def make(config, env, **options):
@@ -747,8 +937,9 @@ def test_wrong_environments_are_refused(tmp_path, small_config, three, point_env
     with pytest.raises(ConfigError, match="needs an eval_env of its own"):
         make(three, envs, eval_env=envs[1])
     other = gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
-    with pytest.raises(TaskError, match="point: environment 2 and environment 0 differ in "
-                                        "observation_space.shape"):
+    with pytest.raises(
+        TaskError, match="point: environment 2 and environment 0 differ in observation_space.shape"
+    ):
         make(three, [*envs[:2], other], eval_env=point_env)
     with pytest.raises(TaskError, match="point: eval_env and environment 0 differ in"):
         make(three, envs, eval_env=other)
@@ -757,16 +948,23 @@ def test_wrong_environments_are_refused(tmp_path, small_config, three, point_env
     assert not run.exists()
     run.mkdir()
     checkpoint.save_config(run, small_config, new=True)
-    with pytest.raises(ConfigError, match="num_envs cannot change when a run is resumed: it is 1, "
-                                          "got 3"):
+    with pytest.raises(
+        ConfigError, match="num_envs cannot change when a run is resumed: it is 1, got 3"
+    ):
         make(three, envs, eval_env=point_env, resume=True)
 
 
 def test_one_environment_may_come_in_a_list_and_with_another_for_evaluation(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     train(small_config, point_env, point_demonstrations, tmp_path / "plain")
-    train(small_config, [type(point_env)()], point_demonstrations, tmp_path / "list",
-          eval_env=type(point_env)())
+    train(
+        small_config,
+        [type(point_env)()],
+        point_demonstrations,
+        tmp_path / "list",
+        eval_env=type(point_env)(),
+    )
     assert_same_state(tmp_path / "plain", tmp_path / "list")
 
 
@@ -775,13 +973,17 @@ def overlapping(config, schedule, **changes):
 
 
 def rows_of(run):
-    return [{k: v for k, v in row.items() if k != "wall_s"}
-            for row in csv.DictReader(open(run / "metrics.csv", newline=""))]
+    return [
+        {k: v for k, v in row.items() if k != "wall_s"}
+        for row in csv.DictReader(open(run / "metrics.csv", newline=""))
+    ]
 
 
 def test_overlapped_is_the_same_schedule_in_line(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     """`async` is `sync` bit for bit, resumed or not; `off` is another schedule, and the default."""
+
     def go(name, schedule, steps=100, **options):
         config = overlapping(small_config, schedule, **{"train.steps": steps})
         train(config, point_env, point_demonstrations, tmp_path / name, **options)
@@ -802,12 +1004,15 @@ def test_overlapped_is_the_same_schedule_in_line(
 
 
 def test_overlapped_is_the_same_schedule_with_three_environments(
-        tmp_path, three, point_env, point_demonstrations):
-    """Also where their episodes end at different times, with two updates a step and none at first.
-    """
+    tmp_path, three, point_env, point_demonstrations
+):
+    """Also where episodes end at different times, with two updates a step and none at first."""
     for name in ("sync", "async"):
-        config = overlapping(three, name, **{
-            "train.updates_per_step": 2, "train.initial_updates": 0, "train.demo_updates": 3})
+        config = overlapping(
+            three,
+            name,
+            **{"train.updates_per_step": 2, "train.initial_updates": 0, "train.demo_updates": 3},
+        )
         train(config, marked(), point_demonstrations, tmp_path / name, eval_env=point_env)
     assert_same_state(tmp_path / "sync", tmp_path / "async")
     assert rows_of(tmp_path / "sync") == rows_of(tmp_path / "async")
@@ -815,7 +1020,8 @@ def test_overlapped_is_the_same_schedule_with_three_environments(
 
 @pytest.mark.parametrize("rate", [0.25, 0.3, 1.5])
 def test_a_fraction_of_an_update_for_each_step(
-        tmp_path, small_config, point_env, point_demonstrations, rate):
+    tmp_path, small_config, point_env, point_demonstrations, rate
+):
     """As many as are due at each tick, by each schedule, resumed or not."""
     for schedule in ("off", "sync", "async"):
         config = overlapping(small_config, schedule, **{"train.updates_per_step": rate})
@@ -823,7 +1029,9 @@ def test_a_fraction_of_an_update_for_each_step(
         tick, made, messages = trainer._tick, [], []
         trainer._on_message = messages.append
         trainer._tick = lambda tick=tick, made=made, trainer=trainer: (
-            tick(), made.append(trainer.learner.updates))[0]
+            tick(),
+            made.append(trainer.learner.updates),
+        )[0]
         trainer.train()
         # 40 random steps, then 5 updates and those for each step since
         due = [0] * 39 + [5 + math.floor((n - 40) * Fraction(str(rate))) for n in range(40, 101)]
@@ -840,9 +1048,11 @@ def test_a_fraction_of_an_update_for_each_step(
 
 @pytest.mark.parametrize("schedule", ["off", "sync", "async"])
 def test_a_plan_lacks_the_updates_of_one_tick_at_most(
-        tmp_path, small_config, point_env, point_demonstrations, schedule):
-    trainer = Trainer(overlapping(small_config, schedule), point_env, point_demonstrations,
-                      run=tmp_path / "run")
+    tmp_path, small_config, point_env, point_demonstrations, schedule
+):
+    trainer = Trainer(
+        overlapping(small_config, schedule), point_env, point_demonstrations, run=tmp_path / "run"
+    )
     planner, lacking, saved = trainer.agent.planner, {}, []
     plan, publish, save = planner.plan, planner.publish, trainer._save
     published = 0
@@ -867,7 +1077,8 @@ def test_a_plan_lacks_the_updates_of_one_tick_at_most(
 
 
 def test_the_environment_steps_while_the_learner_learns(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     began, stepped = threading.Event(), threading.Event()
 
     class Waits(gymnasium.Wrapper):
@@ -877,8 +1088,12 @@ def test_the_environment_steps_while_the_learner_learns(
                 stepped.set()
             return self.env.step(action)
 
-    trainer = Trainer(overlapping(small_config, "async"), Waits(point_env), point_demonstrations,
-                      run=tmp_path / "run")
+    trainer = Trainer(
+        overlapping(small_config, "async"),
+        Waits(point_env),
+        point_demonstrations,
+        run=tmp_path / "run",
+    )
     update, names = trainer.learner.update, set()
 
     def update_(batch):
@@ -895,9 +1110,11 @@ def test_the_environment_steps_while_the_learner_learns(
 
 
 def test_an_error_in_the_learners_thread_is_raised(
-        tmp_path, small_config, point_env, point_demonstrations):
-    trainer = Trainer(overlapping(small_config, "async"), point_env, point_demonstrations,
-                      run=tmp_path / "run")
+    tmp_path, small_config, point_env, point_demonstrations
+):
+    trainer = Trainer(
+        overlapping(small_config, "async"), point_env, point_demonstrations, run=tmp_path / "run"
+    )
     update = trainer.learner.update
 
     def fail(batch):
@@ -914,7 +1131,8 @@ def test_an_error_in_the_learners_thread_is_raised(
 
 @pytest.mark.parametrize("initial", [5, 10**9])
 def test_interrupting_an_overlapped_run(
-        tmp_path, small_config, point_env, point_demonstrations, initial):
+    tmp_path, small_config, point_env, point_demonstrations, initial
+):
     """Ctrl-C beside a step, or while the initial updates are waited for: it ends, and resumes."""
     config = overlapping(small_config, "async", **{"train.initial_updates": initial})
     trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
@@ -940,41 +1158,66 @@ def test_interrupting_an_overlapped_run(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("mode", ["compile", "graph"])
 def test_overlapped_is_the_same_schedule_on_a_gpu(
-        tmp_path, small_config, point_env, point_demonstrations, mode):
+    tmp_path, small_config, point_env, point_demonstrations, mode
+):
     config = small_config.replace({"device": "cuda", "learner.mode": mode})
     assert Trainer(config, point_env, point_demonstrations, run=tmp_path).overlap == "async"
     for name in ("sync", "async"):
         train(overlapping(config, name), point_env, point_demonstrations, tmp_path / name)
-    train(overlapping(config, "async", **{"train.steps": 60}), point_env, point_demonstrations,
-          tmp_path / "parts")
-    train(overlapping(config, "async"), point_env, point_demonstrations, tmp_path / "parts",
-          resume=True)
+    train(
+        overlapping(config, "async", **{"train.steps": 60}),
+        point_env,
+        point_demonstrations,
+        tmp_path / "parts",
+    )
+    train(
+        overlapping(config, "async"),
+        point_env,
+        point_demonstrations,
+        tmp_path / "parts",
+        resume=True,
+    )
     assert_same_state(tmp_path / "sync", tmp_path / "async")
     one, two = (tensors_of(tmp_path / n)[0] for n in ("sync", "parts"))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 # What makes the environments of `marked`, in worker processes too.
-MAKERS = [functools.partial(Marked, 1, 5), functools.partial(Marked, 2, 7, terminates=True),
-          functools.partial(Marked, 3, 11)]
+MAKERS = [
+    functools.partial(Marked, 1, 5),
+    functools.partial(Marked, 2, 7, terminates=True),
+    functools.partial(Marked, 3, 11),
+]
 
 
 def test_worker_processes_give_the_same_run(tmp_path, three, point_env, point_demonstrations):
     train(three, marked(), point_demonstrations, tmp_path / "given", eval_env=point_env)
     for name, workers, kind in (("serial", False, VectorEnv), ("workers", None, WorkerVectorEnv)):
-        trainer = Trainer(three.replace({"train.env_workers": workers}), MAKERS,
-                          point_demonstrations, run=tmp_path / name, eval_env=point_env)
+        trainer = Trainer(
+            three.replace({"train.env_workers": workers}),
+            MAKERS,
+            point_demonstrations,
+            run=tmp_path / name,
+            eval_env=point_env,
+        )
         assert type(trainer.envs) is kind
         trainer.train()
         assert_same_state(tmp_path / "given", tmp_path / name)
 
 
 def test_a_worker_killed_in_the_middle_of_training(
-        tmp_path, three, point_env, point_demonstrations):
+    tmp_path, three, point_env, point_demonstrations
+):
     """After tick 20, nine steps into the second episode of 11 steps."""
     messages = []
-    trainer = Trainer(three, MAKERS, point_demonstrations, run=tmp_path / "run",
-                      eval_env=point_env, on_message=messages.append)
+    trainer = Trainer(
+        three,
+        MAKERS,
+        point_demonstrations,
+        run=tmp_path / "run",
+        eval_env=point_env,
+        on_message=messages.append,
+    )
     update, killed, forgotten = trainer.learner.update, [], []
     trainer.agent.planner.reset = lambda env: forgotten.append((trainer.env_steps, env))
 
@@ -997,19 +1240,28 @@ def test_a_worker_killed_in_the_middle_of_training(
     of = trainer.behaviour._rows["obs"][trainer.behaviour._starts][:, 0].floor()
     assert [(of == mark).sum().item() for mark in (1, 2, 3)] == [6 * 3 + 2, 4 * 5 + 3, 2 * 9]
     assert [at for at, env in forgotten if env == 2] == [0, 33, 63, 96]
-    again = train(three.replace({"train.steps": 110}), MAKERS, point_demonstrations,
-                  tmp_path / "run", eval_env=point_env, resume=True)
+    again = train(
+        three.replace({"train.steps": 110}),
+        MAKERS,
+        point_demonstrations,
+        tmp_path / "run",
+        eval_env=point_env,
+        resume=True,
+    )
     assert again["env_restarts"] == 1 and again["env_steps"] == 110
 
 
-def test_a_worker_that_always_fails_ends_the_run(
-        tmp_path, three, point_env, point_demonstrations):
+def test_a_worker_that_always_fails_ends_the_run(tmp_path, three, point_env, point_demonstrations):
     config = three.replace({"train.env_restarts": 1})
     makers = [*MAKERS[:2], functools.partial(Marked, 3, 11, fails_at=4)]
-    trainer = Trainer(config, makers, point_demonstrations, run=tmp_path / "run",
-                      eval_env=point_env)
-    with pytest.raises(WorkerError, match=r"worker 2 of point [\s\S]*KeyboardInterrupt\nafter 1 "
-                                          "restarts of workers, .* train.env_restarts=1"):
+    trainer = Trainer(
+        config, makers, point_demonstrations, run=tmp_path / "run", eval_env=point_env
+    )
+    with pytest.raises(
+        WorkerError,
+        match=r"worker 2 of point [\s\S]*KeyboardInterrupt\nafter 1 "
+        "restarts of workers, .* train.env_restarts=1",
+    ):
         trainer.train()
     assert trainer.env_steps == 3 * 9  # the restarted one had four steps again
 
@@ -1018,8 +1270,11 @@ def test_workers_need_functions(tmp_path, small_config, three, point_env, point_
     def make(config, env, **options):
         return Trainer(config, env, point_demonstrations, run=tmp_path / "run", **options)
 
-    with pytest.raises(ConfigError, match="train.env_workers=true needs functions that make the "
-                                          "environments, got 3 environments among 3"):
+    with pytest.raises(
+        ConfigError,
+        match="train.env_workers=true needs functions that make the "
+        "environments, got 3 environments among 3",
+    ):
         make(three.replace({"train.env_workers": True}), marked(), eval_env=point_env)
     with pytest.raises(ConfigError, match="1 of 3 environments are made already"):
         make(three, [*MAKERS[:2], Marked(3, 11)], eval_env=point_env)
@@ -1029,23 +1284,31 @@ def test_workers_need_functions(tmp_path, small_config, three, point_env, point_
     assert isinstance(one.envs, WorkerVectorEnv) and isinstance(one.eval_env, Marked)
     one.envs.close()
     for key, value, message in (
-            ("env_timeout_s", 0, "must be positive, got 0"),
-            ("env_restarts", -1, "must be at least 0, got -1"),
-            ("env_workers", 3, "must be bool, got 3")):
+        ("env_timeout_s", 0, "must be positive, got 0"),
+        ("env_restarts", -1, "must be at least 0, got -1"),
+        ("env_workers", 3, "must be bool, got 3"),
+    ):
         with pytest.raises(ConfigError, match=f"train.{key} {message}"):
             three.replace({f"train.{key}": value})
 
 
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_images_train_resume_and_act(
-        tmp_path, small_config, make_image_point, image_demonstrations, num_envs):
+    tmp_path, small_config, make_image_point, image_demonstrations, num_envs
+):
     """40 + 40 steps are 80, from frames; the loaded agent acts and decodes rewards."""
     config = small_config.replace({"train.steps": 80, "train.num_envs": num_envs})
 
     def go(config, run, **options):
         envs = [make_image_point() for _ in range(num_envs + 1)]
-        return train(config, envs[1:] if num_envs > 1 else envs[0], image_demonstrations,
-                     tmp_path / run, eval_env=envs[0], **options)
+        return train(
+            config,
+            envs[1:] if num_envs > 1 else envs[0],
+            image_demonstrations,
+            tmp_path / run,
+            eval_env=envs[0],
+            **options,
+        )
 
     summary = go(config, "straight")
     go(config.replace({"train.steps": 40}), "parts")
@@ -1070,10 +1333,13 @@ def test_images_train_resume_and_act(
 
 
 def test_images_that_do_not_fit_are_refused(
-        tmp_path, small_config, point_env, image_point_env, point_demonstrations,
-        image_demonstrations):
-    with pytest.raises(ConfigError, match=r"have observations \[2\] and 2 actions, the environment "
-                                          r"has \[3, 64, 64\] and 2"):
+    tmp_path, small_config, point_env, image_point_env, point_demonstrations, image_demonstrations
+):
+    with pytest.raises(
+        ConfigError,
+        match=r"have observations \[2\] and 2 actions, the environment "
+        r"has \[3, 64, 64\] and 2",
+    ):
         Trainer(small_config, image_point_env, point_demonstrations, run=tmp_path)
     with pytest.raises(ConfigError, match=r"have observations \[3, 64, 64\] and 2 actions"):
         Trainer(small_config, point_env, image_demonstrations, run=tmp_path)
@@ -1101,13 +1367,22 @@ def interrupted_at(trainer, step, number):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_after_the_step_and_loses_nothing(
-        tmp_path, small_config, point_env, point_demonstrations, number):
+    tmp_path, small_config, point_env, point_demonstrations, number
+):
     """In step 76 of a run that would not have saved before 100; the continuation is exact."""
     config = small_config.replace({"train.checkpoint_every": 1000})
     messages = []
-    trainer = interrupted_at(Trainer(
-        config, point_env, point_demonstrations, run=tmp_path / "cut",
-        on_message=messages.append), 75, number)
+    trainer = interrupted_at(
+        Trainer(
+            config,
+            point_env,
+            point_demonstrations,
+            run=tmp_path / "cut",
+            on_message=messages.append,
+        ),
+        75,
+        number,
+    )
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as caught:
         trainer.train()
@@ -1124,30 +1399,39 @@ def test_a_signal_ends_a_run_after_the_step_and_loses_nothing(
 
 
 def test_a_signal_during_an_evaluation_and_one_that_is_handled_elsewhere(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     class Stops(type(point_env)):
         def step(self, action):
             os.kill(os.getpid(), signal.SIGTERM)
             return super().step(action)
 
     config = small_config.replace({"train.checkpoint_every": 1000})
-    trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run",
-                      eval_env=Stops())
+    trainer = Trainer(
+        config, point_env, point_demonstrations, run=tmp_path / "run", eval_env=Stops()
+    )
     with pytest.raises(Interrupted):
         trainer.train()
     assert checkpoint.newest(tmp_path / "run")[2]["env_steps"] == 40
     came = []
     before = signal.signal(signal.SIGTERM, lambda *_: came.append(1))
     try:
-        trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run",
-                          eval_env=Stops(), resume=True)
+        trainer = Trainer(
+            config,
+            point_env,
+            point_demonstrations,
+            run=tmp_path / "run",
+            eval_env=Stops(),
+            resume=True,
+        )
         assert trainer.train()["env_steps"] == 100 and came
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def test_an_error_of_the_environment_saves_the_last_whole_episode(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     class Once(gymnasium.ObservationWrapper):
         seen = 0
 
@@ -1165,10 +1449,12 @@ def test_an_error_of_the_environment_saves_the_last_whole_episode(
 
 
 def test_a_replay_that_was_overwritten_is_not_saved_as_it_was(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     """The interruption comes when the next episode has taken the place of an older one."""
-    config = small_config.replace({"train.capacity": 64, "train.checkpoint_every": 1000,
-                                   "train.eval_every": 1000})
+    config = small_config.replace(
+        {"train.capacity": 64, "train.checkpoint_every": 1000, "train.eval_every": 1000}
+    )
     trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
     keep = trainer._keep
 
@@ -1184,7 +1470,8 @@ def test_a_replay_that_was_overwritten_is_not_saved_as_it_was(
 
 
 def test_weights_that_are_not_finite_are_not_saved(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run")
     update = trainer.learner.update
 
@@ -1196,20 +1483,27 @@ def test_weights_that_are_not_finite_are_not_saved(
         return metrics
 
     trainer.learner.update = spoil
-    with (pytest.raises(CheckpointError, match="step 80: .* tensors of the learner are not finite"),
-          pytest.warns(RuntimeWarning, match="no trajectory of a plan")):
+    with (
+        pytest.raises(CheckpointError, match="step 80: .* tensors of the learner are not finite"),
+        pytest.warns(RuntimeWarning, match="no trajectory of a plan"),
+    ):
         trainer.train()
     assert checkpoint.newest(tmp_path / "run")[2]["env_steps"] == 40
 
 
 def test_two_processes_do_not_resume_one_run(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     run = tmp_path / "run"
     train(small_config.replace({"train.steps": 40}), point_env, point_demonstrations, run)
-    one, two = (Trainer(small_config, point_env, point_demonstrations, run=run, resume=True)
-                for _ in range(2))
-    with checkpoint.locked(run), pytest.raises(
-            ConfigError, match="run is being trained by another process"):
+    one, two = (
+        Trainer(small_config, point_env, point_demonstrations, run=run, resume=True)
+        for _ in range(2)
+    )
+    with (
+        checkpoint.locked(run),
+        pytest.raises(ConfigError, match="run is being trained by another process"),
+    ):
         one.train()
     one.train()
     with pytest.raises(ConfigError, match="was continued by another process since step_000000040"):
@@ -1217,24 +1511,34 @@ def test_two_processes_do_not_resume_one_run(
 
 
 def test_what_a_kill_has_left_is_removed_at_resume(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     run = tmp_path / "run"
     train(small_config, point_env, point_demonstrations, run)
     folder = run / "checkpoints"
     first = folder / "step_000000080.safetensors"
     kept = [folder / "step_best.safetensors", folder / "mine.tmp"]
-    left = [folder / ".step_000000120.safetensors.0123abcd.tmp", run / ".config.yaml.00000000.tmp",
-            folder / "step_000000020.safetensors"]
+    left = [
+        folder / ".step_000000120.safetensors.0123abcd.tmp",
+        run / ".config.yaml.00000000.tmp",
+        folder / "step_000000020.safetensors",
+    ]
     for path in (*kept, *left):
         path.write_bytes(first.read_bytes())
-    train(small_config.replace({"train.steps": 120}), point_env, point_demonstrations, run,
-          resume=True)
+    train(
+        small_config.replace({"train.steps": 120}),
+        point_env,
+        point_demonstrations,
+        run,
+        resume=True,
+    )
     assert all(path.exists() for path in kept) and not any(path.exists() for path in left)
     assert checkpoint.newest(run)[2]["env_steps"] == 120
 
 
 def test_settings_that_differ_from_the_checkpoints_are_named(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     run = tmp_path / "run"
     train(small_config, point_env, point_demonstrations, run)
     path = run / "config.yaml"
@@ -1244,23 +1548,39 @@ def test_settings_that_differ_from_the_checkpoints_are_named(
         Agent.load(run)
     with pytest.raises(CheckpointError, match=said):
         Trainer(small_config, point_env, point_demonstrations, run=run, resume=True)
-    path.write_text(path.read_text().replace("rho: 0.7", "rho: 0.5").replace(
-        "checkpoint_every: 40", "checkpoint_every: 41"))
+    path.write_text(
+        path.read_text()
+        .replace("rho: 0.7", "rho: 0.5")
+        .replace("checkpoint_every: 40", "checkpoint_every: 41")
+    )
     messages = []
-    Trainer(small_config.replace({"train.checkpoint_every": 41, "demos.path": "elsewhere.h5"}),
-            point_env, point_demonstrations, run=run, resume=True, on_message=messages.append)
+    Trainer(
+        small_config.replace({"train.checkpoint_every": 41, "demos.path": "elsewhere.h5"}),
+        point_env,
+        point_demonstrations,
+        run=run,
+        resume=True,
+        on_message=messages.append,
+    )
     assert messages[0].endswith("train.checkpoint_every is 41, was 40")
 
 
 def test_another_way_of_computing_is_said_and_another_agent_refused(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     run = tmp_path / "run"
     train(small_config, point_env, point_demonstrations, run)
 
     def resumed(changes):
         messages = []
-        Trainer(small_config.replace(changes), point_env, point_demonstrations, run=run,
-                resume=True, on_message=messages.append)
+        Trainer(
+            small_config.replace(changes),
+            point_env,
+            point_demonstrations,
+            run=run,
+            resume=True,
+            on_message=messages.append,
+        )
         return messages
 
     assert resumed({"threads": 1}) == ["continuing from step_000000100.safetensors"]
@@ -1268,8 +1588,9 @@ def test_another_way_of_computing_is_said_and_another_agent_refused(
     assert fused in resumed({"learner.mode": "fused"})
     assert fused in resumed({"learner.mode": "auto"})  # what it comes to here
     assert resumed({"learner.mode": "fused", "learner.precision": "bf16"})[:2] == [
-        fused, "the run was made with learner.precision=float32 and goes on with bf16: not bit for "
-        "bit"]
+        fused,
+        "the run was made with learner.precision=float32 and goes on with bf16: not bit for bit",
+    ]
     for changes in ({"agent.average": "always"}, {"agent.average_rate": 0.5}):
         with pytest.raises(ConfigError, match="cannot change when it is resumed: agent.average"):
             resumed(changes)
@@ -1277,18 +1598,26 @@ def test_another_way_of_computing_is_said_and_another_agent_refused(
 
 @pytest.mark.parametrize("mode", ["auto", "fused"])
 def test_what_auto_comes_to_stands_in_the_checkpoint(
-        tmp_path, small_config, point_env, point_demonstrations, mode):
+    tmp_path, small_config, point_env, point_demonstrations, mode
+):
     config = small_config.replace({"learner.mode": mode, "train.steps": 60})
     train(config, point_env, point_demonstrations, tmp_path / "run")
     assert checkpoint.newest(tmp_path / "run")[2]["mode"] == "fused"
     messages = []
-    Trainer(config.replace({"learner.mode": "auto"}), point_env, point_demonstrations,
-            run=tmp_path / "run", resume=True, on_message=messages.append)
+    Trainer(
+        config.replace({"learner.mode": "auto"}),
+        point_env,
+        point_demonstrations,
+        run=tmp_path / "run",
+        resume=True,
+        on_message=messages.append,
+    )
     assert messages == ["continuing from step_000000060.safetensors"]
 
 
 def test_a_run_of_another_device_goes_on_and_acts_here(
-        tmp_path, small_config, point_env, point_demonstrations, monkeypatch):
+    tmp_path, small_config, point_env, point_demonstrations, monkeypatch
+):
     run = tmp_path / "run"
     train(small_config.replace({"train.steps": 40}), point_env, point_demonstrations, run)
     path, tensors, meta = checkpoint.newest(run)
@@ -1300,25 +1629,37 @@ def test_a_run_of_another_device_goes_on_and_acts_here(
     changed = small_config.replace({"device": "cuda", "planner.precision": "tf32"})
     checkpoint.save_config(run, changed, new=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with (pytest.warns(RuntimeWarning, match="which is not here: acting on the CPU"),
-          pytest.warns(RuntimeWarning, match="acting with planner.backend=auto in float32")):
+    with (
+        pytest.warns(RuntimeWarning, match="which is not here: acting on the CPU"),
+        pytest.warns(RuntimeWarning, match="acting with planner.backend=auto in float32"),
+    ):
         agent = Agent.load(run)
     assert evaluate(agent, point_env, episodes=1).returns.shape == (1,)
     with pytest.raises(ConfigError, match="device=cuda was asked for"):
         Agent.load(run, changes={"device": "cuda"})
     messages = []
-    train(small_config, point_env, point_demonstrations, run, resume=True,
-          on_message=messages.append)
+    train(
+        small_config, point_env, point_demonstrations, run, resume=True, on_message=messages.append
+    )
     assert any("made on cuda and goes on on cpu: not bit for bit" in m for m in messages)
 
 
 def test_episodes_that_are_all_too_short_are_an_error(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     messages = []
-    with pytest.raises(TaskError, match="point: all 20 episodes were shorter than "
-                                        "learner.horizon=3, so nothing can be learnt"):
-        train(small_config, type(point_env)(2), point_demonstrations, tmp_path / "run",
-              on_message=messages.append)
+    with pytest.raises(
+        TaskError,
+        match="point: all 20 episodes were shorter than "
+        "learner.horizon=3, so nothing can be learnt",
+    ):
+        train(
+            small_config,
+            type(point_env)(2),
+            point_demonstrations,
+            tmp_path / "run",
+            on_message=messages.append,
+        )
     assert "an episode of 2 steps is shorter than learner.horizon=3" in messages[0]
 
     class Some(type(point_env)):
@@ -1327,24 +1668,41 @@ def test_episodes_that_are_all_too_short_are_an_error(
             return super().reset(**how)
 
     messages.clear()
-    train(small_config, Some(), point_demonstrations, tmp_path / "some",
-          on_message=messages.append, eval_env=point_env)
+    train(
+        small_config,
+        Some(),
+        point_demonstrations,
+        tmp_path / "some",
+        on_message=messages.append,
+        eval_env=point_env,
+    )
     assert sum("shorter than learner.horizon" in m for m in messages) == 2
 
 
 def test_an_environment_that_never_ends_is_cut(
-        tmp_path, small_config, point_env, point_demonstrations):
+    tmp_path, small_config, point_env, point_demonstrations
+):
     messages = []
-    summary = train(small_config, type(point_env)(10**9), point_demonstrations, tmp_path / "run",
-                    on_message=messages.append)
+    summary = train(
+        small_config,
+        type(point_env)(10**9),
+        point_demonstrations,
+        tmp_path / "run",
+        on_message=messages.append,
+    )
     assert summary["updates"] == 5 + 60
     assert sum("cut after task.episode_length=20" in m for m in messages) == 1
 
 
 def test_a_negative_return_is_said_without_a_percentage(
-        tmp_path, small_config, point_env, point_demonstrations):
-    costs = dataclasses.replace(point_demonstrations, episodes=tuple(
-        dataclasses.replace(e, rewards=e.rewards - 100) for e in point_demonstrations.episodes))
+    tmp_path, small_config, point_env, point_demonstrations
+):
+    costs = dataclasses.replace(
+        point_demonstrations,
+        episodes=tuple(
+            dataclasses.replace(e, rewards=e.rewards - 100) for e in point_demonstrations.episodes
+        ),
+    )
     messages = []
     summary = train(small_config, point_env, costs, tmp_path / "run", on_message=messages.append)
     assert summary["ratio"] is None
@@ -1358,8 +1716,10 @@ def test_torch_is_set_as_the_settings_say(tmp_path, small_config, point_env, poi
 
 
 def test_an_agent_of_several_environments_is_loaded(
-        tmp_path, small_config, point_env, point_demonstrations):
-    train(small_config.replace({"train.steps": 20}), point_env, point_demonstrations,
-          tmp_path / "run")
+    tmp_path, small_config, point_env, point_demonstrations
+):
+    train(
+        small_config.replace({"train.steps": 20}), point_env, point_demonstrations, tmp_path / "run"
+    )
     agent = Agent.load(tmp_path / "run", num_envs=3)
     assert agent.act(np.zeros((3, 2), np.float32)).shape == (3, 2)

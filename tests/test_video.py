@@ -29,15 +29,23 @@ class EGLError(Exception):
     pass
 
 
-@pytest.mark.parametrize(("value", "said"), [
-    (None, r"render\(\) gave a NoneType, expected an image uint8 \[H, W, 3\]"),
-    ([Drawn.image], "gave a list"), (Drawn.image / 255.0, r"gave float64 \[8, 8, 3\]"),
-    (Drawn.image[:, :, 0], r"gave uint8 \[8, 8\]"), (NotImplementedError(), "NotImplementedError$"),
-    (KeyError("camera"), "cannot render here: 'camera'$"),
-    (ValueError("no such angle"), "no such angle$"),
-    (EGLError(), r"EGLError \(without a screen, rendering needs EGL or OSMesa"),
-    (RuntimeError("an OpenGL context could not be made"), "could not be made .without a screen"),
-])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, r"render\(\) gave a NoneType, expected an image uint8 \[H, W, 3\]"),
+        ([Drawn.image], "gave a list"),
+        (Drawn.image / 255.0, r"gave float64 \[8, 8, 3\]"),
+        (Drawn.image[:, :, 0], r"gave uint8 \[8, 8\]"),
+        (NotImplementedError(), "NotImplementedError$"),
+        (KeyError("camera"), "cannot render here: 'camera'$"),
+        (ValueError("no such angle"), "no such angle$"),
+        (EGLError(), r"EGLError \(without a screen, rendering needs EGL or OSMesa"),
+        (
+            RuntimeError("an OpenGL context could not be made"),
+            "could not be made .without a screen",
+        ),
+    ],
+)
 def test_what_is_no_frame_is_said_at_once(tmp_path, value, said):
     with pytest.raises(TaskError, match=said):
         Recorder(tmp_path / "a.mp4")(Drawn(value))

@@ -88,8 +88,13 @@ void EpisodeReplay::add(const float* obs, const float* action, const float* rewa
 }
 
 ReplayView EpisodeReplay::view() const noexcept {
-  return {obs_.data(),    action_.data(), reward_.data(), terminated_.data(),
-          starts_.data(), slices(),       static_cast<Index>(reward_.size())};
+  return {obs_.data(),
+          action_.data(),
+          reward_.data(),
+          terminated_.data(),
+          starts_.data(),
+          slices(),
+          static_cast<Index>(reward_.size())};
 }
 
 std::ptrdiff_t EpisodeReplay::steps() const noexcept {
@@ -97,11 +102,7 @@ std::ptrdiff_t EpisodeReplay::steps() const noexcept {
   for (const Episode& e : held_) total += e.steps;
   return total;
 }
-std::ptrdiff_t EpisodeReplay::episodes() const noexcept {
-  return static_cast<Index>(held_.size());
-}
-std::ptrdiff_t EpisodeReplay::slices() const noexcept {
-  return static_cast<Index>(starts_.size());
-}
+std::ptrdiff_t EpisodeReplay::episodes() const noexcept { return static_cast<Index>(held_.size()); }
+std::ptrdiff_t EpisodeReplay::slices() const noexcept { return static_cast<Index>(starts_.size()); }
 
 }  // namespace iqmpc

@@ -12,10 +12,10 @@ namespace iqmpc {
 namespace detail {
 
 // Each level has its kernels in float32 and in bf16, in the order of Precision.
-#define IQMPC_TABLES(level)                 \
-  namespace level {                         \
-  extern const KernelTable tables[2];       \
-  extern const LearnTable learn_tables[2];  \
+#define IQMPC_TABLES(level)                \
+  namespace level {                        \
+  extern const KernelTable tables[2];      \
+  extern const LearnTable learn_tables[2]; \
   }
 IQMPC_TABLES(portable)
 #ifdef IQMPC_X86
@@ -26,11 +26,11 @@ IQMPC_TABLES(avx512bf16)
 #undef IQMPC_TABLES
 
 #ifdef IQMPC_X86
-#define IQMPC_CHOOSE(tables)                                         \
-  const auto row = static_cast<std::size_t>(precision);              \
-  if (isa == Isa::avx2) return avx2::tables[row];                    \
-  if (isa == Isa::avx512) return avx512::tables[row];                \
-  if (isa == Isa::avx512bf16) return avx512bf16::tables[row];        \
+#define IQMPC_CHOOSE(tables)                                  \
+  const auto row = static_cast<std::size_t>(precision);       \
+  if (isa == Isa::avx2) return avx2::tables[row];             \
+  if (isa == Isa::avx512) return avx512::tables[row];         \
+  if (isa == Isa::avx512bf16) return avx512bf16::tables[row]; \
   return portable::tables[row]
 #else
 #define IQMPC_CHOOSE(tables) \
@@ -39,9 +39,7 @@ IQMPC_TABLES(avx512bf16)
 #endif
 
 const KernelTable& kernel_table(Isa isa, Precision precision) noexcept { IQMPC_CHOOSE(tables); }
-const LearnTable& learn_table(Isa isa, Precision precision) noexcept {
-  IQMPC_CHOOSE(learn_tables);
-}
+const LearnTable& learn_table(Isa isa, Precision precision) noexcept { IQMPC_CHOOSE(learn_tables); }
 #undef IQMPC_CHOOSE
 
 }  // namespace detail

@@ -18,7 +18,9 @@ using Index = std::ptrdiff_t;
 // generator numbers its draws by padded columns.
 constexpr Index kActionPad = 16;
 
-constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr Index round_up(Index n, Index multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 struct KernelTable {
   // Rows of x in one register tile; a caller that blocks rows itself does so in multiples of it.

@@ -1,5 +1,6 @@
-// The kernels of cpu/kernel_table.hpp. CMake compiles this file once per instruction-set level, with
-// that level's flags and IQMPC_LEVEL set to its name; cpu/simd.hpp says what such a file must not do.
+// The kernels of cpu/kernel_table.hpp. CMake compiles this file once per instruction-set level,
+// with that level's flags and IQMPC_LEVEL set to its name; cpu/simd.hpp says what such a file must
+// not do.
 #include "cpu/kernel_table.hpp"
 #include "cpu/random.hpp"
 #include "cpu/simd.hpp"
@@ -55,9 +56,8 @@ struct Paired {
 
 // One register tile: y [Rows, kPanel] = init + x [Rows, in] panel.
 template <class Operands, int Rows>
-void tile(const typename Operands::Activation* x, Index ldx,
-          const typename Operands::Weight* panel, const float* init, Index ld_init, Index in,
-          float* y, Index ldy) {
+void tile(const typename Operands::Activation* x, Index ldx, const typename Operands::Weight* panel,
+          const float* init, Index ld_init, Index in, float* y, Index ldy) {
   constexpr int kStep = Operands::kStep;
   Vec acc[Rows][kPanelVecs];
 #pragma GCC unroll 16
@@ -88,8 +88,8 @@ void tile(const typename Operands::Activation* x, Index ldx,
 }
 
 template <class Operands>
-using Tile = void (*)(const typename Operands::Activation*, Index,
-                      const typename Operands::Weight*, const float*, Index, Index, float*, Index);
+using Tile = void (*)(const typename Operands::Activation*, Index, const typename Operands::Weight*,
+                      const float*, Index, Index, float*, Index);
 
 // tiles[r - 1] handles r rows, so that a short batch costs no padded rows.
 template <class Operands, int N, int... Count>
@@ -191,16 +191,16 @@ void norm_mish_dot(const float* x, Index ldx, Index rows, const float* gamma, co
     Vec sum{};
     for (Index i = 0; i < columns; i += kWidth) {
       const Vec normed = load(row + i) * scale;
-      sum += load(w + i) *
-             mish<accuracy_for<Activation>>(normed * load(gamma + i) + load(beta + i));
+      sum +=
+          load(w + i) * mish<accuracy_for<Activation>>(normed * load(gamma + i) + load(beta + i));
     }
     out[r] = sum_lanes(sum) + bias;
   }
 }
 
 template <class Activation>
-void norm_simnorm(float* x, Index ldx, Index rows, const float* gamma, const float* beta,
-                  Index dim, Index groups, Index n, void* out, Index ld_out) {
+void norm_simnorm(float* x, Index ldx, Index rows, const float* gamma, const float* beta, Index dim,
+                  Index groups, Index n, void* out, Index ld_out) {
   for (Index r = 0; r < rows; ++r) {
     float* row = x + r * ldx;
     auto* destination = static_cast<Activation*>(out) + r * ld_out;
@@ -215,8 +215,8 @@ void norm_simnorm(float* x, Index ldx, Index rows, const float* gamma, const flo
       }
       Vec sum{};
       for (Index i = g; i < dim * groups; i += groups) {
-        const Vec e = exp_in_range<accuracy_for<Activation>>(
-            at_least(load(row + i) - highest, -87.0f));
+        const Vec e =
+            exp_in_range<accuracy_for<Activation>>(at_least(load(row + i) - highest, -87.0f));
         store(row + i, e);
         sum += e;
       }

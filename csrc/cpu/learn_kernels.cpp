@@ -1,7 +1,7 @@
 // The kernels of cpu/learn_table.hpp. CMake compiles this file once per instruction-set level, with
-// that level's flags and IQMPC_LEVEL set to its name; cpu/simd.hpp says what such a file must not do.
+// that level's flags and IQMPC_LEVEL set to its name; cpu/simd.hpp says what such a file must not
+// do.
 #include "cpu/learn_table.hpp"
-
 #include "cpu/random.hpp"
 #include "cpu/simd.hpp"
 
@@ -65,9 +65,7 @@ struct Pairs {
     __builtin_memcpy(&pairs, p, sizeof pairs);
     return pairs;
   }
-  static Loaded input(const Unit* p) {
-    return (Loaded)_mm512_set1_epi32(static_cast<int>(*p));
-  }
+  static Loaded input(const Unit* p) { return (Loaded)_mm512_set1_epi32(static_cast<int>(*p)); }
   static Vec multiply_add(Vec acc, Loaded x, Loaded w) {
     return (Vec)_mm512_dpbf16_ps((__m512)acc, w, x);
   }
@@ -89,8 +87,8 @@ struct Pairs {
     HalfOfUnits units[2];
     for (int i = 0; i < 2; ++i) {
       const Both both = (Both)rounded_to_bf16(load_up_to(row + i * kWidth, count - i * kWidth));
-      units[i] = __builtin_convertvector((both >> 16 & 0xffffu) | (both >> 32 & 0xffff0000u),
-                                         HalfOfUnits);
+      units[i] =
+          __builtin_convertvector((both >> 16 & 0xffffu) | (both >> 32 & 0xffff0000u), HalfOfUnits);
     }
     Bits result;
     __builtin_memcpy(&result, units, sizeof result);
@@ -150,9 +148,9 @@ void product(const Unit* a, Index am, Index ak, const Unit* b, Index ldb, Index 
   for (Index column = 0; column < columns; column += kPanel, b += b_panel) {
     for (Index t = 0; t < tiles; ++t) {
       const Index first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
-      UpTo<Ops, kRows>::tiles[count - 1](
-          a + first * am, am, ak, b, ldb, init ? init + first * ld_init + column : nullptr,
-          ld_init, depth, c + first * ldc + column, ldc);
+      UpTo<Ops, kRows>::tiles[count - 1](a + first * am, am, ak, b, ldb,
+                                         init ? init + first * ld_init + column : nullptr, ld_init,
+                                         depth, c + first * ldc + column, ldc);
     }
   }
 }
@@ -202,10 +200,9 @@ void pack_backward(const float* weight, Index outputs, Index inputs, Index from,
       }
       Unit* target = panels + o / Ops::kStep * kPanel;
       for (int v = 0; v < kVecs; ++v) {
-        const Bits units = Ops::kStep == 1
-                               ? (Bits)rows[0][v]
-                               : (rounded_to_bf16(rows[0][v]) >> 16) |
-                                     (rounded_to_bf16(rows[1][v]) & 0xffff0000u);
+        const Bits units = Ops::kStep == 1 ? (Bits)rows[0][v]
+                                           : (rounded_to_bf16(rows[0][v]) >> 16) |
+                                                 (rounded_to_bf16(rows[1][v]) & 0xffff0000u);
         store_units(target + v * kWidth, units);
       }
     }
@@ -231,8 +228,8 @@ void interleave(const Unit* x, Index ldx, Index rows, Index columns, Unit* out, 
       Halves a, b;
       __builtin_memcpy(&a, low + i, sizeof a);
       __builtin_memcpy(&b, high + i, sizeof b);
-      store_units(out + r / 2 * ld_out + i, __builtin_convertvector(a, Bits) |
-                                                __builtin_convertvector(b, Bits) << 16);
+      store_units(out + r / 2 * ld_out + i,
+                  __builtin_convertvector(a, Bits) | __builtin_convertvector(b, Bits) << 16);
     }
   }
 }
@@ -531,8 +528,7 @@ void penalty_backward(float* r_bar, const float* c, Index rows, const float* mas
       const Vec gamma = load(norm.gamma + i), ci = load(cr + i), si = load(slope + i);
       const Vec xi = load(x + i), ri = load(rb + i);
       const Vec v_bar = (ri - splat(mr) - xi * splat(mrx)) * splat(scale);
-      store(x_bar + at + i,
-            -splat(scale) * (ri * splat(mvx) + gamma * ci * si * splat(mrx)));
+      store(x_bar + at + i, -splat(scale) * (ri * splat(mvx) + gamma * ci * si * splat(mrx)));
       const Vec p_bar = gamma * v_bar;
       store(sums.gamma + i, load(sums.gamma + i) + v_bar * ci * si);
       const Vec c_bar = p_bar * si;
@@ -617,9 +613,9 @@ void add_rows(const float* x, Index ldx, Index rows, Index count, float* y, Inde
 
 constexpr float kClamp = 1e-6f;  // inside presquash's logarithm
 
-void policy_sample(const float* head, Index ld_head, Index rows, const float* noise,
-                   Index actions, float low, float high, bool presquash, float* action,
-                   Index ld_action, float* log_prob, float* kept) {
+void policy_sample(const float* head, Index ld_head, Index rows, const float* noise, Index actions,
+                   float low, float high, bool presquash, float* action, Index ld_action,
+                   float* log_prob, float* kept) {
   const Vec half = splat(0.5f * (high - low));
   const Vec part = splat(presquash ? 1.0f / static_cast<float>(actions) : 1.0f);
   for (Index r = 0; r < rows; ++r) {
@@ -659,9 +655,9 @@ void policy_sample(const float* head, Index ld_head, Index rows, const float* no
         put(row + 2 * ld_action, open);
       }
       // ln(1 - a²) = 2 (ln 2 - |u| - ln(1 + e))
-      const Vec squash = presquash ? log_positive(open + splat(kClamp))
-                                   : splat(2.0f) * (splat(0.69314718f) - absolute -
-                                                    log_positive(one_more));
+      const Vec squash =
+          presquash ? log_positive(open + splat(kClamp))
+                    : splat(2.0f) * (splat(0.69314718f) - absolute - log_positive(one_more));
       Vec density = splat(-0.5f) * epsilon * epsilon - log_std - splat(0.91893853f) - part * squash;
       if (count < kWidth) {  // lanes beyond the actions
         float lanes[kWidth];
@@ -675,9 +671,9 @@ void policy_sample(const float* head, Index ld_head, Index rows, const float* no
   }
 }
 
-void policy_backward(const float* da, Index ld_da, Index rows, const float* action,
-                     Index ld_action, const float* kept, Index actions, bool presquash,
-                     const float* beta, float* g, Index ldg) {
+void policy_backward(const float* da, Index ld_da, Index rows, const float* action, Index ld_action,
+                     const float* kept, Index actions, bool presquash, const float* beta, float* g,
+                     Index ldg) {
   const float part = presquash ? 1.0f / static_cast<float>(actions) : 1.0f;
   for (Index r = 0; r < rows; ++r) {
     const float *a = action + r * ld_action, *spread = kept + r * 3 * ld_action;

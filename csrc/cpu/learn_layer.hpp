@@ -1,4 +1,5 @@
-// Layers as an update sees them: parameters in the caller's memory, operands of products, gradients.
+// Layers as an update sees them: parameters in the caller's memory, operands of products,
+// gradients.
 #pragma once
 
 #include <algorithm>
@@ -73,9 +74,7 @@ struct Trace {
     return {normed.data() + row * ld, slope.data() + row * ld, scale.data() + row, ld};
   }
   float* mask_row(Index row) { return mask.data() + row * ld; }
-  const float* mask_at(Index row) const {
-    return mask.size() ? mask.data() + row * ld : nullptr;
-  }
+  const float* mask_at(Index row) const { return mask.size() ? mask.data() + row * ld : nullptr; }
 
   Index ld = 0;
   AlignedBuffer<float> normed, slope, scale, mask;
@@ -99,8 +98,8 @@ struct Group {
 };
 
 // `count` values of a parameter from place `at` on, by their gradient; and their average.
-inline void step_values(const LearnTable& k, const Group& group, const float* gradient,
-                        Index count, const Parameter& p, Index at) {
+inline void step_values(const LearnTable& k, const Group& group, const float* gradient, Index count,
+                        const Parameter& p, Index at) {
   k.adam(group.step, gradient, count, p.value + at, p.first + at, p.second + at);
   if (p.average != nullptr) k.move(group.average_rate, p.value + at, count, p.average + at);
 }
@@ -125,8 +124,7 @@ class Layer {
   // Also keep the operands of dL/dx for inputs [from, to), as number `which` of three.
   void keep_backward(int which, Index from, Index to) {
     ranges_[which] = {from, to};
-    backward_[which] =
-        AlignedBuffer<Unit>(units(round_up(to - from, k->panel) * depth_out));
+    backward_[which] = AlignedBuffer<Unit>(units(round_up(to - from, k->panel) * depth_out));
   }
   Index back_columns(int which) const {
     return round_up(ranges_[which].second - ranges_[which].first, k->panel);
@@ -233,9 +231,9 @@ class Layer {
   const LearnTable* const k;
   const Index out, in, padded, padded_in, depth, depth_out, strips;
   std::vector<GradientPart> parts;
-  GradientPart extra{};  // of this update alone; without a grad: none
-  bool repack = false;  // right after a step, since the same update reads it again
-  AlignedBuffer<float> weight_gradient;   // [out, padded_in]
+  GradientPart extra{};                  // of this update alone; without a grad: none
+  bool repack = false;                   // right after a step, since the same update reads it again
+  AlignedBuffer<float> weight_gradient;  // [out, padded_in]
   AlignedBuffer<float> vector_gradients;  // [3, padded]: bias, gamma, beta
   std::vector<double> squares;            // of each strip's gradients
 

@@ -43,7 +43,7 @@ struct NormParameters {
 };
 
 struct AdamStep {
-  float clip;        // what gradients are multiplied with
+  float clip;  // what gradients are multiplied with
   float beta1, beta2;
   float rate;        // lr / (1 - β1^t)
   float correction;  // 1 / sqrt(1 - β2^t)
@@ -86,9 +86,8 @@ struct LearnTable {
   // From g = dL/d(out), row r of g belonging to row `rows_of[r]` (null: r) of the trace: dL/d(x W^T
   // + b) into out, and its column sums and those of γ and β added to `sums` (null members: none).
   void (*norm_mish_backward)(const float* g, Index ldg, Index rows, const std::int32_t* rows_of,
-                             const float* mask, const NormTrace& trace,
-                             const NormParameters& norm, Unit* out, Index ld_out,
-                             const ColumnSums& sums);
+                             const float* mask, const NormTrace& trace, const NormParameters& norm,
+                             Unit* out, Index ld_out, const ColumnSums& sums);
 
   // y becomes x̂ as above; z [rows, ldz] = softmax of γ x̂ + β inside each group of `group`.
   void (*norm_simnorm)(float* y, Index ld, Index rows, const NormParameters& norm, Index group,
@@ -97,10 +96,11 @@ struct LearnTable {
                                 const NormTrace& trace, const NormParameters& norm, Index group,
                                 Unit* out, Index ld_out, const ColumnSums& sums);
 
-  // The gradient penalty's second-order pass through one NormedLinear (csrc/cpu/learner_blocks.cpp).
-  // With c = dQ/d(out) and r̄ = dL/d(dQ/d(x W^T + b)): c̄ = dL/dc into out and its column sums
-  // added to `out_sum` (null: none); what reaches the layer's own forward pass into u_bar [rows, ld]
-  // (through γ x̂ + β), x_bar (through x̂) and scale_bar [rows]; γ's share added to sums.gamma.
+  // The gradient penalty's second-order pass through one NormedLinear
+  // (csrc/cpu/learner_blocks.cpp). With c = dQ/d(out) and r̄ = dL/d(dQ/d(x W^T + b)): c̄ = dL/dc into
+  // out and its column sums added to `out_sum` (null: none); what reaches the layer's own forward
+  // pass into u_bar [rows, ld] (through γ x̂ + β), x_bar (through x̂) and scale_bar [rows]; γ's share
+  // added to sums.gamma.
   void (*penalty_backward)(float* r_bar, const float* c, Index rows, const float* mask,
                            const NormTrace& trace, const NormParameters& norm, Unit* out,
                            Index ld_out, float* out_sum, float* u_bar, float* x_bar,

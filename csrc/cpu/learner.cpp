@@ -308,8 +308,7 @@ void Learner::State::resize(Index new_columns, Index new_experts) {
       for (std::size_t i = 0; i < critic.layers.size(); ++i) {
         penalty_first[k][i].reserve(table, at_penalty, critic.layers[i].out);
         penalty_second[k][i].reserve(table, at_penalty, critic.layers[i].in);
-        critic.layers[i].parts.push_back(
-            {&penalty_first[k][i], &penalty_second[k][i], at_penalty});
+        critic.layers[i].parts.push_back({&penalty_first[k][i], &penalty_second[k][i], at_penalty});
       }
     }
   }
@@ -325,8 +324,8 @@ void Learner::State::resize(Index new_columns, Index new_experts) {
     widest = std::max({widest, s.layer->padded, s.layer->padded_in});
   }
   for (Work& w : work) {
-    for (auto* buffer : {&w.pre, &w.gradient, &w.other, &w.z_gradient, &w.encoded, &w.mask, &w.obs,
-                         &w.r_bar}) {
+    for (auto* buffer :
+         {&w.pre, &w.gradient, &w.other, &w.z_gradient, &w.encoded, &w.mask, &w.obs, &w.r_bar}) {
       detail::ensure(*buffer, rows * widest);
     }
     for (auto* buffer : {&w.noise, &w.action, &w.data_action}) {
@@ -385,8 +384,9 @@ UpdateMetrics Learner::State::run(Source source, Index new_columns, std::uint64_
     return std::sqrt(total);
   };
 
-  each(all, [](Layer& layer, Index strip, const Layer*) { layer.pack(strip); },
-       [](Neuron& neuron) { neuron.pack(); });
+  each(
+      all, [](Layer& layer, Index strip, const Layer*) { layer.pack(strip); },
+      [](Neuron& neuron) { neuron.pack(); });
   // V's critics differ from update to update.
   if (!td()) {
     for (std::size_t i = 0; i < 2; ++i) {
@@ -419,8 +419,7 @@ UpdateMetrics Learner::State::run(Source source, Index new_columns, std::uint64_
   m.q_expert = td() ? kNaN : total.q_expert / (expert_rows * q_members);
   m.target_value = total.target / rows;
   m.reward_expert = td() ? kNaN : total.reward_expert / (expert_rows * q_members);
-  m.reward_behaviour =
-      td() ? kNaN : total.reward_behaviour / ((rows - expert_rows) * q_members);
+  m.reward_behaviour = td() ? kNaN : total.reward_behaviour / ((rows - expert_rows) * q_members);
   m.value_term = td() ? kNaN : total.value;
   m.gradient_penalty = penalised() ? total.penalty : kNaN;
   m.critic_loss = total.critic + (penalised() ? settings.c_gp * total.penalty : 0.0);
@@ -439,16 +438,17 @@ UpdateMetrics Learner::State::run(Source source, Index new_columns, std::uint64_
   Group slow = base;
   slow.step.rate *= settings.encoder_lr_scale;
   const Layer *first = encoder.layers.data(), *end = first + encoder.layers.size();
-  each(model,
-       [&](Layer& layer, Index strip, const Layer*) {
-         const bool encodes = &layer >= first && &layer < end;
-         layer.step(strip, encodes ? slow : base);
-         if (layer.repack) layer.pack(strip);
-       },
-       [&](Neuron& neuron) {
-         neuron.step(base);
-         neuron.pack();
-       });
+  each(
+      model,
+      [&](Layer& layer, Index strip, const Layer*) {
+        const bool encodes = &layer >= first && &layer < end;
+        layer.step(strip, encodes ? slow : base);
+        if (layer.repack) layer.pack(strip);
+      },
+      [&](Neuron& neuron) {
+        neuron.step(base);
+        neuron.pack();
+      });
 
   pool.run(blocks_n, [&](Index i, int thread) {
     policy_block(blocks[static_cast<std::size_t>(i)], key, policy_pair,
@@ -466,17 +466,18 @@ UpdateMetrics Learner::State::run(Source source, Index new_columns, std::uint64_
 
   const Group policy_group = group(settings, settings.lr, policy_norm, policy_steps);
   Index number = 0;
-  each(last,
-       [&](Layer& layer, Index strip, const Layer* follows) {
-         if (follows != nullptr) {
-           layer.follow(strip, *follows, settings.tau);
-         } else if (!m.policy_skipped) {
-           layer.step(strip, policy_group);
-         }
-       },
-       [&](Neuron& neuron) {  // of targets, one after the other
-         neuron.follow(critics[static_cast<std::size_t>(number++)].neuron[0], settings.tau);
-       });
+  each(
+      last,
+      [&](Layer& layer, Index strip, const Layer* follows) {
+        if (follows != nullptr) {
+          layer.follow(strip, *follows, settings.tau);
+        } else if (!m.policy_skipped) {
+          layer.step(strip, policy_group);
+        }
+      },
+      [&](Neuron& neuron) {  // of targets, one after the other
+        neuron.follow(critics[static_cast<std::size_t>(number++)].neuron[0], settings.tau);
+      });
   return m;
 }
 
@@ -534,10 +535,9 @@ void draw_slices(const DrawKey& key, bool experts, const ReplayView& replay, Ind
   for (Index i = 0; i < batch; ++i) {
     rows[i] = replay.starts[key.below(stream, i, replay.slices)];
     if (rows[i] < 0 || rows[i] + horizon >= replay.rows) {
-      throw std::invalid_argument("a slice from row " + std::to_string(rows[i]) + " on, " +
-                                  std::to_string(horizon) +
-                                  " steps long, lies beyond the replay's " +
-                                  std::to_string(replay.rows) + " rows");
+      throw std::invalid_argument(
+          "a slice from row " + std::to_string(rows[i]) + " on, " + std::to_string(horizon) +
+          " steps long, lies beyond the replay's " + std::to_string(replay.rows) + " rows");
     }
   }
 }
@@ -559,8 +559,8 @@ UpdateMetrics Learner::learn(const ReplayView* experts, const ReplayView& behavi
     draw_slices(key, true, *experts, s.settings.horizon, batch, s.starts.data());
   }
   draw_slices(key, false, behaviour, s.settings.horizon, batch, s.starts.data() + demonstrations);
-  const Source source{nullptr,        {experts, &behaviour}, s.starts.data(),
-                      demonstrations, s.obs_dim,             s.action_dim};
+  const Source source{nullptr,   {experts, &behaviour}, s.starts.data(), demonstrations,
+                      s.obs_dim, s.action_dim};
   return s.run(source, batch + demonstrations, update, model_steps, policy_steps);
 }
 
@@ -570,8 +570,7 @@ UpdateMetrics Learner::update(const BatchView& batch, std::uint64_t update,
   const detail::ExclusiveCall call(s.calls, s.mutex);
   check_columns(s.settings, batch.columns, batch.experts);
   check_pointers(s.settings, "a batch", batch);
-  const Source source{&batch,        {nullptr, nullptr}, nullptr,
-                      batch.experts, s.obs_dim,          s.action_dim};
+  const Source source{&batch, {nullptr, nullptr}, nullptr, batch.experts, s.obs_dim, s.action_dim};
   return s.run(source, batch.columns, update, model_steps, policy_steps);
 }
 

@@ -31,8 +31,12 @@ namespace {
 // equals divide (as torch's amin has it: a new model's critics are all zero).
 struct Smaller {
   Smaller(float a, float b)
-      : value(a != a || b != b ? std::numeric_limits<float>::quiet_NaN() : a < b ? a : b),
-        first(a < b ? 1.0f : a == b ? 0.5f : 0.0f) {}
+      : value(a != a || b != b ? std::numeric_limits<float>::quiet_NaN()
+              : a < b          ? a
+                               : b),
+        first(a < b    ? 1.0f
+              : a == b ? 0.5f
+                       : 0.0f) {}
   float value, first;
 };
 
@@ -52,9 +56,18 @@ void interleave(StackTrace& trace, Index first, Index rows, Index hidden) {
 class Learner::State::Pass {
  public:
   Pass(State& state, const Block& block, const DrawKey& key, Work& work)
-      : s(state), set(state.settings), b(block), key(key), w(work), k(state.table),
-        exact(state.exact), horizon(set.horizon), columns(block.columns), experts(block.experts),
-        ld_z(s.ld_z), ld_a(s.ld_a) {}
+      : s(state),
+        set(state.settings),
+        b(block),
+        key(key),
+        w(work),
+        k(state.table),
+        exact(state.exact),
+        horizon(set.horizon),
+        columns(block.columns),
+        experts(block.experts),
+        ld_z(s.ld_z),
+        ld_a(s.ld_a) {}
 
   Sums sums;
 
@@ -77,8 +90,8 @@ class Learner::State::Pass {
       }
     }
     const Layer& last = s.encoder.layers.back();
-    const auto [x, ldx] = hidden_only(
-        s.encoder, reinterpret_cast<const Unit*>(w.obs.data()), ld, rows, nullptr);
+    const auto [x, ldx] =
+        hidden_only(s.encoder, reinterpret_cast<const Unit*>(w.obs.data()), ld, rows, nullptr);
     last.forward(x, ldx, rows, w.pre.data(), last.padded);
     exact.norm_simnorm(w.pre.data(), last.padded, rows, last.norm(), s.simnorm_dim, w.scale.data(),
                        w.encoded.data(), ld_z);
@@ -102,8 +115,8 @@ class Learner::State::Pass {
     for (Index t = 0; t < horizon; ++t) {
       for (Index i = 0; i < columns; ++i) {
         const Index r = t * columns + i;
-        const float v = Smaller(w.q[0].data()[r], w.q[1].data()[r]).value -
-                        set.beta * w.log_prob.data()[r];
+        const float v =
+            Smaller(w.q[0].data()[r], w.q[1].data()[r]).value - set.beta * w.log_prob.data()[r];
         sums.target += v;
         w.backup.data()[r] = set.discount * (1 - source.terminated(t, column(i))) * v;
       }
@@ -248,9 +261,9 @@ class Learner::State::Pass {
 
   // mean (‖∇_(z,a) Q_k‖ - 1)² between the sides, by reverse mode twice. First Q's gradient,
   //   c_L = w,  r_l = J_l(γ_l c_l mish'(u_l)),  c_{l-1} = r_l W_l,  g = r_1 W_1
-  // (J_l the Jacobian of LayerNorm, symmetric), then the gradient of a function of g by the weights:
-  // up the same way with bars, r̄_l = c̄_{l-1} W_l^T from c̄_0 = ḡ, and down through the forward pass
-  // with what the bars leave at each layer.
+  // (J_l the Jacobian of LayerNorm, symmetric), then the gradient of a function of g by the
+  // weights: up the same way with bars, r̄_l = c̄_{l-1} W_l^T from c̄_0 = ḡ, and down through the
+  // forward pass with what the bars leave at each layer.
   void penalty(Index number) {
     Stack& critic = s.critics[static_cast<std::size_t>(number)];
     StackTrace& trace = s.penalty_trace[static_cast<std::size_t>(number)];
@@ -282,8 +295,8 @@ class Learner::State::Pass {
 
     const Layer& bottom = critic.layers.front();
     const Index width = bottom.in, ld = bottom.back_columns(2);
-    double weight = 1 / (static_cast<double>(horizon * s.experts) *
-                         static_cast<double>(s.critics.size()));
+    double weight =
+        1 / (static_cast<double>(horizon * s.experts) * static_cast<double>(s.critics.size()));
     for (Index t = 0; t < horizon; ++t, weight *= set.rho) {
       for (Index i = 0; i < experts; ++i) {
         float* g = w.r_bar.data() + (t * experts + i) * ld;
@@ -338,7 +351,7 @@ class Learner::State::Pass {
       for (Index i = 0; i < experts; ++i) {
         const float u = key.uniform(detail::kMix, t * s.experts + b.first_expert + i);
         const auto mix = [&](const float* p, Index ld, Index count, float* out) {
-          const float *expert = p + (t * columns + i) * ld;
+          const float* expert = p + (t * columns + i) * ld;
           const float* partner = p + (t * columns + experts + i) * ld;
           for (Index j = 0; j < count; ++j) out[j] = u * expert[j] + (1 - u) * partner[j];
         };
@@ -369,9 +382,8 @@ class Learner::State::Pass {
         const double off = std::log1p(std::exp(-std::abs(x))), up = off + (x > 0 ? x : 0);
         const double down = off + (x < 0 ? -x : 0);
         sums.termination += weight * (set.termination_weight * d * down + (1 - d) * up);
-        slope[r] = static_cast<float>(
-            set.c_termination * weight *
-            ((1 - d) * share - set.termination_weight * d * (1 - share)));
+        slope[r] = static_cast<float>(set.c_termination * weight *
+                                      ((1 - d) * share - set.termination_weight * d * (1 - share)));
         sums.ends += d;
         sums.claimed += x > 0;
         sums.found += x > 0 ? d : 0;
@@ -391,8 +403,7 @@ class Learner::State::Pass {
       const Index row = b.data + t * columns;
       simnorm_backward(s.dynamics, s.dynamics_trace, row, z(t + 1), z_gradient(t + 1));
       const Operand& grad = s.dynamics_trace[0].grad;
-      s.dynamics.layers.front().backward(0, grad.row(row), grad.ld, columns,
-                                         w.other.data(), ld_z);
+      s.dynamics.layers.front().backward(0, grad.row(row), grad.ld, columns, w.other.data(), ld_z);
       exact.add_rows(w.other.data(), ld_z, columns, ld_z, z_gradient(t), ld_z);
     }
     simnorm_backward(s.encoder, s.encoder_trace, b.start, z(0), z_gradient(0));
@@ -413,8 +424,7 @@ class Learner::State::Pass {
     k.to_operand(z(0), ld_z, rows, s.latent_dim, joint.row(b.steps), joint.ld);
     hidden_traced(s.policy, trace, joint.row(b.steps), joint.ld, b.steps, rows);
     const Trace& before = trace[trace.size() - 2];
-    head.forward(before.out.row(b.steps), before.out.ld, rows, w.pre.data(),
-                 head.padded);
+    head.forward(before.out.row(b.steps), before.out.ld, rows, w.pre.data(), head.padded);
     for (Index t = 0; t <= horizon; ++t) {
       draw_columns(detail::kPolicyNoise, t, w.noise.data() + t * columns * s.action_dim);
     }
@@ -480,8 +490,7 @@ class Learner::State::Pass {
     exact.policy_backward(da, ld_a, rows, w.action.data(), ld_a, w.kept.data(), s.action_dim,
                           presquash(), w.beta.data(), g, head.padded);
     std::fill_n(w.ones.data(), rows, 1.0f);
-    exact.weighted_sum(g, head.padded, rows, w.ones.data(), head.padded,
-                       head.sums(b.number).bias);
+    exact.weighted_sum(g, head.padded, rows, w.ones.data(), head.padded, head.sums(b.number).bias);
     Operand& grad = trace.back().grad;
     k.to_operand(g, head.padded, rows, head.out, grad.row(b.steps), grad.ld);
     head.backward(0, grad.row(b.steps), grad.ld, rows, w.gradient.data(), head.back_columns(0));
@@ -603,8 +612,7 @@ class Learner::State::Pass {
     Trace& of = trace.back();
     last.k->norm_simnorm_backward(g, ld_z, columns, z, ld_z, of.at(at), last.norm(), s.simnorm_dim,
                                   of.grad.row(at), of.grad.ld, last.sums(b.number));
-    last.backward(0, of.grad.row(at), of.grad.ld, columns, w.gradient.data(),
-                  last.back_columns(0));
+    last.backward(0, of.grad.row(at), of.grad.ld, columns, w.gradient.data(), last.back_columns(0));
     hidden_backward(stack, trace, at, columns);
   }
 

@@ -21,8 +21,19 @@ constexpr Index kBlockColumns = 16;
 
 // What a draw is for: the number of its stream.
 enum Stream : std::uint32_t {
-  kTarget, kInitial, kKeep, kKeepTarget, kKeepValue, kKeepPenalty, kKeepPolicy, kMix, kPolicyNoise,
-  kPair, kPolicyPair, kExpertSlices, kBehaviourSlices
+  kTarget,
+  kInitial,
+  kKeep,
+  kKeepTarget,
+  kKeepValue,
+  kKeepPenalty,
+  kKeepPolicy,
+  kMix,
+  kPolicyNoise,
+  kPair,
+  kPolicyPair,
+  kExpertSlices,
+  kBehaviourSlices
 };
 
 // The generator of one update: draws are numbered, so that they depend on no thread.
@@ -65,9 +76,7 @@ struct Stack {
   std::vector<Neuron> neuron;  // one or none
 
   // Layers whose output passes Mish.
-  Index hidden() const {
-    return static_cast<Index>(layers.size()) - (neuron.empty() ? 1 : 0);
-  }
+  Index hidden() const { return static_cast<Index>(layers.size()) - (neuron.empty() ? 1 : 0); }
 };
 
 using StackTrace = std::vector<Trace>;  // one a layer
@@ -78,11 +87,11 @@ struct Block {
   Index number;
   Index columns, experts;               // the experts first
   Index first_expert, first_behaviour;  // of the batch's
-  Index start;    // [columns]: of s_0
-  Index data;     // [H, columns]: of (z_t, a_t)
-  Index steps;    // [H+1, columns]: of z_t
-  Index value;    // rows of V: [experts], or [H, behaviours] for v_diff
-  Index penalty;  // [H, experts]
+  Index start;                          // [columns]: of s_0
+  Index data;                           // [H, columns]: of (z_t, a_t)
+  Index steps;                          // [H+1, columns]: of z_t
+  Index value;                          // rows of V: [experts], or [H, behaviours] for v_diff
+  Index penalty;                        // [H, experts]
 };
 
 // Sums over a block's rows, or over all blocks'.
@@ -92,11 +101,11 @@ struct Sums {
   double termination = 0, found = 0, claimed = 0, ends = 0;
   double policy = 0, log_prob = 0, q_policy = 0;
 
-  static constexpr double Sums::*kAll[] = {
-      &Sums::consistency,     &Sums::q_expert,         &Sums::q_behaviour, &Sums::target,
-      &Sums::reward_expert,   &Sums::reward_behaviour, &Sums::value,       &Sums::critic,
-      &Sums::penalty,         &Sums::termination,      &Sums::found,       &Sums::claimed,
-      &Sums::ends,            &Sums::policy,           &Sums::log_prob,    &Sums::q_policy};
+  static constexpr double Sums::* kAll[] = {
+      &Sums::consistency,   &Sums::q_expert,         &Sums::q_behaviour, &Sums::target,
+      &Sums::reward_expert, &Sums::reward_behaviour, &Sums::value,       &Sums::critic,
+      &Sums::penalty,       &Sums::termination,      &Sums::found,       &Sums::claimed,
+      &Sums::ends,          &Sums::policy,           &Sums::log_prob,    &Sums::q_policy};
 };
 
 // Where a batch comes from: given, or slices of replays.
@@ -130,7 +139,7 @@ struct Source {
 struct Work {
   // [rows, padded columns of the widest layer]
   AlignedBuffer<float> pre, gradient, other, z_gradient, encoded, mask, obs;
-  AlignedBuffer<float> noise, action, data_action, kept;  // rows of actions
+  AlignedBuffer<float> noise, action, data_action, kept;                  // rows of actions
   AlignedBuffer<float> log_prob, q[2], dq[2], backup, beta, scale, ones;  // [rows]
   std::vector<std::int32_t> chosen;
   AlignedBuffer<Unit> hidden[2];  // operands of either type
@@ -196,7 +205,7 @@ struct Learner::State {
     std::vector<detail::Neuron*> neurons;
   };
   Part all, model, policy_part, target, last;  // last: of targets and policy
-  std::vector<detail::Work> work;  // of each thread
+  std::vector<detail::Work> work;              // of each thread
 
   // Of one size of batch.
   detail::Index columns = 0, experts = -1;
@@ -210,7 +219,8 @@ struct Learner::State {
   AlignedBuffer<float> z;  // [(H+1) columns of every block, ld_z]
   detail::StackTrace encoder_trace, dynamics_trace, policy_trace, termination_trace;
   std::vector<detail::StackTrace> critic_trace, value_trace, penalty_trace;
-  // Of each critic's hidden layers: the first gradient, and what its product with the weights gives.
+  // Of each critic's hidden layers: the first gradient, and what its product with the weights
+  // gives.
   std::vector<std::vector<detail::Operand>> penalty_first, penalty_second;
 
  private:

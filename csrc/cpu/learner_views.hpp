@@ -10,7 +10,7 @@ namespace iqmpc::detail {
 
 // `which`: the values, or the averages.
 inline std::vector<LinearView> linear_views(const std::vector<LayerParameters>& layers,
-                                            float* Parameter::*which) {
+                                            float* Parameter::* which) {
   std::vector<LinearView> views;
   for (const LayerParameters& p : layers) {
     views.push_back({p.weight.*which, p.bias.*which, p.gamma.*which, p.beta.*which, p.out, p.in});
@@ -18,7 +18,7 @@ inline std::vector<LinearView> linear_views(const std::vector<LayerParameters>& 
   return views;
 }
 
-inline WorldModelView world_model_view(const LearnerView& from, float* Parameter::*which) {
+inline WorldModelView world_model_view(const LearnerView& from, float* Parameter::* which) {
   WorldModelView view;
   view.encoder = linear_views(from.encoder, which);
   view.dynamics = linear_views(from.dynamics, which);

@@ -81,8 +81,7 @@ LearnerView lay_out(Shelf& shelf, const ModelSizes& s) {
   view.simnorm_dim = s.simnorm_dim;
   view.encoder = lay_out(shelf, s, Kind::model, true, {s.obs, s.encoder, s.latent});
   view.dynamics = lay_out(shelf, s, Kind::model, true, {joint, s.hidden, s.hidden, s.latent});
-  view.policy =
-      lay_out(shelf, s, Kind::model, false, {s.latent, s.hidden, s.hidden, 2 * s.action});
+  view.policy = lay_out(shelf, s, Kind::model, false, {s.latent, s.hidden, s.hidden, 2 * s.action});
   for (const Kind kind : {Kind::model, Kind::target}) {
     auto& critics = kind == Kind::model ? view.critics : view.targets;
     for (Index k = 0; k < s.critics; ++k) {

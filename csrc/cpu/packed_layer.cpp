@@ -41,8 +41,8 @@ void LayerPacker::pack(const KernelTable& kernels, const LinearView& view,
     product.layer.panels.fit(size(padded * product.layer.in * element));
   }
   for (Index first = 0; first < padded; first += panel) {
-    kernels.transpose(rows_.data() + first, view.weight + view.out * view.in, mean_.data(),
-                      view.in, inputs);
+    kernels.transpose(rows_.data() + first, view.weight + view.out * view.in, mean_.data(), view.in,
+                      inputs);
     for (const PackProduct& product : products) {
       kernels.pack_panel(inputs, product.inputs.plus.data(), product.inputs.minus.data(),
                          product.layer.in,

@@ -27,9 +27,9 @@ struct PackedLayer {
 // product in `dim` less. For features that are no softmax, W_last (group's sum - 1) is missing from
 // that: the excess.
 struct SimNormLayout {
-  Index dim;      // members of a group
-  Index count;    // groups
-  Index groups;   // groups, padded
+  Index dim;     // members of a group
+  Index count;   // groups
+  Index groups;  // groups, padded
 
   Index features() const { return dim * groups; }
   Index inputs() const { return (dim - 1) * groups; }

@@ -51,7 +51,8 @@ class ModelPacker {
  public:
   // Packs `view` for a level that isa_levels() lists into `model`, whose memory is used again where
   // the sizes are those of what it held before: nothing is allocated then. Throws
-  // std::invalid_argument where the sizes do not fit together, and leaves `model` to be packed again.
+  // std::invalid_argument where the sizes do not fit together, and leaves `model` to be packed
+  // again.
   void pack(const WorldModelView& view, Precision precision, Isa isa, PackedModel& model);
 
  private:

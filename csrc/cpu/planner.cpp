@@ -59,9 +59,8 @@ struct Key {
   // Two different critics out of `count`.
   void pair(Index count, Index* pair) const {
     const auto below = [&](Index element, Index n) {
-      return static_cast<Index>(std::uint64_t{word(kPair, 0, element)} *
-                                    static_cast<std::uint64_t>(n) >>
-                                32);
+      return static_cast<Index>(
+          std::uint64_t{word(kPair, 0, element)} * static_cast<std::uint64_t>(n) >> 32);
     };
     pair[0] = below(0, count);
     pair[1] = below(1, count - 1);
@@ -84,8 +83,10 @@ void check(const PlannerSettings& s) {
   at_least("iterations", s.iterations, 1);
   // Beyond these a plan's sizes would not be numbers any more, long after they were no plan's.
   constexpr Index kMost = Index{1} << 20, kSteps = Index{1} << 32;
-  for (const auto& [name, value] : {std::pair{"num_envs", s.num_envs}, {"horizon", s.horizon},
-                                    {"samples", s.samples}, {"iterations", s.iterations}}) {
+  for (const auto& [name, value] : {std::pair{"num_envs", s.num_envs},
+                                    {"horizon", s.horizon},
+                                    {"samples", s.samples},
+                                    {"iterations", s.iterations}}) {
     require(value <= kMost, name, "at most " + std::to_string(kMost), double(value));
   }
   require(s.num_envs * s.horizon <= kSteps / s.samples, "num_envs * horizon * samples",
@@ -184,14 +185,13 @@ void Models::check_alike(const detail::PackedModel& first, const detail::PackedM
   same("action_dim", first.action_dim, next.action_dim);
   same("latent_dim", first.latent_dim, next.latent_dim);
   same("simnorm_dim", first.simnorm.dim, next.simnorm.dim);
-  same("termination head (1 for one)", first.termination.has_value(),
-       next.termination.has_value());
+  same("termination head (1 for one)", first.termination.has_value(), next.termination.has_value());
   same("widest layer (padded)", first.widest, next.widest);
   if (first.kernels != next.kernels) {
-    throw std::invalid_argument(
-        "the published model must be " + std::string(precision_name(first.precision)) + " for " +
-        isa_name(first.isa) + " as the planner's, got " + precision_name(next.precision) +
-        " for " + isa_name(next.isa));
+    throw std::invalid_argument("the published model must be " +
+                                std::string(precision_name(first.precision)) + " for " +
+                                isa_name(first.isa) + " as the planner's, got " +
+                                precision_name(next.precision) + " for " + isa_name(next.isa));
   }
 }
 

@@ -22,8 +22,7 @@ static inline void normal_chunk(const std::uint32_t* key, std::uint32_t stream,
     for (int pair = 0; pair < 4; pair += 2) {
       // 24 bits, in the middle of their interval: never 0, and at most 1 after rounding.
       const auto unit = [](Bits word, float offset) {
-        return (__builtin_convertvector((Ints)(word >> 8), Vec) + splat(offset)) *
-               splat(0x1p-24f);
+        return (__builtin_convertvector((Ints)(word >> 8), Vec) + splat(offset)) * splat(0x1p-24f);
       };
       const Vec radius = sqrt_lanes(splat(-2.0f) * log_positive(unit(x[pair], 0.5f)));
       Vec sine, cosine;

@@ -131,8 +131,7 @@ void grow(const PackedModel& model, const Index* pair, const float* excess, Work
   std::copy_n(workspace.pre.data(), 2 * model.action_pad, root.head.data());
 }
 
-void policy_at_root(const PackedModel& model, const Root& root, const float* noise,
-                    float* action) {
+void policy_at_root(const PackedModel& model, const Root& root, const float* noise, float* action) {
   model.kernels->gaussian(root.head.data(), 0, 1, noise, model.action_pad, model.log_std_min,
                           model.log_std_max, action);
 }

@@ -65,13 +65,13 @@ void policy_at_root(const PackedModel& model, const Root& root, const float* noi
 
 struct Block {
   Index horizon;
-  Index rows;              // at most kBlockRows
-  float* actions;          // a_t of row r at actions + t * step + r * action_pad
+  Index rows;      // at most kBlockRows
+  float* actions;  // a_t of row r at actions + t * step + r * action_pad
   Index step;
-  const float* noise;      // ε of ã_{t+1}: [horizon - 1, rows, action_pad]
-  const float* prior;      // null, or [horizon, rows, action_pad]: a_t is drawn from π and written
+  const float* noise;  // ε of ã_{t+1}: [horizon - 1, rows, action_pad]
+  const float* prior;  // null, or [horizon, rows, action_pad]: a_t is drawn from π and written
   float discount;
-  float* returns;          // [rows], the advantage form
+  float* returns;  // [rows], the advantage form
 };
 
 void score(const PackedModel& model, const Index* pair, const Root& root, const Block& block,

@@ -1,11 +1,10 @@
-#include "iqmpc/rollout.hpp"
-
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
 
 #include "cpu/rollout.hpp"
+#include "iqmpc/rollout.hpp"
 
 namespace iqmpc {
 

@@ -49,8 +49,8 @@ static inline Vec load(const Bf16* p) {
 
 static inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// As bf16 in the upper half of each lane, to nearest, ties to even; a NaN stays one. The lower halves
-// are noise. As conversions by the machine, but for denormals, which some of those drop.
+// As bf16 in the upper half of each lane, to nearest, ties to even; a NaN stays one. The lower
+// halves are noise. As conversions by the machine, but for denormals, which some of those drop.
 static inline Bits rounded_to_bf16(Vec x) {
   const Bits bits = (Bits)x;
   const Bits up = bits + 0x7fffu + (bits >> 16 & 1u);
@@ -81,9 +81,9 @@ static inline void store_partial(float* p, Vec v, std::ptrdiff_t count) {
 static inline float sum_lanes(Vec v) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
-  const __m256 eight = _mm256_add_ps(
-      _mm512_castps512_ps256((__m512)v),
-      _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+  const __m256 eight =
+      _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
 #else
   const __m256 eight = (__m256)v;
 #endif

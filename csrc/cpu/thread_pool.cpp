@@ -89,7 +89,9 @@ void ThreadPool::wake() noexcept {
   // it waits for, are sequentially consistent: one of the two sees the other.
   if (asleep_.load() == 0) return;
   woken_.store(now(), std::memory_order_relaxed);
-  { std::lock_guard<std::mutex> lock(sleep_->mutex); }
+  {
+    std::lock_guard<std::mutex> lock(sleep_->mutex);
+  }
   sleep_->workers.notify_all();
 }
 
@@ -104,7 +106,9 @@ bool ThreadPool::take(int thread) noexcept {
   job_.call(job_.context, static_cast<std::ptrdiff_t>(task), thread);
   if (done_.fetch_add(1) + 1 == static_cast<std::ptrdiff_t>(count_of(ticket)) &&
       caller_asleep_.load()) {
-    { std::lock_guard<std::mutex> lock(sleep_->mutex); }
+    {
+      std::lock_guard<std::mutex> lock(sleep_->mutex);
+    }
     sleep_->caller.notify_one();
   }
   return true;
@@ -127,8 +131,7 @@ bool ThreadPool::spin(Done&& done) noexcept {
     }
     if (time - start > patience) {
       // Another thread's change may be lost: it comes again.
-      patience_.store(std::min(patience + kPatienceStep, kMostPatience),
-                      std::memory_order_relaxed);
+      patience_.store(std::min(patience + kPatienceStep, kMostPatience), std::memory_order_relaxed);
       return false;
     }
     last = time;

@@ -27,16 +27,16 @@ void check_stack(const std::string& part, const std::vector<LinearView>& layers,
     const auto name = [&] { return part + " layer " + std::to_string(i); };
     if (layer.out < 1 || layer.in < 1) {
       refuse(name(), "weight must have at least one row and one column, got [" +
-                       std::to_string(layer.out) + ", " + std::to_string(layer.in) + "]");
+                         std::to_string(layer.out) + ", " + std::to_string(layer.in) + "]");
     }
     if (in != 0 && layer.in != in) {
       refuse(name(), "expected " + std::to_string(in) + " inputs, got " + std::to_string(layer.in));
     }
     const bool normed = i + 1 < layers.size() || norm_last;
-    if (layer.weight == nullptr || layer.bias == nullptr ||
-        (layer.gamma != nullptr) != normed || (layer.beta != nullptr) != normed) {
+    if (layer.weight == nullptr || layer.bias == nullptr || (layer.gamma != nullptr) != normed ||
+        (layer.beta != nullptr) != normed) {
       refuse(name(), normed ? "needs weight, bias, gamma and beta"
-                          : "needs weight and bias, and has no LayerNorm");
+                            : "needs weight and bias, and has no LayerNorm");
     }
     in = layer.out;
   }
@@ -53,7 +53,8 @@ void check_view(const WorldModelView& view) {
   const Index z = (view.encoder.empty() ? view.dynamics : view.encoder).back().out;
   check_stack("policy", view.policy, z, 0, 2, false);
   const Index heads = view.policy.back().out;
-  if (heads % 2) refuse("policy", "expected an even number of outputs, got " + std::to_string(heads));
+  if (heads % 2)
+    refuse("policy", "expected an even number of outputs, got " + std::to_string(heads));
   const Index a = heads / 2;
   check_stack("dynamics", view.dynamics, z + a, z, 2, true);
   if (view.critics.size() < 2) {

@@ -37,9 +37,8 @@ RolloutArgs rollout_args(const ModelData& model, const CudaRolloutView& view) {
     // A tile has at least 8 rows and a launch at most 2^31 - 1 of them.
     constexpr std::ptrdiff_t kMost = std::ptrdiff_t{8} * std::numeric_limits<std::int32_t>::max();
     if (view.samples > kMost || view.problems > kMost / 8 / ((view.samples + 7) / 8)) {
-      throw std::invalid_argument("too many rows for one launch: " +
-                                  std::to_string(view.problems) + " problems of " +
-                                  std::to_string(view.samples) + " samples");
+      throw std::invalid_argument("too many rows for one launch: " + std::to_string(view.problems) +
+                                  " problems of " + std::to_string(view.samples) + " samples");
     }
     check_pointer("z0", view.z0);
     check_pointer("actions", view.actions);

@@ -108,9 +108,9 @@ struct CudaWorldModel::State {
             "cannot set the shared memory of the CUDA kernels");
     }
     const std::size_t size = packed.bytes.size();
-    check(cudaMalloc(&arena, size),
-          "cannot take " + std::to_string(size) + " bytes of memory on CUDA device " +
-              std::to_string(device));
+    check(cudaMalloc(&arena, size), "cannot take " + std::to_string(size) +
+                                        " bytes of memory on CUDA device " +
+                                        std::to_string(device));
     // On a stream of its own and waited for: other streams may read the copy as soon as this
     // returns, and none of them is held up by it.
     cudaStream_t stream = nullptr;

@@ -16,9 +16,7 @@ IQMPC_BOTH constexpr Place a_place(int lane, int reg) {
 }
 
 // B's register 0..1 holds rows `row` and `row + 1`, the first in the low half.
-IQMPC_BOTH constexpr Place b_place(int lane, int reg) {
-  return {lane % 4 * 2 + reg * 8, lane / 4};
-}
+IQMPC_BOTH constexpr Place b_place(int lane, int reg) { return {lane % 4 * 2 + reg * 8, lane / 4}; }
 
 // C's element 0..3.
 IQMPC_BOTH constexpr Place c_place(int lane, int i) {

@@ -186,11 +186,11 @@ std::vector<int> fitting_rows(const ModelData& model, Precision precision, std::
   }
   if (fitting.empty()) {
     const int rows = tile_rows(precision).back();
-    throw std::invalid_argument(
-        "the model is too wide for " + device + " in " + precision_name(precision) + ": " +
-        std::to_string(rows) + " rows of it take " +
-        std::to_string(shared_bytes(model, precision, rows)) +
-        " bytes of shared memory, the device has " + std::to_string(limit));
+    throw std::invalid_argument("the model is too wide for " + device + " in " +
+                                precision_name(precision) + ": " + std::to_string(rows) +
+                                " rows of it take " +
+                                std::to_string(shared_bytes(model, precision, rows)) +
+                                " bytes of shared memory, the device has " + std::to_string(limit));
   }
   return fitting;
 }

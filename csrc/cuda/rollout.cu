@@ -39,8 +39,7 @@ struct Kernels {
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
     const auto tiles = static_cast<unsigned>(rollout_tiles<kRows>(args));
-    rollout_kernel<Operand, kRows>
-        <<<tiles, kThreads, bytes(kRows), stream>>>(arena, model, args);
+    rollout_kernel<Operand, kRows><<<tiles, kThreads, bytes(kRows), stream>>>(arena, model, args);
     return cudaGetLastError();
   }
 

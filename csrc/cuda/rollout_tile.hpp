@@ -99,8 +99,8 @@ class Tile {
       Operand* out = hidden() + row * l_.ld_hidden;
       const Moments m = moments(warp, x, layer.outputs);
       warp.each(layer.padded, [&](int i) {
-        out[i] = to_operand<Operand>(
-            i < layer.outputs ? mish<Operand>(layer.normed(x[i], m, i)) : 0.0f);
+        out[i] =
+            to_operand<Operand>(i < layer.outputs ? mish<Operand>(layer.normed(x[i], m, i)) : 0.0f);
       });
     });
   }
@@ -193,8 +193,7 @@ class Tile {
       float drawn = 0;
       if (row < rows && column < columns) {
         const float* head = pre() + row * l_.ld_pre + column;
-        const float log_std =
-            log_deviation(head[columns], model_.log_std_min, model_.log_std_max);
+        const float log_std = log_deviation(head[columns], model_.log_std_min, model_.log_std_max);
         drawn = tanhf(before_squashing(head[0], log_std,
                                        noise[static_cast<std::int64_t>(row) * columns + column]));
       }

@@ -11,9 +11,9 @@ struct TileLayout {
   int ld_pre;     // pre, part
   int ld_hidden;  // hidden
   int ld_z;
-  int ld_action;     // action, prior
-  std::size_t pre;   // float [rows, widest]: pre-activations
-  std::size_t part;  // float [rows, widest]: z's part of a critic's first layer
+  int ld_action;                         // action, prior
+  std::size_t pre;                       // float [rows, widest]: pre-activations
+  std::size_t part;                      // float [rows, widest]: z's part of a critic's first layer
   std::size_t hidden, z, action, prior;  // operands [rows, inputs]
   std::size_t q;                         // float [4, rows]: Q_0, Q_1 at a_t, then at ã_t
   std::size_t total;                     // float [rows]

@@ -35,16 +35,22 @@ inline Stack copy_of(const std::vector<iqmpc::LayerParameters>& layers) {
   };
   Stack stack;
   for (const iqmpc::LayerParameters& p : layers) {
-    stack.push_back({values(p.weight, p.out * p.in), values(p.bias, p.out),
-                     values(p.gamma, p.out), values(p.beta, p.out), p.out, p.in});
+    stack.push_back({values(p.weight, p.out * p.in), values(p.bias, p.out), values(p.gamma, p.out),
+                     values(p.beta, p.out), p.out, p.in});
   }
   return stack;
 }
 
 inline Model copy_of(const iqmpc::LearnerView& view) {
-  Model model{copy_of(view.encoder),     copy_of(view.dynamics), copy_of(view.policy),
-              copy_of(view.termination), {},                     {},
-              view.simnorm_dim,          view.log_std_min,       view.log_std_max};
+  Model model{copy_of(view.encoder),
+              copy_of(view.dynamics),
+              copy_of(view.policy),
+              copy_of(view.termination),
+              {},
+              {},
+              view.simnorm_dim,
+              view.log_std_min,
+              view.log_std_max};
   for (const auto& critic : view.critics) model.critics.push_back(copy_of(critic));
   for (const auto& target : view.targets) model.targets.push_back(copy_of(target));
   return model;
@@ -209,8 +215,8 @@ inline Sample sample(const Model& m, const Doubles& z, const float* noise, iqmpc
   return s;
 }
 
-// The losses of one batch. What gradients do not pass (targets, V's actions and densities, where the
-// penalty is taken) is computed once, from the model at construction, and constant afterwards.
+// The losses of one batch. What gradients do not pass (targets, V's actions and densities, where
+// the penalty is taken) is computed once, from the model at construction, and constant afterwards.
 class Losses {
  public:
   struct Parts {
@@ -219,8 +225,14 @@ class Losses {
 
   Losses(const Model& m, const iqmpc::LearnerSettings& settings, const iqmpc::BatchView& batch,
          const Draws& draws, Index actions)
-      : s(settings), b(batch), d(draws), a(actions), h(settings.horizon), n(batch.columns),
-        obs_dim(m.encoder[0].in), hidden_dim(m.critics[0][0].out) {
+      : s(settings),
+        b(batch),
+        d(draws),
+        a(actions),
+        h(settings.horizon),
+        n(batch.columns),
+        obs_dim(m.encoder[0].in),
+        hidden_dim(m.critics[0][0].out) {
     const auto always = [&](const std::vector<float>& keep, Index row) {
       return s.dropout_always ? keep.data() + row * hidden_dim : nullptr;
     };
@@ -275,8 +287,9 @@ class Losses {
       }
       if (!m.termination.empty()) {
         const double x = neuron(m.termination, next), end = b.terminated[r];
-        p.termination += weight / all * (s.termination_weight * end * std::log1p(std::exp(-x)) +
-                                         (1 - end) * std::log1p(std::exp(x)));
+        p.termination += weight / all *
+                         (s.termination_weight * end * std::log1p(std::exp(-x)) +
+                          (1 - end) * std::log1p(std::exp(x)));
       }
     }
     for (Index r = 0; r < static_cast<Index>(values.size()); ++r) {

@@ -52,14 +52,15 @@ void says_why_there_is_no_device() {
   const RandomModel model({});
   CHECK(message_of<std::runtime_error>(
             [&] { iqmpc::CudaWorldModel(model.view, Precision::bf16); }) == reason);
-  CHECK(message_of<std::runtime_error>([] { iqmpc::cuda_device_name(0); })
-            .find("cannot ask for the name of CUDA device 0: cudaError") == 0);
+  CHECK(message_of<std::runtime_error>([] {
+          iqmpc::cuda_device_name(0);
+        }).find("cannot ask for the name of CUDA device 0: cudaError") == 0);
   // What the caller can mend comes first.
   RandomModel broken({});
   broken.view.simnorm_dim = 5;
-  CHECK(message_of<std::invalid_argument>(
-            [&] { iqmpc::CudaWorldModel(broken.view, Precision::bf16); }) ==
-        "simnorm_dim: must divide the latent size 24, got 5");
+  CHECK(message_of<std::invalid_argument>([&] {
+          iqmpc::CudaWorldModel(broken.view, Precision::bf16);
+        }) == "simnorm_dim: must divide the latent size 24, got 5");
 }
 
 void is_the_cpus(std::ptrdiff_t envs, std::ptrdiff_t horizon, std::ptrdiff_t samples,
@@ -74,21 +75,20 @@ void is_the_cpus(std::ptrdiff_t envs, std::ptrdiff_t horizon, std::ptrdiff_t sam
     for (float& a : actions) a = std::clamp(a, -1.0f, 1.0f);
     const Floats noise = normal_floats(steps * rows, 3);
     Floats expected(static_cast<std::size_t>(envs * samples));
-    iqmpc::RolloutView host{envs, horizon, samples, z0.data(), actions.data(), noise.data(),
-                            {1, 0}, 0.99f, score, 0.01f, expected.data()};
+    iqmpc::RolloutView host{envs,   horizon, samples, z0.data(), actions.data(), noise.data(),
+                            {1, 0}, 0.99f,   score,   0.01f,     expected.data()};
     iqmpc::rollout(*model.pack(), pool, host);
 
     const OnDevice<float> d_z0(z0), d_actions(actions), d_noise(noise);
     const OnDevice<std::int64_t> pair({1, 0});
     for (const Precision precision : {Precision::float32, Precision::bf16}) {
       const iqmpc::CudaWorldModel packed(model.view, precision);
-      const OnDevice<unsigned char> work(
-          std::vector<unsigned char>(packed.work_bytes(envs), 0xff));
+      const OnDevice<unsigned char> work(std::vector<unsigned char>(packed.work_bytes(envs), 0xff));
       // Some room behind the returns, which must stay as it is.
       const OnDevice<float> returns(Floats(expected.size() + 16, 42.0f));
-      iqmpc::cuda_rollout(packed, {envs, horizon, samples, d_z0.data(), d_actions.data(),
-                                   d_noise.data(), pair.data(), 0.99f, score, 0.01f,
-                                   returns.data(), work.data(), nullptr});
+      iqmpc::cuda_rollout(packed,
+                          {envs, horizon, samples, d_z0.data(), d_actions.data(), d_noise.data(),
+                           pair.data(), 0.99f, score, 0.01f, returns.data(), work.data(), nullptr});
       CHECK(cudaDeviceSynchronize() == cudaSuccess);
       const Floats got = returns.values();
       double difference = 0, scale = 0;
@@ -97,8 +97,8 @@ void is_the_cpus(std::ptrdiff_t envs, std::ptrdiff_t horizon, std::ptrdiff_t sam
         scale += std::pow(double(expected[i]), 2);
       }
       const double error = std::sqrt(difference / std::max(scale, double(expected.size())));
-      std::printf("E %td H %td S %td %s: %.1e\n", envs, horizon, samples,
-                  precision_name(precision), error);
+      std::printf("E %td H %td S %td %s: %.1e\n", envs, horizon, samples, precision_name(precision),
+                  error);
       CHECK(error < (precision == Precision::bf16 ? 2e-2 : 1e-4));
       CHECK(std::all_of(got.end() - 16, got.end(), [](float x) { return x == 42.0f; }));
     }

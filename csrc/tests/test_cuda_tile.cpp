@@ -36,10 +36,9 @@ void functions_are_the_formulas() {
     CHECK(close(mish<float>(f), f * std::tanh(softplus), 1e-6));
     CHECK(close(log_deviation(f, -10, 2), -10 + 6 * (std::tanh(double(f)) + 1), 1e-6));
     const double u = 0.3 + std::exp(-0.7) * double(f);
-    const double squash = 2 * (std::log(2.0) - u - std::max(-2 * u, 0.0) -
-                               std::log1p(std::exp(-std::abs(2 * u))));
-    const double density =
-        -0.5 * double(f) * double(f) + 0.7 - 0.5 * std::log(2 * M_PI) - squash;
+    const double squash =
+        2 * (std::log(2.0) - u - std::max(-2 * u, 0.0) - std::log1p(std::exp(-std::abs(2 * u))));
+    const double density = -0.5 * double(f) * double(f) + 0.7 - 0.5 * std::log(2 * M_PI) - squash;
     CHECK(close(before_squashing(0.3f, -0.7f, f), u, 1e-6));
     CHECK(close(log_density(0.3f, -0.7f, f), density, 1e-6));
   }
@@ -111,8 +110,7 @@ float packed_weight(const PackedModel& packed, const LayerData& layer, int outpu
   if (packed.precision == Precision::float32) {
     return floats(packed, layer.weights)[input * layer.padded + output];
   }
-  const auto* fragments =
-      reinterpret_cast<const Fragment*>(packed.bytes.data() + layer.weights);
+  const auto* fragments = reinterpret_cast<const Fragment*>(packed.bytes.data() + layer.weights);
   const int tile = output / 16 * (layer.inputs / 16) + input / 16;
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int reg = 0; reg < 4; ++reg) {
@@ -312,8 +310,8 @@ void other_depths_are_the_cpus(iqmpc::ThreadPool& pool) {
     const Floats expected = on_the_cpu(p, model, draws, Score::unrolled, pool);
     CHECK(error(emulated<float, 8>(p, pack(v, Precision::float32), draws, Score::unrolled),
                 expected) < 1e-5);
-    CHECK(error(emulated<Bf16, 16>(p, pack(v, Precision::bf16), draws, Score::unrolled),
-                expected) < 2e-2);
+    CHECK(error(emulated<Bf16, 16>(p, pack(v, Precision::bf16), draws, Score::unrolled), expected) <
+          2e-2);
   }
 }
 

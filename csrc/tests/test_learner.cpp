@@ -418,9 +418,12 @@ struct Episodes {
     for (Index i = 0; i + settings().horizon < rows; ++i) starts.push_back(i);
   }
   ReplayView view() const {
-    return {obs.data(),    action.data(),
-            reward.data(), terminated.data(),
-            starts.data(), static_cast<Index>(starts.size()),
+    return {obs.data(),
+            action.data(),
+            reward.data(),
+            terminated.data(),
+            starts.data(),
+            static_cast<Index>(starts.size()),
             static_cast<Index>(reward.size())};
   }
   Floats obs, action, reward, terminated;
@@ -458,8 +461,10 @@ void no_allocation_after_the_first_call() {
 void sizes_of_batches_change_and_change_back() {
   LearnerSettings s = settings();
   s.horizon = 1;
-  for (const auto& [objective, c_gp] : {std::pair{Objective::iq, 0.0f}, {Objective::iq, 0.5f},
-                                        {Objective::v_diff, 0.0f}, {Objective::td, 0.0f}}) {
+  for (const auto& [objective, c_gp] : {std::pair{Objective::iq, 0.0f},
+                                        {Objective::iq, 0.5f},
+                                        {Objective::v_diff, 0.0f},
+                                        {Objective::td, 0.0f}}) {
     for (const Precision precision : {Precision::float32, Precision::bf16}) {
       s.objective = objective;
       s.c_gp = c_gp;
@@ -554,8 +559,9 @@ void refuses_what_does_not_fit() {
         "lr must be positive, got inf");
   CHECK(refused([](LearnerView&, LearnerSettings& s) { s.dropout = 1; }) ==
         "dropout must be in [0, 0.99], got 1");
-  CHECK(refused([](LearnerView&, LearnerSettings& s) { s.threads = 0; })
-            .find("threads must lie in [1, ") == 0);
+  CHECK(refused([](LearnerView&, LearnerSettings& s) {
+          s.threads = 0;
+        }).find("threads must lie in [1, ") == 0);
   CHECK(refused([](LearnerView& v, LearnerSettings&) { v.encoder.pop_back(); }) ==
         "encoder: expected at least 2 layers, got 1");
   CHECK(refused([](LearnerView& v, LearnerSettings&) { ++v.dynamics[0].in; }) ==
@@ -610,10 +616,12 @@ void refuses_what_does_not_fit() {
     CHECK(learn(view) == "a slice from row " + std::to_string(row) +
                              " on, 2 steps long, lies beyond the replay's 9 rows");
   }
-  CHECK(refuses([&] { learner.learn(&whole, whole, 0, 0, 0, 0); })
-            .find("a batch must have columns") == 0);
-  CHECK(refuses([&] { learner.learn(nullptr, whole, 4, 0, 0, 0); })
-            .find("a batch must have demonstrations and behaviour") == 0);
+  CHECK(refuses([&] {
+          learner.learn(&whole, whole, 0, 0, 0, 0);
+        }).find("a batch must have columns") == 0);
+  CHECK(refuses([&] {
+          learner.learn(nullptr, whole, 4, 0, 0, 0);
+        }).find("a batch must have demonstrations and behaviour") == 0);
 
   BatchView missing = batch.view();
   missing.action = nullptr;
@@ -627,18 +635,20 @@ void refuses_what_does_not_fit() {
   LearnerSettings s = settings();
   s.c_gp = 1;
   Learner penalised(model.learner_view(), s, 0);
-  CHECK(refuses([&] { penalised.update(batch.view(), 0, 0, 0); })
-            .find("a batch must have as many demonstrations as behaviour") == 0);
+  CHECK(refuses([&] {
+          penalised.update(batch.view(), 0, 0, 0);
+        }).find("a batch must have as many demonstrations as behaviour") == 0);
   s.objective = Objective::td;
   Learner td(model.learner_view(), s, 0);
-  CHECK(refuses([&] { td.update(batch.view(), 0, 0, 0); })
-            .find("a batch must have no demonstrations for the objective td") == 0);
+  CHECK(refuses([&] {
+          td.update(batch.view(), 0, 0, 0);
+        }).find("a batch must have no demonstrations for the objective td") == 0);
   view = whole;
   view.reward = nullptr;
   CHECK(refuses([&] { td.learn(nullptr, view, 4, 0, 0, 0); }) ==
         "the replay of behaviour needs reward, got null");
   CHECK(!learner.learn(&view, view, 4, 0, 0, 0).model_skipped);  // which reads no reward
-  CHECK(!learner.update(batch.view(), 0, 0, 0).model_skipped);  // none of it left anything behind
+  CHECK(!learner.update(batch.view(), 0, 0, 0).model_skipped);   // none of it left anything behind
 }
 
 }  // namespace

@@ -35,8 +35,12 @@ Floats normal(std::mt19937& random, std::ptrdiff_t size, float mean, float devia
 
 Layer make_layer(std::mt19937& random, std::ptrdiff_t out, std::ptrdiff_t in) {
   const float deviation = 1.0f / std::sqrt(static_cast<float>(in));
-  return {out, in, normal(random, out * in, 0, deviation), normal(random, out, 0, 1),
-          normal(random, out, 1, 0.3f), normal(random, out, 0, 0.3f)};
+  return {out,
+          in,
+          normal(random, out * in, 0, deviation),
+          normal(random, out, 0, 1),
+          normal(random, out, 1, 0.3f),
+          normal(random, out, 0, 0.3f)};
 }
 
 // One row of the definition, in double precision.

@@ -15,9 +15,7 @@ void known_answers() {
     std::uint32_t key[4], counter[4], expected[4];
   };
   const Case cases[] = {
-      {{0, 0, 0, 0},
-       {0, 0, 0, 0},
-       {0x9c6ca96a, 0xe17eae66, 0xfc10ecd4, 0x5256a7d8}},
+      {{0, 0, 0, 0}, {0, 0, 0, 0}, {0x9c6ca96a, 0xe17eae66, 0xfc10ecd4, 0x5256a7d8}},
       {{~0u, ~0u, ~0u, ~0u},
        {~0u, ~0u, ~0u, ~0u},
        {0x2a881696, 0x57012287, 0xf6c7446e, 0xa16a6732}},

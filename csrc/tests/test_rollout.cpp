@@ -50,8 +50,7 @@ Floats returns(const Problem& p, const RandomModel& model, iqmpc::ThreadPool& po
 void levels_agree(const Problem& p, iqmpc::ThreadPool& pool) {
   const RandomModel model(p.sizes);
   for (const iqmpc::Score score : {iqmpc::Score::advantage, iqmpc::Score::unrolled}) {
-    const Floats exact =
-        returns(p, model, pool, Precision::float32, Isa::portable, score);
+    const Floats exact = returns(p, model, pool, Precision::float32, Isa::portable, score);
     for (const Isa isa : iqmpc::isa_levels()) {
       for (const Precision precision : {Precision::float32, Precision::bf16}) {
         const Floats got = returns(p, model, pool, precision, isa, score);
@@ -67,8 +66,8 @@ void levels_agree(const Problem& p, iqmpc::ThreadPool& pool) {
   }
 }
 
-// Where all imagined latents are terminal the first Q is left, which is the whole of a horizon of 1;
-// where none is, the head changes nothing.
+// Where all imagined latents are terminal the first Q is left, which is the whole of a horizon of
+// 1; where none is, the head changes nothing.
 void ends_leave_no_future(iqmpc::ThreadPool& pool) {
   const Sizes sizes{5, 3, 24, 37, 9, 3, 8};
   Sizes with_head = sizes;

@@ -53,8 +53,13 @@ def start(folder: Path, words: list[str]) -> subprocess.Popen | None:
         begun = (folder / "config.yaml").exists()
         words = [f"resume={folder}"] if begun else [*words, f"run_dir={folder}"]
         # A session of its own: Ctrl-C reaches this program, which then stops its runs.
-        return subprocess.Popen([*IQMPC, "train", *words], stdin=subprocess.DEVNULL, stdout=log,
-                                stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            [*IQMPC, "train", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def make(runs: dict[str, list[str]], into: Path, jobs: int) -> list[str]:
@@ -100,8 +105,13 @@ def main() -> None:
     runs = read(given.runs)
     wrong = make(runs, given.into, given.jobs)
     made = [str(given.into / n) for n in runs if (given.into / n / "summary.json").exists()]
-    code = subprocess.call([*IQMPC, "table", *made, "--out", str(given.table),
-                            "--episodes", str(given.episodes)]) if made else 0
+    code = (
+        subprocess.call(
+            [*IQMPC, "table", *made, "--out", str(given.table), "--episodes", str(given.episodes)]
+        )
+        if made
+        else 0
+    )
     sys.exit("\n".join(wrong) or code)
 
 

@@ -43,8 +43,8 @@ struct PointMass {
 
 struct Episode {
   std::vector<float> obs, action;  // [T+1, O] and [T, A]
-  double total = 0;     // Σ -distance: the return that the learner never sees
-  double distance = 0;  // at the end
+  double total = 0;                // Σ -distance: the return that the learner never sees
+  double distance = 0;             // at the end
 };
 
 // `act(obs, action)` is the policy, `after()` runs behind every step.

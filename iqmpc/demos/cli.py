@@ -122,7 +122,14 @@ def info(
 ) -> None:
     """Show what a demonstration set holds."""
     facts = _facts(
-        task, obs_keys, action_low, action_high, episode_length, mask, clip_actions, action_key,
+        task,
+        obs_keys,
+        action_low,
+        action_high,
+        episode_length,
+        mask,
+        clip_actions,
+        action_key,
         allow_gaps,
     )
     demos = Demonstrations.load(_locate(path), format=format, facts=facts)
@@ -189,7 +196,14 @@ def check(
 ) -> None:
     """List every defect of a demonstration file; exit with 1 if it has any."""
     facts = _facts(
-        task, obs_keys, action_low, action_high, episode_length, mask, clip_actions, action_key,
+        task,
+        obs_keys,
+        action_low,
+        action_high,
+        episode_length,
+        mask,
+        clip_actions,
+        action_key,
         allow_gaps,
     )
     draft = read(_locate(path), format, facts)
@@ -200,8 +214,9 @@ def check(
         typer.echo(f"{path}: {len(defects)} defect(s)")
         raise typer.Exit(1)
     demos = Demonstrations.from_draft(draft)
-    typer.echo(f"{path}: ok, {len(demos)} episodes, {demos.transitions} steps of "
-               + printable(demos.task))
+    typer.echo(
+        f"{path}: ok, {len(demos)} episodes, {demos.transitions} steps of " + printable(demos.task)
+    )
 
 
 @app.command()
@@ -237,8 +252,16 @@ def convert(
 ) -> None:
     """Write any readable demonstration file as HDF5."""
     facts = _facts(
-        task, obs_keys, action_low, action_high, episode_length, mask, clip_actions, action_key,
-        allow_gaps, episodes,
+        task,
+        obs_keys,
+        action_low,
+        action_high,
+        episode_length,
+        mask,
+        clip_actions,
+        action_key,
+        allow_gaps,
+        episodes,
     )
     notes = [note.partition("=") for note in provenance or []]
     for key, equals, value in notes:

@@ -52,9 +52,7 @@ def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
     return assembly.draft(facts.task)
 
 
-def _ends(
-    file: h5py.File, length: int | None, assembly: Assembly
-) -> tuple[np.ndarray, list[int]]:
+def _ends(file: h5py.File, length: int | None, assembly: Assembly) -> tuple[np.ndarray, list[int]]:
     """(terminals, where each episode stops: the index after its last step).
 
     Where that cannot be told there are no ends, and the assembly has the defects.

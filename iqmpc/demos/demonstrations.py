@@ -156,7 +156,8 @@ def packaged_path(task: str) -> Path:
         shipped = ", ".join(packaged_tasks())
         raise DemonstrationError(
             f"no demonstrations ship for {task!r}; they do for {shipped}. Give a file with "
-            "demos.path=FILE, which iqmpc demos make makes")
+            "demos.path=FILE, which iqmpc demos make makes"
+        )
     return _DATA / f"{task}.h5"
 
 

@@ -256,4 +256,3 @@ def _leaves(
                 return member
             waiting.append((f"{path}/{key}", member, depth + 1))
     return leaves
-

@@ -103,4 +103,3 @@ def _read_episode(group: h5py.Group, index: int, at: partial[Defect]) -> dict[st
     for key in ("terminated", "success"):
         fields[key] = episode.attrs.get(key)
     return fields
-

@@ -47,11 +47,16 @@ class _Child:
     def __init__(self) -> None:
         # Neither fork, which HDF5 and threads do not survive, nor multiprocessing's spawn, which
         # would import a script of the caller's again.
-        code = f"import sys; sys.path[:] = {sys.path!r}; from iqmpc.demos import isolated; " \
-               "isolated.serve()"
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; from iqmpc.demos import isolated; "
+            "isolated.serve()"
+        )
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL)
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self.pid = self._process.pid
 
     @property
@@ -70,8 +75,7 @@ class _Child:
             return Defect(str(path), "", f"damage that ended its reader ({how})", "a sound file")
         except TimeoutError:
             self.end()
-            return Defect(str(path), "", f"no end of reading after {limit_s:.0f} s",
-                          "a sound file")
+            return Defect(str(path), "", f"no end of reading after {limit_s:.0f} s", "a sound file")
         except BaseException:
             self.end()  # what it answers belongs to nobody any more
             raise
@@ -133,8 +137,9 @@ def serve() -> None:
             answer = Defect(str(path), "", "more data than its bytes can hold", "a sound file")
         except Exception as error:  # what a damaged file can raise in its library has no end
             said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            answer = Defect(str(path), "", f"damage that its reader did not expect ({said})",
-                            "a sound file")
+            answer = Defect(
+                str(path), "", f"damage that its reader did not expect ({said})", "a sound file"
+            )
         try:
             _send(answers, answer)
         except BrokenPipeError:
@@ -144,11 +149,16 @@ def serve() -> None:
 def _limit(path: Path) -> None:
     """Address space for the file at hand, beside what is in use by now."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    allowed = pages * resource.getpagesize() + _FREE_MEMORY + \
-        2 * budget.Budget(budget.size_of(path)).limit
+    allowed = (
+        pages * resource.getpagesize()
+        + _FREE_MEMORY
+        + 2 * budget.Budget(budget.size_of(path)).limit
+    )
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (
-        allowed if hard == resource.RLIM_INFINITY else min(allowed, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_AS,
+        (allowed if hard == resource.RLIM_INFINITY else min(allowed, hard), hard),
+    )
 
 
 def _send(pipe: IO[bytes], value: object) -> None:
@@ -156,20 +166,28 @@ def _send(pipe: IO[bytes], value: object) -> None:
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     raws = [buffer.raw() for buffer in buffers]
-    for part in (_LENGTH.pack(len(raws)), *(_LENGTH.pack(raw.nbytes) for raw in raws),
-                 _LENGTH.pack(len(data)), data, *raws):
+    for part in (
+        _LENGTH.pack(len(raws)),
+        *(_LENGTH.pack(raw.nbytes) for raw in raws),
+        _LENGTH.pack(len(data)),
+        data,
+        *raws,
+    ):
         pipe.write(part)
     pipe.flush()
 
 
 def _receive(pipe: IO[bytes], deadline: float | None) -> Any:
     """What `_send` sent; `EOFError` where the other end closed, `TimeoutError` past `deadline`."""
+
     def exactly(count: int) -> bytearray:
         data = bytearray(count)
         view = memoryview(data)
         while len(view):
-            if deadline is not None and not select.select(
-                    [pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if (
+                deadline is not None
+                and not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]
+            ):
                 raise TimeoutError
             got = os.readv(pipe.fileno(), [view])
             if not got:

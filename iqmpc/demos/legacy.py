@@ -178,9 +178,14 @@ def _from_bytes(raw: object, dtype: object, shape: object, order: object) -> np.
     if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
         raise _Refused(f"an array of {type(raw).__name__}")
     sizes = shape if isinstance(shape, tuple) else (shape,)
-    if len(sizes) > 8 or not all(type(n) is int and n >= 0 for n in sizes) or order not in (
-        "C",
-        "F",
+    if (
+        len(sizes) > 8
+        or not all(type(n) is int and n >= 0 for n in sizes)
+        or order
+        not in (
+            "C",
+            "F",
+        )
     ):
         raise _Refused("an array's shape that is none")
     claimed = dtype.value.itemsize

@@ -54,8 +54,11 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
                 break
             here = partial(at, episode=seen if facts.allow_gaps else number)
             if number <= before or (number != seen and not facts.allow_gaps):
-                expected = f"above {before}" if facts.allow_gaps else \
-                    f"{seen}, without gaps or repeats (--allow-gaps takes those that are there)"
+                expected = (
+                    f"above {before}"
+                    if facts.allow_gaps
+                    else f"{seen}, without gaps or repeats (--allow-gaps takes those there are)"
+                )
                 assembly.add_defect(at("episode_index", str(number), expected))
                 break
             seen, before = seen + 1, number
@@ -81,9 +84,7 @@ class _Unreadable(Exception):
     """A file or column that cannot be used; says what was found."""
 
 
-def _info(
-    path: Path, facts: Facts, at: partial[Defect]
-) -> tuple[list[str], object, str] | Defect:
+def _info(path: Path, facts: Facts, at: partial[Defect]) -> tuple[list[str], object, str] | Defect:
     """(observation columns, number of episodes, version)."""
     try:
         info = json.loads((path / INFO).read_text())
@@ -106,8 +107,11 @@ def _info(
     action = facts.action_key or "action"
     if action not in numeric:
         held = ", ".join(name for name in numeric if "action" in name) or "none"
-        return at("features", f"no {action} of numbers",
-                  f"actions; --action-key names another column (of numbers there are: {held})")
+        return at(
+            "features",
+            f"no {action} of numbers",
+            f"actions; --action-key names another column (of numbers there are: {held})",
+        )
     return columns, info.get("total_episodes"), version
 
 
@@ -213,10 +217,14 @@ def _fields(
     if frames is not None and not np.array_equal(frames[:, 0], np.arange(len(frames))):
         observations = at("frame_index", "a gap or another order", "0, 1, 2, … without gaps")
     rewards, success = whole.get("next.reward"), whole.get("next.success")
-    return observations, whole[action].astype(np.float32), {
-        "rewards": None if rewards is None else rewards.astype(np.float32),
-        "success": None if success is None else last(success[:, 0] == 1),
-    }
+    return (
+        observations,
+        whole[action].astype(np.float32),
+        {
+            "rewards": None if rewards is None else rewards.astype(np.float32),
+            "success": None if success is None else last(success[:, 0] == 1),
+        },
+    )
 
 
 def _described(path: Path) -> dict[str, str]:

@@ -62,16 +62,23 @@ class Demonstrator:
 
 def _packaged(task: str, env: gymnasium.Env, seed: int) -> Demonstrator:
     policy, provenance = npg.packaged(
-        myosuite.TASKS[task], generator=np.random.default_rng(stream_seed(seed, "demonstrator")))
+        myosuite.TASKS[task], generator=np.random.default_rng(stream_seed(seed, "demonstrator"))
+    )
     return Demonstrator(policy, successes_only=True, provenance=provenance)
 
 
 def _scripted(task: str, env: gymnasium.Env, seed: int) -> Demonstrator:
     policy = scripted.CubeController(
-        task, generator=np.random.default_rng(stream_seed(seed, "demonstrator")))
-    return Demonstrator(policy, successes_only=True, provenance={
-        "demonstrator": "controller by hand (iqmpc.demos.scripted)",
-        "noise": f"{policy.noise} on actions, until the goal is reached"})
+        task, generator=np.random.default_rng(stream_seed(seed, "demonstrator"))
+    )
+    return Demonstrator(
+        policy,
+        successes_only=True,
+        provenance={
+            "demonstrator": "controller by hand (iqmpc.demos.scripted)",
+            "noise": f"{policy.noise} on actions, until the goal is reached",
+        },
+    )
 
 
 # Tasks that have a demonstrator of their own: name -> what makes it, given the task's environment
@@ -131,11 +138,11 @@ def record(
     kept: list[Episode] = []
     tried = succeeded = reached = 0
     while len(kept) < episodes and tried < max_tries:
-        actor = Noisy(
-            _Actor(demonstrator.policy, env), noise, stream_seed(seed, "noise", tried))
+        actor = Noisy(_Actor(demonstrator.policy, env), noise, stream_seed(seed, "noise", tried))
         with interface.at(f"{task}, recorded episode {tried}"):
-            episode = rollout(actor, env, seed=stream_seed(seed, "record", tried),
-                              episode_length=episode_length)
+            episode = rollout(
+                actor, env, seed=stream_seed(seed, "record", tried), episode_length=episode_length
+            )
         if isinstance(env, FrameRecorder):
             episode = replace(episode, observations=np.stack(env.frames))
         if successes_only and episode.success is None:
@@ -150,13 +157,14 @@ def record(
         if progress is not None:
             progress(len(kept), tried, total)
     conditions = ([f"return >= {min_return:g}"] if min_return is not None else []) + (
-        ["success"] if successes_only else [])
+        ["success"] if successes_only else []
+    )
     if not kept or (len(kept) < episodes and not fewer):
         counts = [f"{reached} reached a return of {min_return:g}"] if min_return is not None else []
         counts += [f"{succeeded} succeeded"] if successes_only else []
         raise DemonstrationError(
-            f"{len(kept)} of {episodes} episodes were kept after {tried} tries: "
-            f"{', '.join(counts)}")
+            f"{len(kept)} of {episodes} episodes were kept after {tried} tries: {', '.join(counts)}"
+        )
     provenance = {
         **demonstrator.provenance,
         **(provenance or {}),
@@ -184,8 +192,10 @@ class _Actor:
         action = np.asarray(self._policy(obs.copy()), np.float32)  # it may change what it is given
         if not np.isfinite(action).all():
             index = int(np.argmin(np.isfinite(action).ravel()))
-            raise DemonstrationError(f"the demonstrator's actions: found {action.ravel()[index]} "
-                                     f"at index {index}, expected finite values")
+            raise DemonstrationError(
+                f"the demonstrator's actions: found {action.ravel()[index]} "
+                f"at index {index}, expected finite values"
+            )
         return action
 
 

@@ -51,14 +51,10 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
     main = path if path.is_file() else place / MAIN
     if not main.is_file():
         return at(MAIN, "nothing", "the dataset's episodes")
-    return h5.read_file(
-        main, at, partial(_read, path=path, metadata=metadata, facts=facts)
-    )
+    return h5.read_file(main, at, partial(_read, path=path, metadata=metadata, facts=facts))
 
 
-def _read(
-    file: h5py.File, path: Path, metadata: dict[str, object], facts: Facts
-) -> Draft | Defect:
+def _read(file: h5py.File, path: Path, metadata: dict[str, object], facts: Facts) -> Draft | Defect:
     assembly = Assembly("minari", path, facts)
     at = assembly.at
     metadata = {key: metadata.get(key, h5.text(file, key)) for key in _USED}

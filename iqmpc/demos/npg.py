@@ -29,8 +29,15 @@ class GaussianPolicy:
     """
 
     def __init__(
-        self, layers: list[tuple[np.ndarray, np.ndarray]], shift: np.ndarray, scale: np.ndarray,
-        out_shift: np.ndarray, out_scale: np.ndarray, log_std: np.ndarray, *, noise: float = 1.0,
+        self,
+        layers: list[tuple[np.ndarray, np.ndarray]],
+        shift: np.ndarray,
+        scale: np.ndarray,
+        out_shift: np.ndarray,
+        out_scale: np.ndarray,
+        log_std: np.ndarray,
+        *,
+        noise: float = 1.0,
         generator: np.random.Generator | None = None,
     ):
         self.layers, self.noise = layers, noise
@@ -61,12 +68,14 @@ def packaged(
     """
     if env_id not in CHOICES:
         raise DemonstrationError(
-            f"MyoSuite packages no policy that solves {env_id} (it does for: {', '.join(CHOICES)})")
+            f"MyoSuite packages no policy that solves {env_id} (it does for: {', '.join(CHOICES)})"
+        )
     seed, noise = CHOICES[env_id]
     found = importlib.util.find_spec("myosuite")
     if found is None:
         raise DemonstrationError(
-            "MyoSuite's policies need the extra 'myosuite': pip install 'iqmpc[myosuite]'")
+            "MyoSuite's policies need the extra 'myosuite': pip install 'iqmpc[myosuite]'"
+        )
     folder = Path(found.submodule_search_locations[0]) / "agents" / "baslines_NPG" / env_id
     paths = sorted(folder.glob(f"*/*,seed={seed}/iterations/best_policy.pickle"))
     if not paths:
@@ -75,8 +84,10 @@ def packaged(
     policy.noise = noise
     if generator is not None:
         policy.generator = generator
-    return policy, {"demonstrator": f"MyoSuite's packaged NPG policy for {env_id}, seed {seed}",
-                    "noise": f"{noise} of the policy's own"}
+    return policy, {
+        "demonstrator": f"MyoSuite's packaged NPG policy for {env_id}, seed {seed}",
+        "noise": f"{noise} of the policy's own",
+    }
 
 
 def load(path: Path) -> GaussianPolicy:
@@ -88,13 +99,26 @@ def load(path: Path) -> GaussianPolicy:
         root = vars(_Reader(io.BytesIO(path.read_bytes())).load())
         network = vars(root["model"])
         modules = vars(network["_modules"]["fc_layers"])["_modules"].values()
-        layers = [tuple(np.asarray(vars(m)["_parameters"][k], np.float64)
-                        for k in ("weight", "bias")) for m in modules]
-        affine = (np.asarray(network[k], np.float64)
-                  for k in ("in_shift", "in_scale", "out_shift", "out_scale"))
+        layers = [
+            tuple(np.asarray(vars(m)["_parameters"][k], np.float64) for k in ("weight", "bias"))
+            for m in modules
+        ]
+        affine = (
+            np.asarray(network[k], np.float64)
+            for k in ("in_shift", "in_scale", "out_shift", "out_scale")
+        )
         log_std = np.asarray(root["log_std_val"], np.float64)
-    except (OSError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError,
-            AttributeError, RuntimeError, IndexError) as error:
+    except (
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        IndexError,
+    ) as error:
         raise DemonstrationError(f"{path}: not an mjrl policy: {error}") from error
     return GaussianPolicy(layers, *affine, log_std)
 
@@ -113,7 +137,8 @@ class _Reader(pickle.Unpickler):
             return self._NAMES[module.replace("numpy._core", "numpy.core"), name]
         except KeyError:
             raise pickle.UnpicklingError(
-                f"it names {module}.{name}, which is not admitted") from None
+                f"it names {module}.{name}, which is not admitted"
+            ) from None
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any):
@@ -134,6 +159,7 @@ _Reader._NAMES = {
     ("numpy.core.multiarray", "scalar"): np.float64(0).__reduce__()[0],
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data.detach().numpy(),
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch.storage", "_load_from_bytes"):
-        lambda data: torch.load(io.BytesIO(data), weights_only=True),
+    ("torch.storage", "_load_from_bytes"): lambda data: torch.load(
+        io.BytesIO(data), weights_only=True
+    ),
 }

@@ -42,7 +42,7 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
     task = members.pop("task")
     if isinstance(task, np.ndarray):
         task = str(task)
-    return Draft(str(path), task, _episodes(members, at)[:facts.episodes], {})
+    return Draft(str(path), task, _episodes(members, at)[: facts.episodes], {})
 
 
 def _member(archive: np.lib.npyio.NpzFile, key: str, at: partial[Defect]) -> object:

@@ -56,8 +56,10 @@ class Sb3Policy:
                 f"{path}: the policy has {sizes[0]} observations and {sizes[1]} actions, the task "
                 f"{obs_dim} and {action_dim}"
             )
-        beside = [*path.parent.glob("*vecnormalize*.pkl"),
-                  *path.with_suffix("").glob("*vecnormalize*.pkl")]
+        beside = [
+            *path.parent.glob("*vecnormalize*.pkl"),
+            *path.with_suffix("").glob("*vecnormalize*.pkl"),
+        ]
         if beside:
             raise DemonstrationError(
                 f"{path}: the policy was trained under VecNormalize, whose statistics are in a "
@@ -99,14 +101,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
         raise DemonstrationError(
             f"{path}: no model as Stable-Baselines3 saves them, with data and policy.pth ({said})"
         ) from error
-    if not isinstance(settings, dict) or not isinstance(weights, dict) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in weights.values()
+    if (
+        not isinstance(settings, dict)
+        or not isinstance(weights, dict)
+        or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values())
     ):
         raise DemonstrationError(f"{path}: data or policy.pth is not what Stable-Baselines3 saves")
     claimed = sum(tensor.nelement() * tensor.element_size() for tensor in weights.values())
     if claimed > len(members["policy.pth"]):  # one number that is said to be many
-        raise DemonstrationError(f"{path}: {claimed} bytes of weights are claimed by a policy.pth "
-                                 f"of {len(members['policy.pth'])} bytes")
+        raise DemonstrationError(
+            f"{path}: {claimed} bytes of weights are claimed by a policy.pth "
+            f"of {len(members['policy.pth'])} bytes"
+        )
     return settings, weights, hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -118,7 +124,8 @@ def _unpacked(content: bytes, wanted: tuple[str, ...], path: Path) -> dict[str, 
         if claimed > limit:
             raise DemonstrationError(
                 f"{path}: its zip unpacks to {claimed} bytes, expected at most {limit} from "
-                f"{len(content)}")
+                f"{len(content)}"
+            )
         for name in wanted:
             if archive.getinfo(name).file_size > _MAX_MEMBER:
                 raise DemonstrationError(f"{path}: {name} has over {_MAX_MEMBER} bytes")
@@ -138,8 +145,10 @@ def _actor(
         if options.get("squash_output"):
             raise _Unsuitable("PPO with squash_output is not read")
         if settings.get("_last_original_obs") is not None:
-            raise _Unsuitable("the policy was trained under VecNormalize, whose statistics are in "
-                              "a pickle, which is not read")
+            raise _Unsuitable(
+                "the policy was trained under VecNormalize, whose statistics are in "
+                "a pickle, which is not read"
+            )
         layers = _mlp(weights, _PPO, _activation(options, "Tanh"), used)
         clip = _action_range(settings, layers[-1].out_features)
     elif any(name.startswith("actor.log_std") for name in weights):

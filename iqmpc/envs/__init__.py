@@ -15,18 +15,29 @@ from iqmpc.envs.noise import TransitionNoise
 from iqmpc.errors import TaskError
 from iqmpc.frames import SIZE, STACK, is_image
 
-_SUITES = {"dmcontrol": dmcontrol.make, "myosuite": myosuite.make, "maniskill": maniskill.make,
-           "gym": gym.make}
+_SUITES = {
+    "dmcontrol": dmcontrol.make,
+    "myosuite": myosuite.make,
+    "maniskill": maniskill.make,
+    "gym": gym.make,
+}
 
 # The same values as in configs/task, which a test compares.
 TASKS: dict[str, TaskConfig] = {
     name: TaskConfig(name=name, suite=suite, **how)
     for suite, names, how in (
         ("dmcontrol", dmcontrol.TASKS, {}),
-        ("myosuite", myosuite.TASKS,
-         dict(episode_length=100, action_repeat=1, gradient_penalty=True)),
-        ("maniskill", maniskill.TASKS,
-         dict(episode_length=100, action_repeat=2, gradient_penalty=True)))
+        (
+            "myosuite",
+            myosuite.TASKS,
+            dict(episode_length=100, action_repeat=1, gradient_penalty=True),
+        ),
+        (
+            "maniskill",
+            maniskill.TASKS,
+            dict(episode_length=100, action_repeat=2, gradient_penalty=True),
+        ),
+    )
     for name in names
 }
 
@@ -56,10 +67,13 @@ def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any)
     if task.suite not in _SUITES:
         raise TaskError(
             f"{task.name!r} belongs to suite {task.suite!r}, whose environments are not made here "
-            f"(known: {', '.join(_SUITES)}); evaluate your own with iqmpc.evaluate(agent, env)")
+            f"(known: {', '.join(_SUITES)}); evaluate your own with iqmpc.evaluate(agent, env)"
+        )
     if task.obs == "pixels" and task.suite not in ("dmcontrol", "gym"):
-        raise TaskError(f"obs=pixels is for the suites dmcontrol and gym, {task.name!r} belongs to "
-                        f"{task.suite!r}")
+        raise TaskError(
+            f"obs=pixels is for the suites dmcontrol and gym, {task.name!r} belongs to "
+            f"{task.suite!r}"
+        )
     env = _SUITES[task.suite](task, seed=seed, **options)
     return TransitionNoise(env, task.transition_noise) if task.transition_noise else env
 
@@ -67,17 +81,28 @@ def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any)
 def check_spaces(env: gymnasium.Env, name: str) -> tuple[tuple[int, ...], int]:
     """The shape of observations, (O,) or (3C, 64, 64), and A; `TaskError` where they do not fit."""
     obs, action = env.observation_space, env.action_space
-    images = isinstance(obs, gymnasium.spaces.Box) and is_image(obs.shape) and \
-        obs.dtype == np.uint8 and obs.shape[0] % STACK == 0 and obs.shape[1:] == (SIZE, SIZE)
+    images = (
+        isinstance(obs, gymnasium.spaces.Box)
+        and is_image(obs.shape)
+        and obs.dtype == np.uint8
+        and obs.shape[0] % STACK == 0
+        and obs.shape[1:] == (SIZE, SIZE)
+    )
     if not images and (not isinstance(obs, gymnasium.spaces.Box) or len(obs.shape) != 1):
-        hint = "; wrap it: iqmpc.envs.gym.FlatObservation(env)" \
-            if isinstance(obs, gymnasium.spaces.Dict) else ""
-        raise TaskError(f"{name}: the observation space must be a flat Box, or one of uint8 images "
-                        f"[{STACK}C, {SIZE}, {SIZE}], got {obs}{hint}")
+        hint = (
+            "; wrap it: iqmpc.envs.gym.FlatObservation(env)"
+            if isinstance(obs, gymnasium.spaces.Dict)
+            else ""
+        )
+        raise TaskError(
+            f"{name}: the observation space must be a flat Box, or one of uint8 images "
+            f"[{STACK}C, {SIZE}, {SIZE}], got {obs}{hint}"
+        )
     if not isinstance(action, gymnasium.spaces.Box) or len(action.shape) != 1:
         raise TaskError(f"{name}: the action space must be a flat Box, got {action}")
     if not (np.all(action.low == -1) and np.all(action.high == 1)):
         raise TaskError(
             f"{name}: actions must lie in [-1, 1], got [{action.low.min():g}, "
-            f"{action.high.max():g}]; wrap it: gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)")
+            f"{action.high.max():g}]; wrap it: gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)"
+        )
     return obs.shape, action.shape[0]

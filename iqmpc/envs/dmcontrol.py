@@ -32,6 +32,7 @@ TASKS = {
     "dog-run": ("dog", "run"),
 }
 
+
 def import_suite(render: bool) -> Any:
     """Import `dm_control.suite`, with GL only where something will be rendered.
 
@@ -56,8 +57,10 @@ def import_suite(render: bool) -> Any:
     except Exception as error:  # every graphics library fails in its own way
         if not render or importlib.util.find_spec("dm_control") is None:
             raise
-        raise TaskError(f"dm_control cannot be imported with MUJOCO_GL="
-                        f"{os.environ.get('MUJOCO_GL')}: {error} ({GL_ADVICE})") from error
+        raise TaskError(
+            f"dm_control cannot be imported with MUJOCO_GL="
+            f"{os.environ.get('MUJOCO_GL')}: {error} ({GL_ADVICE})"
+        ) from error
 
 
 class DMControlEnv(gymnasium.Env):
@@ -70,7 +73,11 @@ class DMControlEnv(gymnasium.Env):
     """
 
     def __init__(
-        self, task: TaskConfig, *, seed: int | None = None, render_mode: str | None = None,
+        self,
+        task: TaskConfig,
+        *,
+        seed: int | None = None,
+        render_mode: str | None = None,
         render_size: int = 256,
     ):
         if render_mode not in (None, "rgb_array"):
@@ -81,13 +88,16 @@ class DMControlEnv(gymnasium.Env):
             raise TaskError(
                 "this process loaded dm_control without GL, for a task that is not rendered (or "
                 "MUJOCO_GL=disabled is set): set MUJOCO_GL=egl or MUJOCO_GL=osmesa before the "
-                "first environment is made")
+                "first environment is made"
+            )
         domain, name = TASKS[task.name]
         self.config, self.render_mode, self._render_size = task, render_mode, render_size
         self._env = suite.load(
-            domain, name,
+            domain,
+            name,
             # the suite's own limit counts simulator time; ours counts control steps
-            task_kwargs={"random": np.random.RandomState(seed), "time_limit": float("inf")})
+            task_kwargs={"random": np.random.RandomState(seed), "time_limit": float("inf")},
+        )
         if task.fast_render:  # before the first frame, for which buffers are made
             self._env.physics.model.vis.quality.offsamples = 0
         spec = self._env.action_spec()
@@ -134,7 +144,8 @@ class DMControlEnv(gymnasium.Env):
         flags = {"shadow": False} if self.config.fast_render else None
         try:
             return self._env.physics.render(
-                size, size, camera_id=camera, render_flag_overrides=flags)
+                size, size, camera_id=camera, render_flag_overrides=flags
+            )
         except Exception as error:
             raise cannot_render(error) from error
 

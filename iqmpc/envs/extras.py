@@ -15,10 +15,12 @@ from iqmpc.errors import TaskError
 
 GL_ADVICE = (
     "without a screen, rendering needs EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri, or "
-    "libosmesa6, and MUJOCO_GL=egl or MUJOCO_GL=osmesa to choose one")
+    "libosmesa6, and MUJOCO_GL=egl or MUJOCO_GL=osmesa to choose one"
+)
 # Every graphics library raises its own type.
 _GRAPHICS = re.compile(
-    r"gl\b|^gl|egl|osmesa|glfw|glx|x11|display|framebuffer|vulkan", re.IGNORECASE)
+    r"gl\b|^gl|egl|osmesa|glfw|glx|x11|display|framebuffer|vulkan", re.IGNORECASE
+)
 
 
 def cannot_render(error: Exception) -> TaskError:
@@ -43,7 +45,8 @@ def import_extra(module: str, suite: str, extra: str) -> ModuleType:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise TaskError(
-                f"{suite} needs the extra {extra!r}: pip install 'iqmpc[{extra}]'") from None
+                f"{suite} needs the extra {extra!r}: pip install 'iqmpc[{extra}]'"
+            ) from None
         raise TaskError(f"{suite} is installed but cannot be imported: {error}") from error
 
 

@@ -50,7 +50,8 @@ class FlatObservation(gymnasium.ObservationWrapper):
                 what = "an image" if number else "no Box"
                 raise TaskError(
                     f"the observation's {key!r} is {what}, {space}: choose the members to observe, "
-                    f"task.obs_keys={','.join(k for k in members if k != key) or 'A,B'}")
+                    f"task.obs_keys={','.join(k for k in members if k != key) or 'A,B'}"
+                )
         size = sum(int(np.prod(members[key].shape)) for key in self._keys)
         self.observation_space = Box(-np.inf, np.inf, (size,), np.float32)
 
@@ -92,29 +93,40 @@ class ControlEnv(gymnasium.Wrapper):
     """
 
     def __init__(
-        self, env: gymnasium.Env, task: TaskConfig, *, seed: int | None = None,
-        success: str = "is_success", terminates: bool = True,
+        self,
+        env: gymnasium.Env,
+        task: TaskConfig,
+        *,
+        seed: int | None = None,
+        success: str = "is_success",
+        terminates: bool = True,
     ):
         _check_box(env.action_space, f"{task.name}: the action space")
         low, high = env.action_space.low, env.action_space.high
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise TaskError(
-                f"{task.name}: the action space must be bounded, got {env.action_space}")
+                f"{task.name}: the action space must be bounded, got {env.action_space}"
+            )
         keys = None if task.obs_keys is None else tuple(task.obs_keys.split(","))
         if isinstance(env.observation_space, Dict):
             with interface.at(task.name):
                 env = FlatObservation(env, keys)
         elif keys is not None:
-            raise TaskError(f"{task.name}: task.obs_keys chooses from a dictionary of "
-                            f"observations, the environment's are {env.observation_space}")
+            raise TaskError(
+                f"{task.name}: task.obs_keys chooses from a dictionary of "
+                f"observations, the environment's are {env.observation_space}"
+            )
         images = _is_image(env.observation_space)
         if not images:
             _check_box(env.observation_space, f"{task.name}: the observation space")
         super().__init__(env)
         self.config = task
         self._low, self._high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-        self.observation_space = env.observation_space if images else Box(
-            -np.inf, np.inf, env.observation_space.shape, np.float32)
+        self.observation_space = (
+            env.observation_space
+            if images
+            else Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+        )
         self.action_space = Box(-1.0, 1.0, env.action_space.shape, np.float32)
         self._success, self._terminates = success, terminates
         self._seed, self._steps = seed, 0
@@ -170,8 +182,10 @@ def make(
     if _is_image(env.observation_space):
         return FrameStack(env, resized, env.observation_space.shape[2])
     if task.obs == "pixels":
-        raise TaskError(f"{task.name}: obs=pixels needs an environment that observes images, uint8 "
-                        f"[H, W, 3] or [H, W, 1], got {env.observation_space}")
+        raise TaskError(
+            f"{task.name}: obs=pixels needs an environment that observes images, uint8 "
+            f"[H, W, 3] or [H, W, 1], got {env.observation_space}"
+        )
     return env
 
 
@@ -205,8 +219,9 @@ def _called(path: str, options: dict[str, Any]) -> Any:
     except AttributeError:
         raise TaskError(f"{path}: the module has no {name!r}") from None
     if not callable(function):
-        raise TaskError(f"{path} must be a function that makes an environment, got a "
-                        f"{type(function).__name__}")
+        raise TaskError(
+            f"{path} must be a function that makes an environment, got a {type(function).__name__}"
+        )
     try:
         inspect.signature(function).bind(**options)
     except TypeError as error:
@@ -218,12 +233,18 @@ def _called(path: str, options: dict[str, Any]) -> Any:
 
 
 def _is_image(space: gymnasium.Space) -> bool:
-    return isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3 \
+    return (
+        isinstance(space, Box)
+        and space.dtype == np.uint8
+        and len(space.shape) == 3
         and space.shape[2] in (1, 3)
+    )
 
 
 def _check_box(space: gymnasium.Space, what: str) -> None:
     if not isinstance(space, Box) or len(space.shape) != 1:
-        raise TaskError(f"{what} must be a flat Box (for observations also a Dict of Boxes, or "
-                        f"uint8 images [H, W, 3] or [H, W, 1]), got "
-                        f"{space}")
+        raise TaskError(
+            f"{what} must be a flat Box (for observations also a Dict of Boxes, or "
+            f"uint8 images [H, W, 3] or [H, W, 1]), got "
+            f"{space}"
+        )

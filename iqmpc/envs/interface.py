@@ -40,8 +40,13 @@ def step(env: gymnasium.Env, action: np.ndarray) -> tuple[Any, float, bool, bool
     with _of_gymnasium("step", _STEP):
         result = env.step(np.array(action))
     obs, reward, terminated, truncated, info = _parts(result, "step", _STEP)
-    return (obs, _reward(reward), _flag("terminated", terminated), _flag("truncated", truncated),
-            info)
+    return (
+        obs,
+        _reward(reward),
+        _flag("terminated", terminated),
+        _flag("truncated", truncated),
+        info,
+    )
 
 
 def observation(obs: Any, space: gymnasium.spaces.Box) -> np.ndarray:
@@ -51,15 +56,17 @@ def observation(obs: Any, space: gymnasium.spaces.Box) -> np.ndarray:
     not finite or beyond ±`LARGEST`, by its index.
     """
     if isinstance(obs, dict):
-        raise TaskError(f"the observation is a dictionary of {', '.join(map(str, obs))}, its space "
-                        f"{space}")
+        raise TaskError(
+            f"the observation is a dictionary of {', '.join(map(str, obs))}, its space {space}"
+        )
     try:
         found = np.asarray(obs)
     except ValueError:  # rows of different lengths
         found = np.array(None)
     if found.dtype.kind not in "biuf":
-        raise TaskError(f"the observation is a {type(obs).__name__} of no numbers, its space "
-                        f"{space}")
+        raise TaskError(
+            f"the observation is a {type(obs).__name__} of no numbers, its space {space}"
+        )
     if found.shape != space.shape:
         raise TaskError(f"the observation has shape {found.shape}, its space {space.shape}")
     if len(space.shape) == 3 and found.dtype != space.dtype:
@@ -70,8 +77,10 @@ def observation(obs: Any, space: gymnasium.spaces.Box) -> np.ndarray:
         sound = np.abs(found) <= LARGEST  # false for NaN
         if not sound.all():
             index = int(np.argmin(sound))
-            raise TaskError(f"the observation is {found[index]:g} at index {index}, expected a "
-                            f"finite value within ±{LARGEST:g}")
+            raise TaskError(
+                f"the observation is {found[index]:g} at index {index}, expected a "
+                f"finite value within ±{LARGEST:g}"
+            )
     return found
 
 
@@ -94,14 +103,24 @@ def at(place: str) -> Iterator[None]:
 
 def _parts(result: Any, function: str, expected: str) -> tuple:
     if not isinstance(result, tuple) or len(result) != expected.count(",") + 1:
-        length = f"a tuple of {len(result)}" if isinstance(result, tuple) else \
-            f"a {type(result).__name__}"
-        raise TaskError(f"{function}() gave {length}, gymnasium's interface wants {expected}"
-                        + (" (an environment of the older gym has another)"
-                           if function == "step" or not isinstance(result, tuple) else ""))
+        length = (
+            f"a tuple of {len(result)}"
+            if isinstance(result, tuple)
+            else f"a {type(result).__name__}"
+        )
+        raise TaskError(
+            f"{function}() gave {length}, gymnasium's interface wants {expected}"
+            + (
+                " (an environment of the older gym has another)"
+                if function == "step" or not isinstance(result, tuple)
+                else ""
+            )
+        )
     if not isinstance(result[-1], dict):
-        raise TaskError(f"{function}() gave a {type(result[-1]).__name__} for info, gymnasium's "
-                        f"interface wants {expected} with a dictionary")
+        raise TaskError(
+            f"{function}() gave a {type(result[-1]).__name__} for info, gymnasium's "
+            f"interface wants {expected} with a dictionary"
+        )
     return result
 
 
@@ -136,5 +155,6 @@ def _of_gymnasium(function: str, expected: str) -> Iterator[None]:
         if not raised_in.startswith(("gymnasium.wrappers.", "gymnasium.utils.", "gymnasium.core")):
             raise
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TaskError(f"{function}() does not give what gymnasium's interface wants, {expected}: "
-                        f"{said}") from error
+        raise TaskError(
+            f"{function}() does not give what gymnasium's interface wants, {expected}: {said}"
+        ) from error

@@ -42,13 +42,18 @@ def make(
     if render_mode is not None and not renders:
         raise TaskError(
             f"{task.name} cannot be rendered on this machine, where no Vulkan device is found: "
-            f"got render_mode={render_mode!r}")
+            f"got render_mode={render_mode!r}"
+        )
     cls = getattr(_import_tasks(), TASKS[task.name])
     if not renders:
         cls = _without_renderer(cls)
     with quiet(), contextlib.nullcontext() if renders else _null_renderer():
-        env = cls(obs_mode="state", control_mode="pd_ee_delta_pos",
-                  reward_mode="normalized_dense", render_mode=render_mode)
+        env = cls(
+            obs_mode="state",
+            control_mode="pd_ee_delta_pos",
+            reward_mode="normalized_dense",
+            render_mode=render_mode,
+        )
     return ControlEnv(_Rebuilt(env), task, seed=seed, terminates=False)
 
 
@@ -72,8 +77,7 @@ def _import_tasks() -> Any:
         # Functions of Vulkan, which the null library lacks, are looked for when they are called.
         sys.setdlopenflags(os.RTLD_LAZY)
     try:
-        return import_extra(
-            "mani_skill2.envs.pick_and_place.pick_cube", "ManiSkill2", "maniskill")
+        return import_extra("mani_skill2.envs.pick_and_place.pick_cube", "ManiSkill2", "maniskill")
     finally:
         sys.setdlopenflags(flags)
 
@@ -95,16 +99,23 @@ def _load_null_vulkan() -> None:
     except (AttributeError, OSError) as error:
         raise TaskError(
             "ManiSkill2 needs Vulkan's library (Debian: apt-get install libvulkan1), and iqmpc's "
-            f"replacement for it was not built: {error}") from error
+            f"replacement for it was not built: {error}"
+        ) from error
 
 
 class _InstanceInfo(ctypes.Structure):
     """VkInstanceCreateInfo: everything but the type may be zero."""
 
-    _fields_ = [("type", ctypes.c_int), ("next", ctypes.c_void_p), ("flags", ctypes.c_uint32),
-                ("application", ctypes.c_void_p), ("layer_count", ctypes.c_uint32),
-                ("layers", ctypes.c_void_p), ("extension_count", ctypes.c_uint32),
-                ("extensions", ctypes.c_void_p)]
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("next", ctypes.c_void_p),
+        ("flags", ctypes.c_uint32),
+        ("application", ctypes.c_void_p),
+        ("layer_count", ctypes.c_uint32),
+        ("layers", ctypes.c_void_p),
+        ("extension_count", ctypes.c_uint32),
+        ("extensions", ctypes.c_void_p),
+    ]
 
 
 @functools.cache
@@ -125,15 +136,20 @@ def _vulkan_devices() -> int:
 @functools.cache
 def _without_renderer(cls: type) -> type:
     """ManiSkill2's class, with nothing in its scene that only a renderer would use."""
-    _log.warning("no Vulkan device was found: ManiSkill2 runs without a renderer, which states "
-                 "do not need")
+    _log.warning(
+        "no Vulkan device was found: ManiSkill2 runs without a renderer, which states do not need"
+    )
 
     class Headless(cls):
         def _add_ground(self, altitude: float = 0.0, render: bool = True) -> Any:
             return super()._add_ground(altitude, render=False)
 
         def _build_cube(
-            self, half_size: np.ndarray, *_: Any, name: str = "cube", static: bool = False,
+            self,
+            half_size: np.ndarray,
+            *_: Any,
+            name: str = "cube",
+            static: bool = False,
             **__: Any,
         ) -> Any:
             builder = self._scene.create_actor_builder()

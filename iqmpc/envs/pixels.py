@@ -19,9 +19,7 @@ class FrameStack(gymnasium.Wrapper):
     `reset` the first frame stands three times.
     """
 
-    def __init__(
-        self, env: gymnasium.Env, frame: Callable[[Any], np.ndarray], channels: int = 3
-    ):
+    def __init__(self, env: gymnasium.Env, frame: Callable[[Any], np.ndarray], channels: int = 3):
         super().__init__(env)
         shape = (STACK * channels, SIZE, SIZE)
         self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
@@ -67,7 +65,16 @@ def resized(image: np.ndarray) -> np.ndarray:
 
     frame = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
     if frame.shape[1:] != (SIZE, SIZE):
-        frame = F.interpolate(
-            frame[None].float(), (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False
-        )[0].round().clamp(0, 255).to(torch.uint8)
+        frame = (
+            F.interpolate(
+                frame[None].float(),
+                (SIZE, SIZE),
+                mode="bilinear",
+                antialias=True,
+                align_corners=False,
+            )[0]
+            .round()
+            .clamp(0, 255)
+            .to(torch.uint8)
+        )
     return frame.numpy().copy()

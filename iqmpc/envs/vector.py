@@ -42,8 +42,13 @@ class VectorEnv:
     """
 
     def __init__(
-        self, envs: Sequence[gymnasium.Env], name: str, *, seed: int = 0,
-        episode_length: int | None = None, on_message: Callable[[str], None] | None = None,
+        self,
+        envs: Sequence[gymnasium.Env],
+        name: str,
+        *,
+        seed: int = 0,
+        episode_length: int | None = None,
+        on_message: Callable[[str], None] | None = None,
     ):
         """`name` is the task's, for messages."""
         if not envs:
@@ -70,8 +75,9 @@ class VectorEnv:
         """
         idle = waiting = self._idle()
         while waiting:
-            numbers = dict(zip(waiting, range(self.started, self.started + len(waiting)),
-                               strict=True))
+            numbers = dict(
+                zip(waiting, range(self.started, self.started + len(waiting)), strict=True)
+            )
             self.started += len(waiting)
             for index, obs in self._reset(numbers).items():
                 self._episodes[index] = Recording([obs], numbers[index])
@@ -146,7 +152,8 @@ class VectorEnv:
             self._cut_before = True
             self._on_message(
                 f"warning: an episode of {self.name} did not end by itself and was cut after "
-                f"task.episode_length={self._episode_length} steps, as all such will be")
+                f"task.episode_length={self._episode_length} steps, as all such will be"
+            )
 
     def _idle(self) -> list[int]:
         return [index for index, episode in enumerate(self._episodes) if episode is None]
@@ -166,4 +173,5 @@ def check_alike(env: gymnasium.Env, other: gymnasium.Env, name: str, other_name:
         for what in ("shape", "dtype", "low", "high"):
             if not np.array_equal(getattr(one, what), getattr(two, what)):
                 raise TaskError(
-                    f"{name} and {other_name} differ in {space}.{what}: {one} and {two}")
+                    f"{name} and {other_name} differ in {space}.{what}: {one} and {two}"
+                )

@@ -69,9 +69,11 @@ class WorkerVectorEnv(VectorEnv):
         self._observations = _Shared(rows, spaces.observation_space.shape, kind)
         workers = [
             _Worker(index, factory, name, spaces, self._observations, self._actions, timeout_s)
-            for index, factory in enumerate(factories)]
+            for index, factory in enumerate(factories)
+        ]
         super().__init__(
-            workers, name, seed=seed, episode_length=episode_length, on_message=on_message)
+            workers, name, seed=seed, episode_length=episode_length, on_message=on_message
+        )
         self.max_restarts = max_restarts
         self._finalizer = weakref.finalize(self, _end, workers)
         try:
@@ -91,17 +93,23 @@ class WorkerVectorEnv(VectorEnv):
         self._finalizer()
 
     def _reset(self, numbers: dict[int, int]) -> dict[int, np.ndarray]:
-        answers = self._ask({index: self._seed_of(number) for index, number in numbers.items()},
-                            {index: (number, 0) for index, number in numbers.items()})
+        answers = self._ask(
+            {index: self._seed_of(number) for index, number in numbers.items()},
+            {index: (number, 0) for index, number in numbers.items()},
+        )
         return {index: self._observations.array[index].copy() for index in answers}
 
     def _step(self, actions: np.ndarray) -> dict[int, tuple[np.ndarray, float, bool, bool]]:
-        self._actions.array[:len(actions)] = actions
+        self._actions.array[: len(actions)] = actions
         episodes = [self._running(index) for index in range(len(actions))]
-        answers = self._ask(dict.fromkeys(range(len(actions))), {
-            i: (e.number, len(e.actions) + 1) for i, e in enumerate(episodes)})
-        return {index: (self._observations.array[index].copy(), *answer)
-                for index, answer in answers.items()}
+        answers = self._ask(
+            dict.fromkeys(range(len(actions))),
+            {i: (e.number, len(e.actions) + 1) for i, e in enumerate(episodes)},
+        )
+        return {
+            index: (self._observations.array[index].copy(), *answer)
+            for index, answer in answers.items()
+        }
 
     def _ask(
         self, commands: dict[int, int | None], places: dict[int, tuple[int, int]]
@@ -124,8 +132,9 @@ class WorkerVectorEnv(VectorEnv):
 
     def _replace(self, index: int, failure: str) -> None:
         worker, episode = self.envs[index], self._episodes[index]
-        dropped = f", its unfinished episode of {len(episode.actions)} steps dropped" \
-            if episode else ""
+        dropped = (
+            f", its unfinished episode of {len(episode.actions)} steps dropped" if episode else ""
+        )
         self._episodes[index] = None
         while True:
             worker.end(grace_s=0)
@@ -133,10 +142,12 @@ class WorkerVectorEnv(VectorEnv):
                 self.close()
                 raise WorkerError(
                     f"{failure}\nafter {self.restarts} restarts of workers, and no more than "
-                    f"train.env_restarts={self.max_restarts} are allowed")
+                    f"train.env_restarts={self.max_restarts} are allowed"
+                )
             self.restarts += 1
             self._on_message(
-                f"{failure}\nrestarted ({self.restarts} of at most {self.max_restarts})" + dropped)
+                f"{failure}\nrestarted ({self.restarts} of at most {self.max_restarts})" + dropped
+            )
             try:
                 worker.launch()
                 worker.receive()
@@ -174,8 +185,14 @@ class _Worker:
     """This process's end of one worker; it has the spaces that its environment must have."""
 
     def __init__(
-        self, index: int, factory: Callable[[], gymnasium.Env], name: str, spaces: _Spaces,
-        observations: _Shared, actions: _Shared, timeout_s: float,
+        self,
+        index: int,
+        factory: Callable[[], gymnasium.Env],
+        name: str,
+        spaces: _Spaces,
+        observations: _Shared,
+        actions: _Shared,
+        timeout_s: float,
     ):
         self.observation_space, self.action_space = spaces
         self._index, self._name, self._timeout_s = index, name, timeout_s
@@ -186,15 +203,19 @@ class _Worker:
         """Start the process; its first answer, to be received, is that the environment is made."""
         self._pipe, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(
-            target=_serve, args=(theirs, *self._arguments), daemon=True,
-            name=f"{self._name}-worker-{self._index}")
+            target=_serve,
+            args=(theirs, *self._arguments),
+            daemon=True,
+            name=f"{self._name}-worker-{self._index}",
+        )
         try:
             process.start()
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TaskError(
                 f"{self._name}: the function that makes environment {self._index} is sent to a "
                 "worker process, so it must be a module's own or functools.partial of one, got "
-                f"{self._arguments[1]!r} ({error})") from error
+                f"{self._arguments[1]!r} ({error})"
+            ) from error
         finally:
             theirs.close()  # so that the death of the worker ends the pipe
         self.process = process
@@ -210,8 +231,7 @@ class _Worker:
         """The answer; raises `_Failure` that names the worker and says what became of it."""
         try:
             if not self._pipe.poll(max(0.0, self._deadline - time.monotonic())):
-                raise self._failure(
-                    f"gave no answer for {self._limit_s:g} s (train.env_timeout_s)")
+                raise self._failure(f"gave no answer for {self._limit_s:g} s (train.env_timeout_s)")
             answer = self._pipe.recv()
         except (EOFError, OSError):
             self.process.join(_GRACE_S)
@@ -241,8 +261,7 @@ class _Worker:
         self._limit_s, self._deadline = limit_s, time.monotonic() + limit_s
 
     def _failure(self, what: str) -> _Failure:
-        return _Failure(
-            f"worker {self._index} of {self._name} (process {self.process.pid}) {what}")
+        return _Failure(f"worker {self._index} of {self._name} (process {self.process.pid}) {what}")
 
 
 def _end(workers: list[_Worker]) -> None:
@@ -263,8 +282,13 @@ def _ending(code: int | None) -> str:
 
 
 def _serve(
-    pipe: Connection, index: int, factory: Callable[[], gymnasium.Env], name: str,
-    spaces: _Spaces, observations: _Shared, actions: _Shared,
+    pipe: Connection,
+    index: int,
+    factory: Callable[[], gymnasium.Env],
+    name: str,
+    spaces: _Spaces,
+    observations: _Shared,
+    actions: _Shared,
 ) -> None:
     """The worker: a made environment, then seeds to reset it and None to step it, until EOF."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -12,5 +12,4 @@ from iqmpc.kernels.iq_update.cpu import METRICS, FusedUpdate
 from iqmpc.kernels.iq_update.reference import iq_update_reference
 from iqmpc.kernels.iq_update.types import Rows, UpdateSettings, UpdateState
 
-__all__ = ["METRICS", "FusedUpdate", "Rows", "UpdateSettings", "UpdateState",
-           "iq_update_reference"]
+__all__ = ["METRICS", "FusedUpdate", "Rows", "UpdateSettings", "UpdateState", "iq_update_reference"]

@@ -12,8 +12,14 @@ from iqmpc.losses import Batch, ModelNoise, PolicyNoise
 
 
 def iq_update_reference(
-    state: UpdateState, batch: Batch, model_noise: ModelNoise, policy_noise: PolicyNoise,
-    settings: UpdateSettings, *, model_steps: int, policy_steps: int,
+    state: UpdateState,
+    batch: Batch,
+    model_noise: ModelNoise,
+    policy_noise: PolicyNoise,
+    settings: UpdateSettings,
+    *,
+    model_steps: int,
+    policy_steps: int,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """One update of `state` in place, on the draws given, in the state's own dtype.
 
@@ -22,17 +28,20 @@ def iq_update_reference(
     """
     s, w = settings, state.weights
     loss, latents, metrics = losses.model_loss(
-        w, state.targets, batch, model_noise, s, s.discount, s.beta, s.c_gp > 0)
+        w, state.targets, batch, model_noise, s, s.discount, s.beta, s.c_gp > 0
+    )
     encoder = layer_tensors(w.encoder)
     others = [t for part in (w.dynamics, w.critics, w.termination) for t in layer_tensors(part)]
     rates = [s.lr * s.encoder_lr_scale] * len(encoder) + [s.lr] * len(others)
     gradients, norm = _step(state, loss, encoder + others, rates, model_steps, s.grad_clip)
 
     policy_loss, policy_metrics = losses.policy_loss(
-        w, latents, policy_noise, s.rho, s.beta, s.entropy)
+        w, latents, policy_noise, s.rho, s.beta, s.entropy
+    )
     policy = layer_tensors(w.policy)
     policy_gradients, policy_norm = _step(
-        state, policy_loss, policy, [s.lr] * len(policy), policy_steps, s.grad_clip)
+        state, policy_loss, policy, [s.lr] * len(policy), policy_steps, s.grad_clip
+    )
 
     with torch.no_grad():
         critics = layer_tensors(frozen(w.critics))
@@ -45,8 +54,14 @@ def iq_update_reference(
     return metrics, gradients + policy_gradients
 
 
-def _step(state: UpdateState, loss: Tensor, parameters: list[Tensor], rates: list[float],
-          steps: int, clip: float) -> tuple[list[Tensor], Tensor]:
+def _step(
+    state: UpdateState,
+    loss: Tensor,
+    parameters: list[Tensor],
+    rates: list[float],
+    steps: int,
+    clip: float,
+) -> tuple[list[Tensor], Tensor]:
     """One step of Adam at torch's defaults; the gradients and their norm, both before clipping."""
     gradients = torch.autograd.grad(loss, parameters)
     norm = torch.stack([g.norm() for g in gradients]).norm()

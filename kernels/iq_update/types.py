@@ -42,11 +42,17 @@ class UpdateSettings(NamedTuple):
         """Those of a run with actions of size `action_dim`."""
         s = config.learner
         given = {name: getattr(s, name) for name in cls._fields if hasattr(s, name)}
-        return cls(**given | dict(
-            discount=config.discount, beta=config.entropy_coefficient(action_dim),
-            c_gp=s.c_gp if config.gradient_penalty and s.objective != "td" else 0.0,
-            dropout=config.model.dropout, dropout_always=s.dropout == "always",
-            average_rate=config.agent.average_rate))
+        return cls(
+            **given
+            | dict(
+                discount=config.discount,
+                beta=config.entropy_coefficient(action_dim),
+                c_gp=s.c_gp if config.gradient_penalty and s.objective != "td" else 0.0,
+                dropout=config.model.dropout,
+                dropout_always=s.dropout == "always",
+                average_rate=config.agent.average_rate,
+            )
+        )
 
 
 class UpdateState(NamedTuple):

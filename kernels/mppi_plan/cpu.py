@@ -22,8 +22,15 @@ class CpuPlan:
     """
 
     def __init__(
-        self, weights: Weights, config: PlannerConfig, *, discount: float, beta: float = 0.0,
-        num_envs: int = 1, seed: int = 0, isa: str | None = None,
+        self,
+        weights: Weights,
+        config: PlannerConfig,
+        *,
+        discount: float,
+        beta: float = 0.0,
+        num_envs: int = 1,
+        seed: int = 0,
+        isa: str | None = None,
     ):
         from iqmpc import _C
 
@@ -33,12 +40,22 @@ class CpuPlan:
         packed = _C.WorldModel(self._view.of(weights), precision=config.precision, isa=isa)
         self.action_dim: int = packed.action_dim
         self.native = _C.Planner(
-            packed, num_envs=num_envs, horizon=config.horizon, samples=config.samples,
-            elites=config.elites, policy_trajectories=config.policy_trajectories,
-            iterations=config.iterations_for(packed.action_dim), temperature=config.temperature,
-            std_min=config.std_min, std_max=config.std_max, discount=discount,
-            enabled=config.enabled, threads=config.threads or threads(),
-            budget_us=config.budget_us or 0.0, seed=seed)
+            packed,
+            num_envs=num_envs,
+            horizon=config.horizon,
+            samples=config.samples,
+            elites=config.elites,
+            policy_trajectories=config.policy_trajectories,
+            iterations=config.iterations_for(packed.action_dim),
+            temperature=config.temperature,
+            std_min=config.std_min,
+            std_max=config.std_max,
+            discount=discount,
+            enabled=config.enabled,
+            threads=config.threads or threads(),
+            budget_us=config.budget_us or 0.0,
+            seed=seed,
+        )
         if config.budget_us:
             self.native.warm_up()
 
@@ -49,7 +66,8 @@ class CpuPlan:
                 obs = layers.encode(self._encoder, obs)
         action = torch.empty(self.num_envs, self.action_dim)
         iterations, nonfinite, missed, _ = self.native.plan(
-            as_array("obs", obs.float().contiguous()), explore, action.numpy())
+            as_array("obs", obs.float().contiguous()), explore, action.numpy()
+        )
         return Plan(action, nonfinite, iterations, missed)
 
     def publish(self, weights: Weights) -> None:

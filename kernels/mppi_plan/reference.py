@@ -42,8 +42,14 @@ class ReferencePlan:
     """See `iqmpc.kernels.mppi_plan`. Computes where the weights are, in `config.precision`."""
 
     def __init__(
-        self, weights: Weights, config: PlannerConfig, *, discount: float, beta: float = 0.0,
-        num_envs: int = 1, seed: int = 0,
+        self,
+        weights: Weights,
+        config: PlannerConfig,
+        *,
+        discount: float,
+        beta: float = 0.0,
+        num_envs: int = 1,
+        seed: int = 0,
     ):
         self.config, self.discount, self.beta = config, discount, beta
         self.num_envs, self.seed, self.step = num_envs, seed, 0
@@ -53,11 +59,13 @@ class ReferencePlan:
         self.device = weights.encoder[0].weight.device
         self.generator = torch.Generator(self.device)
         self.mean = torch.zeros(
-            num_envs, config.horizon, weights.action_dim, dtype=self.dtype, device=self.device)
+            num_envs, config.horizon, weights.action_dim, dtype=self.dtype, device=self.device
+        )
         self._start, self._improve, self._choose = self._begin, self._iterate, self._end
         if config.mode == "compile":
             self._start, self._improve, self._choose = (
-                torch.compile(f, dynamic=False) for f in (self._begin, self._iterate, self._end))
+                torch.compile(f, dynamic=False) for f in (self._begin, self._iterate, self._end)
+            )
 
     def publish(self, weights: Weights) -> None:
         refresh(self.weights, weights)
@@ -96,7 +104,8 @@ class ReferencePlan:
         z0, prior, returns, mean, std = self._start(w, obs, previous, noise)
         for samples, score in zip(noise.samples, noise.score, strict=True):
             actions, mean, std, index, weight = self._improve(
-                w, z0, prior, returns, mean, std, samples, score, noise.root, noise.pair)
+                w, z0, prior, returns, mean, std, samples, score, noise.root, noise.pair
+            )
         action = self._choose(w, z0, actions, std, index, weight, noise.gumbel, noise.explore)
         return action, torch.where(action[:, -1:, None] > 0, 0.0, mean)
 
@@ -133,8 +142,17 @@ class ReferencePlan:
         return z0, prior, returns, mean, std
 
     def _iterate(
-        self, w: Weights, z0: Tensor, prior: Tensor, prior_returns: Tensor, mean: Tensor,
-        std: Tensor, samples: Tensor, score: Tensor, root: Tensor, pair: Tensor,
+        self,
+        w: Weights,
+        z0: Tensor,
+        prior: Tensor,
+        prior_returns: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        samples: Tensor,
+        score: Tensor,
+        root: Tensor,
+        pair: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Actions [E, H, S, A] of one iteration and the refit on their returns."""
         c = self.config
@@ -142,12 +160,24 @@ class ReferencePlan:
         returns = self._returns(w, z0, drawn, score, root, pair)
         actions = torch.cat([prior, drawn], dim=2)
         return actions, *mppi_refit_reference(
-            actions, torch.cat([prior_returns, returns], dim=1), c.elites, c.temperature,
-            c.std_min, c.std_max)
+            actions,
+            torch.cat([prior_returns, returns], dim=1),
+            c.elites,
+            c.temperature,
+            c.std_min,
+            c.std_max,
+        )
 
     def _end(
-        self, w: Weights, z0: Tensor, actions: Tensor, std: Tensor, index: Tensor, weight: Tensor,
-        gumbel: Tensor, explore: Tensor,
+        self,
+        w: Weights,
+        z0: Tensor,
+        actions: Tensor,
+        std: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        gumbel: Tensor,
+        explore: Tensor,
     ) -> Tensor:
         """One elite's first action, in range, with the mark of a plan without a finite score."""
         # argmax of log-weight + Gumbel noise is one draw from the weights
@@ -170,7 +200,8 @@ class ReferencePlan:
             first = root[:, None, None].expand(-1, 1, actions.shape[2], -1)
             noise = torch.cat([first, noise], dim=1)
         return mppi_rollout_reference(
-            w, z0, actions, noise, pair, self.discount, self.config.score, self.beta)
+            w, z0, actions, noise, pair, self.discount, self.config.score, self.beta
+        )
 
     def _policy_trajectories(self, w: Weights, z0: Tensor, noise: Tensor) -> Tensor:
         """Actions of π rolled through d: noise [E, H, P, A] -> [E, H, P, A]."""

@@ -45,7 +45,8 @@ def mppi_refit(
     if actions.dim() != 4 or list(returns.shape) != [actions.shape[0], actions.shape[2]]:
         raise ValueError(
             f"actions must be [E, H, S, A] and returns [E, S], got {list(actions.shape)} and "
-            f"{list(returns.shape)}")
+            f"{list(returns.shape)}"
+        )
     if not 1 <= elites <= returns.shape[1]:
         raise ValueError(f"elites must lie in [1, {returns.shape[1]}], got {elites}")
     usable = BACKENDS

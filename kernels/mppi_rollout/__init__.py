@@ -25,8 +25,12 @@ def _triton(*arguments: Any) -> Tensor:
     return mppi_rollout_triton(*arguments)
 
 
-BACKENDS = {"reference": mppi_rollout_reference, "cpu": mppi_rollout_cpu, "triton": _triton,
-            "cuda": mppi_rollout_cuda}
+BACKENDS = {
+    "reference": mppi_rollout_reference,
+    "cpu": mppi_rollout_cpu,
+    "triton": _triton,
+    "cuda": mppi_rollout_cuda,
+}
 SCORES = ("advantage", "unrolled")
 
 
@@ -92,18 +96,24 @@ def _usable(
     if z0.dtype != torch.float32 or (z0.is_cuda and weights.termination):
         return ("reference",)
     return {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}.get(
-        z0.device.type, ("reference",))
+        z0.device.type, ("reference",)
+    )
 
 
 def _check(
-    weights: Weights | PackedWeights | TritonWeights | CudaWeights, z0: Tensor, actions: Tensor,
-    policy_noise: Tensor, pair: Tensor, score: str,
+    weights: Weights | PackedWeights | TritonWeights | CudaWeights,
+    z0: Tensor,
+    actions: Tensor,
+    policy_noise: Tensor,
+    pair: Tensor,
+    score: str,
 ) -> None:
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
     if actions.dim() != 4 or actions.shape[-1] != weights.action_dim:
         raise ValueError(
-            f"actions must be [E, H, S, {weights.action_dim}], got {list(actions.shape)}")
+            f"actions must be [E, H, S, {weights.action_dim}], got {list(actions.shape)}"
+        )
     envs, horizon, samples, action_dim = actions.shape
     for name, tensor, shape in (
         ("z0", z0, [envs, weights.latent_dim]),

@@ -31,7 +31,15 @@ def mppi_rollout_cpu(
         weights = PackedWeights(weights)
     returns = torch.empty(actions.shape[0], actions.shape[2])
     _C.rollout(
-        weights.native, as_array("z0", z0), as_array("actions", actions),
-        as_array("policy_noise", policy_noise), tuple(critic_pair.tolist()), discount, score,
-        entropy, returns.numpy(), torch.get_num_threads())
+        weights.native,
+        as_array("z0", z0),
+        as_array("actions", actions),
+        as_array("policy_noise", policy_noise),
+        tuple(critic_pair.tolist()),
+        discount,
+        score,
+        entropy,
+        returns.numpy(),
+        torch.get_num_threads(),
+    )
     return returns

@@ -39,10 +39,19 @@ def mppi_rollout_cuda(
     # From torch's allocator, which knows the stream: freed at once, reused after the kernels.
     work = torch.empty(weights.native.work_bytes(envs), dtype=torch.uint8, device=weights.device)
     _C.cuda_rollout(
-        weights.native, problems=envs, horizon=horizon, samples=samples,
-        z0=weights.address("z0", z0), actions=weights.address("actions", actions),
+        weights.native,
+        problems=envs,
+        horizon=horizon,
+        samples=samples,
+        z0=weights.address("z0", z0),
+        actions=weights.address("actions", actions),
         policy_noise=weights.address("policy_noise", policy_noise),
-        critic_pair=weights.address("critic_pair", critic_pair, torch.int64), discount=discount,
-        score=score, entropy=entropy, returns=returns.data_ptr(), work=work.data_ptr(),
-        stream=torch.cuda.current_stream(weights.device).cuda_stream)
+        critic_pair=weights.address("critic_pair", critic_pair, torch.int64),
+        discount=discount,
+        score=score,
+        entropy=entropy,
+        returns=returns.data_ptr(),
+        work=work.data_ptr(),
+        stream=torch.cuda.current_stream(weights.device).cuda_stream,
+    )
     return returns

@@ -18,8 +18,9 @@ DISCOUNT, ENTROPY = 0.95, 0.3
 
 def weights(critics: int, dtype: torch.dtype = torch.float64) -> Weights:
     """Every parameter random: zero biases and unit scales would hide their absence."""
-    model = WorldModel(OBS, ACTIONS, ModelConfig(
-        encoder_dim=12, hidden_dim=20, latent_dim=LATENT, critics=critics))
+    model = WorldModel(
+        OBS, ACTIONS, ModelConfig(encoder_dim=12, hidden_dim=20, latent_dim=LATENT, critics=critics)
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     # Or one critic would always be the smallest.
@@ -38,7 +39,8 @@ def test_scores_are_the_unrolled_returns(critics: int, pair: list[int]) -> None:
     actions = normal(ENVS, HORIZON, SAMPLES, ACTIONS).clamp(-1, 1)
     noise = normal(ENVS, HORIZON + 1, SAMPLES, ACTIONS)
     expected = mppi_rollout(
-        w, z0, actions, noise, kept, DISCOUNT, "unrolled", entropy=ENTROPY, backend="reference")
+        w, z0, actions, noise, kept, DISCOUNT, "unrolled", entropy=ENTROPY, backend="reference"
+    )
     assert expected.std(1).min() > 0.01  # the samples differ
     found = scores(w, z0, actions, noise, kept, DISCOUNT, ENTROPY)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -46,9 +48,11 @@ def test_scores_are_the_unrolled_returns(critics: int, pair: list[int]) -> None:
 
 def planner(w: Weights) -> EagerUnrolled:
     config = PlannerConfig(
-        horizon=HORIZON, samples=SAMPLES, elites=5, policy_trajectories=3, iterations=2)
+        horizon=HORIZON, samples=SAMPLES, elites=5, policy_trajectories=3, iterations=2
+    )
     return EagerUnrolled(
-        w, config, discount=DISCOUNT, entropy=ENTROPY, num_envs=ENVS, compiled=False)
+        w, config, discount=DISCOUNT, entropy=ENTROPY, num_envs=ENVS, compiled=False
+    )
 
 
 def test_an_iteration_is_a_rollout_and_a_refit() -> None:
@@ -64,10 +68,17 @@ def test_an_iteration_is_a_rollout_and_a_refit() -> None:
     drawn = (mean.unsqueeze(2) + std.unsqueeze(2) * draws).clamp(-1, 1)
     actions = torch.cat([prior, drawn], dim=2)
     returns = mppi_rollout(
-        w, z0, actions, noise, pair, DISCOUNT, "unrolled", entropy=ENTROPY, backend="reference")
+        w, z0, actions, noise, pair, DISCOUNT, "unrolled", entropy=ENTROPY, backend="reference"
+    )
     new_mean, new_std, index, weight = mppi_refit(
-        actions, returns, elites=c.elites, temperature=c.temperature, std_min=c.std_min,
-        std_max=c.std_max, backend="reference")
+        actions,
+        returns,
+        elites=c.elites,
+        temperature=c.temperature,
+        std_min=c.std_min,
+        std_max=c.std_max,
+        backend="reference",
+    )
     elites = torch.stack([actions[e][:, index[e]] for e in range(ENVS)])
 
     found = baseline.improve(z0, prior, mean, std, draws, noise, pair)

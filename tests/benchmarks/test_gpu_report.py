@@ -38,9 +38,17 @@ def breaks_after(calls: int):
 
 
 def reported(*variants: Variant, seconds: float = 60.0, must: Goal | None = None) -> Report:
-    group = Group("case", list(variants), operations=1000, bytes=100, rate="bf16",
-                  baseline="slow", judged="quick", must=must or Goal(ms=1e3, speedup=2),
-                  aim=Goal(ms=1e-6))
+    group = Group(
+        "case",
+        list(variants),
+        operations=1000,
+        bytes=100,
+        rate="bf16",
+        baseline="slow",
+        judged="quick",
+        must=must or Goal(ms=1e3, speedup=2),
+        aim=Goal(ms=1e-6),
+    )
     report = Report(FAST, [group], time.monotonic() + seconds)
     report.run()
     return report
@@ -54,11 +62,18 @@ def test_a_case_that_goes_wrong_is_a_row_and_the_others_run() -> None:
         Variant("hangs", lambda: time.sleep(5)),
         Variant("breaks", breaks_after(3)),
         Variant("compiled", waits(1), compiles=True),
-        Variant("quick", waits(2)))
+        Variant("quick", waits(2)),
+    )
     rows = {name: row for (_, name), row in report.rows.items()}
     assert {name: row.status for name, row in rows.items()} == {
-        "slow": "ok", "no good": "failed", "wrong": "wrong", "hangs": "out of time",
-        "breaks": "failed", "compiled": "skipped", "quick": "ok"}
+        "slow": "ok",
+        "no good": "failed",
+        "wrong": "wrong",
+        "hangs": "out of time",
+        "breaks": "failed",
+        "compiled": "skipped",
+        "quick": "ok",
+    }
     assert rows["no good"].note == "ValueError: no good"
     assert rows["breaks"].note == "RuntimeError: broke"
     assert rows["wrong"].ms is None  # not timed
@@ -75,11 +90,13 @@ def test_a_case_that_goes_wrong_is_a_row_and_the_others_run() -> None:
 
 @pytest.mark.parametrize("must", [Goal(ms=1e3, speedup=2), Goal(share=1e-12)])
 def test_what_was_not_measured_has_not_passed(must: Goal) -> None:
-    report = reported(Variant("slow", fails(ValueError("no baseline"))),
-                      Variant("quick", waits(1)), must=must)
+    report = reported(
+        Variant("slow", fails(ValueError("no baseline"))), Variant("quick", waits(1)), must=must
+    )
     assert report.rows["case", "quick"].passed == (must.speedup is None)
-    report = reported(Variant("slow", waits(1)), Variant("quick", fails(ValueError("none"))),
-                      must=must)
+    report = reported(
+        Variant("slow", waits(1)), Variant("quick", fails(ValueError("none"))), must=must
+    )
     assert report.rows["case", "quick"].passed is False
 
 
@@ -119,10 +136,13 @@ def test_the_whole_script_without_a_gpu(tmp_path: Path, monkeypatch, capsys) -> 
     assert len(printed) == 2 + 1 + len(rows) and printed[2].startswith("case")
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--out", "x", "--cpu-check", "--limit", "0"], "--limit must be positive, got 0"),
-    ([], "required: --out"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x", "--cpu-check", "--limit", "0"], "--limit must be positive, got 0"),
+        ([], "required: --out"),
+    ],
+)
 def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit):
         gpu_report.main(arguments)

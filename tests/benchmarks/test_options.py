@@ -16,7 +16,11 @@ CASE = "plan/tiny/24x6/E1/eager-unrolled"
 def run_pytest(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300)
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_pytest_alone_collects_no_benchmark() -> None:
@@ -43,13 +47,23 @@ def test_the_option_collects_only_benchmarks() -> None:
 @pytest.mark.slow
 def test_a_run_reports(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    done = run_pytest("--benchmark", "--benchmark-cases", CASE, "--benchmark-threads", "1",
-                      "--benchmark-report", path)
+    done = run_pytest(
+        "--benchmark",
+        "--benchmark-cases",
+        CASE,
+        "--benchmark-threads",
+        "1",
+        "--benchmark-report",
+        path,
+    )
     assert done.returncode == 0, done.stdout
     assert "benchmark 'plan/tiny/24x6/E1'" in done.stdout  # pytest-benchmark's table
     records = {f"{r['case']}/{r['variant']}": r for r in json.loads(path.read_text("utf-8"))}
     assert set(records) == {
-        CASE, "matmul/512x512x512/float32/torch", "matmul/512x512x512/bfloat16/torch"}
+        CASE,
+        "matmul/512x512x512/float32/torch",
+        "matmul/512x512x512/bfloat16/torch",
+    }
     record = records[CASE]
     assert record["threads"] == 1
     assert record["rounds"] >= 5
@@ -60,8 +74,14 @@ def test_a_run_reports(tmp_path: Path) -> None:
 
 def test_nothing_measured_nothing_written(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    done = run_pytest("--benchmark", "--benchmark-cases", "matmul", "--benchmark-disable",
-                      "--benchmark-report", path)
+    done = run_pytest(
+        "--benchmark",
+        "--benchmark-cases",
+        "matmul",
+        "--benchmark-disable",
+        "--benchmark-report",
+        path,
+    )
     assert done.returncode == 0, done.stdout
     assert not path.exists()
 

@@ -11,11 +11,26 @@ import torch
 from benchmarks import report, table
 from benchmarks.report import Measurement
 
-FIELDS = {"case", "variant", "dtype", "rounds", "median_ms", "p99_ms", "p99.9_ms",
-          "max_ms", "gflops", "share_of_matmul", "threads", "device", "torch", "date"}
+FIELDS = {
+    "case",
+    "variant",
+    "dtype",
+    "rounds",
+    "median_ms",
+    "p99_ms",
+    "p99.9_ms",
+    "max_ms",
+    "gflops",
+    "share_of_matmul",
+    "threads",
+    "device",
+    "torch",
+    "date",
+}
 MATMUL = Measurement("matmul/512x512x512/float32", "torch", "float32", 100_000_000, [0.001])
 SLOW = Measurement(
-    "plan/tiny/24x6/E1", "eager-unrolled", "float32", 300_000_000, [0.02, 0.01, 0.012])
+    "plan/tiny/24x6/E1", "eager-unrolled", "float32", 300_000_000, [0.02, 0.01, 0.012]
+)
 FAST = Measurement("plan/tiny/24x6/E1", "reference", "float32", 150_000_000, [0.003])
 
 
@@ -54,7 +69,8 @@ def test_no_rate_without_operations() -> None:
     report_ = report.records([MATMUL, Measurement("publish/x", "cpu", "float32", 0, [0.0001])])
     assert report_[1]["gflops"] is None and report_[1]["share_of_matmul"] is None
     assert table.results(report_).splitlines()[3] == (
-        "| `publish/x` | `cpu` | 0.10 | 0.10 | 0.10 | 0.10 | 1 |  |  |  |")
+        "| `publish/x` | `cpu` | 0.10 | 0.10 | 0.10 | 0.10 | 1 |  |  |  |"
+    )
 
 
 def test_write_replaces_the_whole_file(tmp_path: Path) -> None:
@@ -71,5 +87,5 @@ def test_the_table_compares_with_the_baseline() -> None:
     assert lines[2].endswith("| 100.0 | 100% |  |")
     assert lines[3].endswith("| 25.0 | 25% | 1.00× |")
     assert lines[4] == (
-        "| `plan/tiny/24x6/E1` | `reference` | 3.00 | 3.00 | 3.00 | 3.00 | 1 | 50.0 | 50% "
-        "| 4.00× |")
+        "| `plan/tiny/24x6/E1` | `reference` | 3.00 | 3.00 | 3.00 | 3.00 | 1 | 50.0 | 50% | 4.00× |"
+    )

@@ -227,17 +227,25 @@ def images(draft):
 def test_a_sound_set_of_images_has_none(images):
     assert messages(images) == []
     assert messages(images, obs_dim=24) == [
-        "f.h5, observations: found images, expected 24 values a step"]
+        "f.h5, observations: found images, expected 24 values a step"
+    ]
 
 
-@pytest.mark.parametrize(("array", "message"), [
-    (np.zeros((5, 3, 64, 64), np.uint8),
-     "found shape [5, 3, 64, 64], expected shape [T+1, C, 64, 64] = [6, 3, 64, 64]"),
-    (np.zeros((6, 1, 64, 64), np.uint8),
-     "found shape [6, 1, 64, 64], expected shape [T+1, C, 64, 64] = [6, 3, 64, 64]"),
-    (np.zeros((6, 3, 64, 64), np.float32), "found dtype float32, expected uint8"),
-    (None, "found nothing, expected a uint8 array [T+1, C, 64, 64]"),
-])
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (
+            np.zeros((5, 3, 64, 64), np.uint8),
+            "found shape [5, 3, 64, 64], expected shape [T+1, C, 64, 64] = [6, 3, 64, 64]",
+        ),
+        (
+            np.zeros((6, 1, 64, 64), np.uint8),
+            "found shape [6, 1, 64, 64], expected shape [T+1, C, 64, 64] = [6, 3, 64, 64]",
+        ),
+        (np.zeros((6, 3, 64, 64), np.float32), "found dtype float32, expected uint8"),
+        (None, "found nothing, expected a uint8 array [T+1, C, 64, 64]"),
+    ],
+)
 def test_an_episode_of_images_with_one_defect(images, array, message):
     images.episodes[1]["observations"] = array
     assert messages(images) == [f"f.h5, episode 1, observations: {message}"]
@@ -248,14 +256,16 @@ def test_images_among_flat_observations_are_odd(draft):
     assert messages(draft) == [
         "f.h5, episode 1, observations: found dtype uint8, expected float32",
         "f.h5, episode 1, observations: found shape [6, 3, 64, 64], expected shape [T+1, O] = "
-        "[6, 3]"]
+        "[6, 3]",
+    ]
 
 
 def test_images_without_channels_or_of_another_size(images):
     for episode in images.episodes:
         episode["observations"] = episode["observations"][:, :0]
     assert messages(images) == [
-        "f.h5, observations: found images without channels, expected at least 1"]
+        "f.h5, observations: found images without channels, expected at least 1"
+    ]
     for episode in images.episodes:
         episode["observations"] = np.zeros((len(episode["actions"]) + 1, 3, 84, 84), np.uint8)
     assert len(messages(images)) == 3

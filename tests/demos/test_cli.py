@@ -102,8 +102,10 @@ def test_check_lists_every_defect(iqmpc, tmp_path, demos, write_npz):
     code, out, _ = iqmpc("check", "set.npz", "--task", "walker-run")
     lines = out.splitlines()
     assert code == 1
-    assert lines[0] == ("set.npz, task: found 'walker-walk', expected 'walker-run' (iqmpc demos "
-                        "convert --task renames it, a run's own is task.name)")
+    assert lines[0] == (
+        "set.npz, task: found 'walker-walk', expected 'walker-run' (iqmpc demos "
+        "convert --task renames it, a run's own is task.name)"
+    )
     assert len(lines) == 1 + 3 + 3 + 1
     assert lines[-1] == "set.npz: 7 defect(s)"
 
@@ -278,8 +280,9 @@ def test_make_records_an_sb3_policy(iqmpc, tmp_path):
     assert (found.provenance["seed"], found.provenance["action_noise"]) == ("3", "0.1")
     code, _, err = iqmpc(*words, "--out", "set.h5")
     assert code == 2 and "set.h5 exists; --force overwrites it" in err
-    code, _, err = iqmpc(*words, "--episodes", 1, "--max-tries", 2, "--min-return", 0, "--out",
-                         "none.h5")
+    code, _, err = iqmpc(
+        *words, "--episodes", 1, "--max-tries", 2, "--min-return", 0, "--out", "none.h5"
+    )
     assert code == 2 and "0 of 1 episodes were kept after 2 tries: 0 reached a return of 0" in err
     assert not (tmp_path / "none.h5").exists()
 
@@ -332,8 +335,9 @@ def test_a_task_with_its_own_demonstrator(iqmpc, monkeypatch):
         return make.Demonstrator(Still(), provenance={"demonstrator": "stands still"})
 
     monkeypatch.setitem(make.DEMONSTRATORS, "gym-pendulum-v1", still)
-    code, _, err = iqmpc("make", "task=gym", "env_id=Pendulum-v1", "--episodes", 1, "--seed", 7,
-                         "--out", "set.h5")
+    code, _, err = iqmpc(
+        "make", "task=gym", "env_id=Pendulum-v1", "--episodes", 1, "--seed", 7, "--out", "set.h5"
+    )
     assert code == 0, err
     found = Demonstrations.load("set.h5")
     assert asked == [7] and not found.episodes[0].actions.any()

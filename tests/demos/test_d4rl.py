@@ -117,7 +117,11 @@ def test_all_that_is_wrong_with_a_file_is_listed(path):
     edit(path, timeouts=None, actions=np.zeros((14, 2)), rewards=np.zeros(3))
     found = [str(d).removeprefix(str(path)) for d in find_defects(read(path))]
     assert [defect.split(":")[0] for defect in found] == [
-        ", task", ", actions", ", rewards", ", timeouts"]
+        ", task",
+        ", actions",
+        ", rewards",
+        ", timeouts",
+    ]
 
 
 def test_a_file_without_episodes(path):

@@ -280,8 +280,9 @@ def test_packaged_actions_lead_from_one_observation_to_the_next():
 
 def test_images_are_saved_and_read_as_they_are(tmp_path, make_episode, assert_same):
     frames = np.random.default_rng(0).integers(0, 256, (121, 3, 64, 64), np.uint8)
-    demos = Demonstrations("t", (make_episode(120, observations=frames), make_episode(
-        2, observations=frames[:3])))
+    demos = Demonstrations(
+        "t", (make_episode(120, observations=frames), make_episode(2, observations=frames[:3]))
+    )
     assert demos.obs_shape == (9, 64, 64)
     demos.save(tmp_path / "set.h5")
     assert_same(demos, Demonstrations.load(tmp_path / "set.h5"))

@@ -22,13 +22,16 @@ def solves(env, policy, seed):
 
 def needs(package, extra):
     return pytest.mark.skipif(
-        importlib.util.find_spec(package) is None, reason=f"needs the extra {extra!r}")
+        importlib.util.find_spec(package) is None, reason=f"needs the extra {extra!r}"
+    )
 
 
 @needs("myosuite", "myosuite")
 def test_the_packaged_policies_solve_their_tasks():
-    for task, env_id, seed in (("myo-key-turn", "myoHandKeyTurnFixed-v0", 1),
-                               ("myo-obj-hold", "myoHandObjHoldFixed-v0", 3)):
+    for task, env_id, seed in (
+        ("myo-key-turn", "myoHandKeyTurnFixed-v0", 1),
+        ("myo-obj-hold", "myoHandObjHoldFixed-v0", 3),
+    ):
         policy, provenance = npg.packaged(env_id, generator=np.random.default_rng(0))
         assert f"{env_id}, seed {seed}" in provenance["demonstrator"]
         assert solves(make_env(task), policy, 0)
@@ -46,8 +49,17 @@ def test_the_controllers_solve_their_tasks(task):
 @needs("myosuite", "myosuite")
 def test_a_task_with_a_demonstrator_of_its_own_is_made_by_it():
     env, seeds = make_env("myo-obj-hold"), (0, 0, 1)
-    made = [make.record(make.DEMONSTRATORS["myo-obj-hold"](env, seed), env, task="myo-obj-hold",
-                        episodes=1, max_tries=20, seed=seed) for seed in seeds]
+    made = [
+        make.record(
+            make.DEMONSTRATORS["myo-obj-hold"](env, seed),
+            env,
+            task="myo-obj-hold",
+            episodes=1,
+            max_tries=20,
+            seed=seed,
+        )
+        for seed in seeds
+    ]
     assert made[0].success_rate == 1 and made[0].provenance["kept"].endswith("with success")
     np.testing.assert_array_equal(made[0].episodes[0].actions, made[1].episodes[0].actions)
     assert not np.array_equal(made[0].episodes[0].actions, made[2].episodes[0].actions)
@@ -56,11 +68,14 @@ def test_a_task_with_a_demonstrator_of_its_own_is_made_by_it():
 
 def test_a_gaussian_policy_against_its_formula():
     random = np.random.default_rng(0)
-    layers = [(random.normal(size=(4, 3)), random.normal(size=4)),
-              (random.normal(size=(2, 4)) * 0.1, np.zeros(2))]
+    layers = [
+        (random.normal(size=(4, 3)), random.normal(size=4)),
+        (random.normal(size=(2, 4)) * 0.1, np.zeros(2)),
+    ]
     shift, scale = np.full(3, 0.5), np.full(3, 2.0)
-    policy = GaussianPolicy(layers, shift, scale, np.full(2, 0.1), np.full(2, 0.5),
-                            np.log([0.2, 30.0]), noise=0.0)
+    policy = GaussianPolicy(
+        layers, shift, scale, np.full(2, 0.1), np.full(2, 0.5), np.log([0.2, 30.0]), noise=0.0
+    )
     obs = random.normal(size=3)
     hidden = np.tanh(layers[0][0] @ ((obs - 0.5) / 2) + layers[0][1])
     mean = layers[1][0] @ hidden * 0.5 + 0.1
@@ -76,9 +91,12 @@ def test_a_policy_file_runs_nothing(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "made"),)
 
-    for content, found in ((pickle.dumps(Hostile()), r"it names \w+.mkdir, which is not admitted"),
-                           (b"\x80\x04.", "not an mjrl policy"), (b"", "not an mjrl policy"),
-                           (pickle.dumps({"model": 3}), "not an mjrl policy")):
+    for content, found in (
+        (pickle.dumps(Hostile()), r"it names \w+.mkdir, which is not admitted"),
+        (b"\x80\x04.", "not an mjrl policy"),
+        (b"", "not an mjrl policy"),
+        (pickle.dumps({"model": 3}), "not an mjrl policy"),
+    ):
         path = tmp_path / "best_policy.pickle"
         path.write_bytes(content)
         with pytest.raises(DemonstrationError, match=found):
@@ -95,7 +113,9 @@ def test_a_vector_in_a_turned_frame():
     half = np.sqrt(0.5)
     turned = np.array([half, 0, 0, half])  # a quarter about z
     np.testing.assert_allclose(
-        scripted._rotate_back(turned, np.array([1.0, 0, 3])), [0, -1, 3], atol=1e-12)
+        scripted._rotate_back(turned, np.array([1.0, 0, 3])), [0, -1, 3], atol=1e-12
+    )
     down = np.array([0.0, 1, 0, 0])  # half a turn about x: the gripper's
     np.testing.assert_allclose(
-        scripted._rotate_back(down, np.array([1.0, 2, 3])), [1, -2, -3], atol=1e-12)
+        scripted._rotate_back(down, np.array([1.0, 2, 3])), [1, -2, -3], atol=1e-12
+    )

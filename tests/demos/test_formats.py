@@ -33,8 +33,13 @@ def write(tmp_path, demos, write_format):
 
 def data_file(path: Path) -> Path:
     """The file that holds the arrays."""
-    return path if path.is_file() else next(p for p in sorted(path.rglob("*")) if p.is_file()
-                                            and p.suffix in (".hdf5", ".parquet"))
+    return (
+        path
+        if path.is_file()
+        else next(
+            p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix in (".hdf5", ".parquet")
+        )
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -184,12 +189,13 @@ def test_every_defect_is_listed(write, demos, name):
     spoilt = (replace(first, observations=observations), second, replace(third, actions=actions))
     path = write(name, Loose(demos.task, spoilt, {}))
     found = [str(d) for d in find_defects(read(path, name, Facts(task=demos.task)), task="x")]
-    assert [f.removeprefix(str(path)).split(", expected")[0] for f in found if "next_o" not in f] \
-        == [
-            ", task: found 'walker-walk'",
-            ", episode 0, observations: found nan at [1, 2]",
-            ", episode 2, actions: found 7.0 at [2, 1]",
-        ]
+    assert [
+        f.removeprefix(str(path)).split(", expected")[0] for f in found if "next_o" not in f
+    ] == [
+        ", task: found 'walker-walk'",
+        ", episode 0, observations: found nan at [1, 2]",
+        ", episode 2, actions: found 7.0 at [2, 1]",
+    ]
 
 
 @pytest.mark.parametrize("name", ["d4rl", "robomimic", "maniskill", "minari"])
@@ -197,8 +203,12 @@ def test_a_claim_of_more_data_than_bytes(write, name):
     path = write(name)
     file = data_file(path)
     with h5py.File(file, "a") as content:
-        place = {"d4rl": "/", "robomimic": "data/demo_0", "maniskill": "traj_0",
-                 "minari": "episode_0"}[name]
+        place = {
+            "d4rl": "/",
+            "robomimic": "data/demo_0",
+            "maniskill": "traj_0",
+            "minari": "episode_0",
+        }[name]
         group = content[place]
         rows = len(group["actions"])
         del group["actions"]
@@ -213,8 +223,12 @@ def test_links_are_refused_in_every_layout(write, name):
     with h5py.File(file.with_name("other.h5"), "w") as other:
         other["secret"] = np.zeros((4, 2), np.float32)
     with h5py.File(file, "a") as content:
-        place = {"d4rl": "/", "robomimic": "data/demo_0", "maniskill": "traj_0",
-                 "minari": "episode_0"}[name]
+        place = {
+            "d4rl": "/",
+            "robomimic": "data/demo_0",
+            "maniskill": "traj_0",
+            "minari": "episode_0",
+        }[name]
         del content[place]["actions"]
         content[place]["actions"] = h5py.ExternalLink("other.h5", "secret")
     found = [str(d) for d in find_defects(read(path, name, Facts(task="walker-walk")))]

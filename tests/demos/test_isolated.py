@@ -51,13 +51,16 @@ def test_relative_paths_and_refusals(path, monkeypatch):
         Demonstrations.load("none.h5")
 
 
-@pytest.mark.parametrize(("ends", "said"), [
-    ("os.kill(os.getpid(), 11)", r"damage that ended its reader \(SIGSEGV\)"),
-    ("os._exit(3)", r"damage that ended its reader \(exit code 3\)"),
-    ("time.sleep(99)", "no end of reading after 1 s"),
-    ("bytearray(10**12)", "more data than its bytes can hold"),
-    ("1 + None", r"damage that its reader did not expect \(TypeError: unsupported operand"),
-])
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ("os.kill(os.getpid(), 11)", r"damage that ended its reader \(SIGSEGV\)"),
+        ("os._exit(3)", r"damage that ended its reader \(exit code 3\)"),
+        ("time.sleep(99)", "no end of reading after 1 s"),
+        ("bytearray(10**12)", "more data than its bytes can hold"),
+        ("1 + None", r"damage that its reader did not expect \(TypeError: unsupported operand"),
+    ],
+)
 def test_a_reader_that_crashes_hangs_or_eats(path, monkeypatch, ends, said):
     """As the HDF5 library does with some damaged files; the next file is read again."""
     isolated._end()
@@ -118,19 +121,26 @@ def links(path):
 
 def flat(path):
     with h5py.File(path, "w") as file:
-        for key, shape in (("observations", (3000000, 1)), ("actions", (3000000, 1)),
-                           ("terminals", (3000000,))):
-            file.create_dataset(key, data=np.ones(shape, "i1"), chunks=(100000, *shape[1:]),
-                                compression="gzip")
+        for key, shape in (
+            ("observations", (3000000, 1)),
+            ("actions", (3000000, 1)),
+            ("terminals", (3000000,)),
+        ):
+            file.create_dataset(
+                key, data=np.ones(shape, "i1"), chunks=(100000, *shape[1:]), compression="gzip"
+            )
         file["timeouts"] = file["terminals"]
 
 
 def archive(path):
     steps = 90_000_000
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for key, array in (("task", np.array("t")), ("episode_lengths", np.array([steps])),
-                           ("terminated", np.array([False])),
-                           ("actions", np.zeros((steps, 1), np.float32))):
+        for key, array in (
+            ("task", np.array("t")),
+            ("episode_lengths", np.array([steps])),
+            ("terminated", np.array([False])),
+            ("actions", np.zeros((steps, 1), np.float32)),
+        ):
             with file.open(f"{key}.npy", "w") as member:
                 np.lib.format.write_array(member, array)
 
@@ -144,15 +154,27 @@ def table(path):
     (path / "meta").mkdir(parents=True)
     (path / "data/chunk-000").mkdir(parents=True)
     feature = {"dtype": "float32", "shape": [1]}
-    (path / "meta/info.json").write_text(json.dumps({
-        "codebase_version": "v2.1", "total_episodes": 1,
-        "features": {"observation.state": feature, "action": feature}}))
+    (path / "meta/info.json").write_text(
+        json.dumps(
+            {
+                "codebase_version": "v2.1",
+                "total_episodes": 1,
+                "features": {"observation.state": feature, "action": feature},
+            }
+        )
+    )
     rows, width = 4_000_000, 8
     column = pa.FixedSizeListArray.from_arrays(np.zeros(rows * width, np.float32), width)
-    parquet.write_table(pa.table({
-        "observation.state": column, "action": column,
-        "episode_index": np.zeros(rows, np.int64)}),
-        path / "data/chunk-000/episode_000000.parquet")
+    parquet.write_table(
+        pa.table(
+            {
+                "observation.state": column,
+                "action": column,
+                "episode_index": np.zeros(rows, np.int64),
+            }
+        ),
+        path / "data/chunk-000/episode_000000.parquet",
+    )
 
 
 def old(path):
@@ -161,9 +183,16 @@ def old(path):
     path.write_bytes(pickle.dumps([{"states": rows, "actions": rows} for _ in range(30)]))
 
 
-@pytest.mark.parametrize(("make", "name", "format"), [
-    (links, "a.h5", None), (flat, "a.h5", None), (archive, "a.npz", None), (table, "a", None),
-    (old, "a.pkl", formats.LEGACY)])
+@pytest.mark.parametrize(
+    ("make", "name", "format"),
+    [
+        (links, "a.h5", None),
+        (flat, "a.h5", None),
+        (archive, "a.npz", None),
+        (table, "a", None),
+        (old, "a.pkl", formats.LEGACY),
+    ],
+)
 def test_small_files_that_ask_for_much_are_refused_soon(tmp_path, make, name, format):
     path = tmp_path / name
     make(path)
@@ -172,8 +201,13 @@ def test_small_files_that_ask_for_much_are_refused_soon(tmp_path, make, name, fo
         Demonstrations.load(path, task="t", format=format)
     assert time.monotonic() - started < 30
     assert "bytes of data in" in str(caught.value) or "many times over" in str(caught.value)
-    peak = int(next(line for line in open(f"/proc/{isolated._held[1].pid}/status")
-                    if line.startswith("VmHWM")).split()[1])
+    peak = int(
+        next(
+            line
+            for line in open(f"/proc/{isolated._held[1].pid}/status")
+            if line.startswith("VmHWM")
+        ).split()[1]
+    )
     assert peak < 700_000  # kB
 
 

@@ -117,8 +117,10 @@ def test_lists_of_trajectories(load, demos, protocol):
     held = columns(demos)
     dicts = [
         OrderedDict(
-            observations=held["states"][i], next_observations=held["next_states"][i],
-            actions=held["actions"][i], rewards=held["rewards"][i],
+            observations=held["states"][i],
+            next_observations=held["next_states"][i],
+            actions=held["actions"][i],
+            rewards=held["rewards"][i],
             terminals=np.zeros(len(held["actions"][i]), bool),
         )
         for i in range(3)
@@ -126,8 +128,7 @@ def test_lists_of_trajectories(load, demos, protocol):
     assert_held(load(dicts, protocol), demos)
     tuples = [(e.observations, e.actions, e.rewards) for e in demos.episodes]
     assert_held(load(tuples, protocol), demos)
-    plain = [(e.observations.tolist(), e.actions.tolist(), list(e.rewards))
-             for e in demos.episodes]
+    plain = [(e.observations.tolist(), e.actions.tolist(), list(e.rewards)) for e in demos.episodes]
     assert_held(load(plain, protocol), demos)
 
 
@@ -136,7 +137,8 @@ def test_one_array_over_all_trajectories(load, make_episode, demos):
     held = columns(demos)
     padded = {
         key: np.stack([np.concatenate([p, np.zeros((6 - len(p), *p.shape[1:]))]) for p in parts])
-        for key, parts in held.items() if key not in ("lengths", "dones")
+        for key, parts in held.items()
+        if key not in ("lengths", "dones")
     }
     assert_held(load({**padded, "lengths": held["lengths"]}), demos)
     joined = {k: np.concatenate(v) for k, v in held.items() if k != "lengths"}
@@ -184,8 +186,7 @@ def test_python_2_wrote_text_for_bytes(load):
         )
 
     states, actions = [[1.0, 2.0], [3.0, 4.0], [5.0, 250.5]], [[0.5], [-0.5]]
-    data = (b"\x80\x02}(U\x06states](" + array(states) + b"eU\x07actions]("
-            + array(actions) + b"eu.")
+    data = b"\x80\x02}(U\x06states](" + array(states) + b"eU\x07actions](" + array(actions) + b"eu."
     found = load(data).episodes[0]
     np.testing.assert_array_equal(found.observations, np.float32(states))
     np.testing.assert_array_equal(found.actions, np.float32(actions))
@@ -238,7 +239,9 @@ def test_objects_in_arrays_run_nothing(tmp_path, refusal):
     for protocol in range(6):
         array = np.array([bomb, None], object)
         assert refusal({"states": [array], "actions": [array]}, protocol) in (
-            "an array of Python objects", "'posix.system'")
+            "an array of Python objects",
+            "'posix.system'",
+        )
         assert refusal([np.array([None])], protocol) == "an array of Python objects"
         assert not (tmp_path / TOUCHED).exists()
     for dtype in ([("a", "f8")], "M8[s]", "S3", "U3", "V8", "c16"):
@@ -260,10 +263,14 @@ HOSTILE = {
     "buffer": (b"\x80\x05\x97.", "the opcode NEXT_BUFFER"),
     "stacked name": (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "'os.system'"),
     "name from the memo": (
-        b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94h\x00h\x01\x93.", "'os.system'"),
+        b"\x80\x04\x8c\x02os\x94\x8c\x06system\x94h\x00h\x01\x93.",
+        "'os.system'",
+    ),
     "dotted name": (b"\x80\x04\x8c\x05numpy\x8c\x0ddtype.newbyte\x93.", "'numpy.dtype.newbyte'"),
-    "a module of the allowed": (b"cnumpy.core.multiarray\nfrombuffer\n.",
-                                "'numpy.core.multiarray.frombuffer'"),
+    "a module of the allowed": (
+        b"cnumpy.core.multiarray\nfrombuffer\n.",
+        "'numpy.core.multiarray.frombuffer'",
+    ),
     "huge memo": (b"\x80\x02Nr\xff\xff\xff\x7f.", "a memo of 2147483647 entries in 3 steps"),
     "huge memo in text": (b"Np99999999999\n.", "a memo of 99999999999 entries"),
     "negative memo": (b"Np-5\n.", "a memo of -5 entries"),
@@ -272,14 +279,22 @@ HOSTILE = {
     "huge text": (b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"abc.", "a truncated or damaged"),
     "huge number": (b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"a.", "a truncated or dam"),
     "huge frame": (b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N.", "a damaged pickle ("),
-    "huge array": (EMPTY + b"(I1\n(L99999999999999L\nt" + DTYPE + b"I00\nVab\ntb.",
-                   "an array of 799999999999992 bytes with 2"),
-    "shape that overflows": (EMPTY + b"(I1\n(L4294967296L\nL4294967296L\nt" + DTYPE
-                             + b"I00\nV\ntb.", "an array of 147573952589676412928 bytes with 0"),
-    "negative shape": (EMPTY + b"(I1\n(I-1\nt" + DTYPE + b"I00\nVabcdefgh\ntb.",
-                       "an array's shape that is none"),
-    "dimensions without end": (EMPTY + b"(I1\n(" + b"I1\n" * 40 + b"t" + DTYPE
-                               + b"I00\nVabcdefgh\ntb.", "an array's shape that is none"),
+    "huge array": (
+        EMPTY + b"(I1\n(L99999999999999L\nt" + DTYPE + b"I00\nVab\ntb.",
+        "an array of 799999999999992 bytes with 2",
+    ),
+    "shape that overflows": (
+        EMPTY + b"(I1\n(L4294967296L\nL4294967296L\nt" + DTYPE + b"I00\nV\ntb.",
+        "an array of 147573952589676412928 bytes with 0",
+    ),
+    "negative shape": (
+        EMPTY + b"(I1\n(I-1\nt" + DTYPE + b"I00\nVabcdefgh\ntb.",
+        "an array's shape that is none",
+    ),
+    "dimensions without end": (
+        EMPTY + b"(I1\n(" + b"I1\n" * 40 + b"t" + DTYPE + b"I00\nVabcdefgh\ntb.",
+        "an array's shape that is none",
+    ),
     "list for bytes": (EMPTY + b"(I1\n(I1\nt" + DTYPE + b"I00\n]tb.", "an array of list"),
     "state of a function": (b"cnumpy\ndtype\n(dVname\nVx\nsb.", "a change to a function"),
     "slots of a function": (b"cnumpy\ndtype\n(N}Vname\nVx\nstb.", "a change to a function"),
@@ -288,8 +303,10 @@ HOSTILE = {
     "fields": (DTYPE + b"(I3\nV|\nN(Va\nt}I8\nI1\nI1\ntb.", "a structured dtype"),
     "flags of an object": (b"cnumpy\ndtype\n(VO8\nI0\nI1\ntR.", "an array of Python objects"),
     "dtype by a type": (b"cnumpy\ndtype\n(cnumpy\nndarray\nI0\nI1\ntR.", "an array of dtype _Call"),
-    "dtype with a long name": (b"cnumpy\ndtype\n(V" + b"x" * 999 + b"\nI0\nI1\ntR.",
-                               "an array of dtype 'xxxxxxxxxxxxxxxxxxxx'"),
+    "dtype with a long name": (
+        b"cnumpy\ndtype\n(V" + b"x" * 999 + b"\nI0\nI1\ntR.",
+        "an array of dtype 'xxxxxxxxxxxxxxxxxxxx'",
+    ),
     "ndarray called": (b"cnumpy\nndarray\n(I5\ntR.", "a call of numpy.ndarray"),
     "encode to run a codec": (b"c_codecs\nencode\n(Vabc\nVzip\ntR.", "bytes in another encoding"),
     "list of everything": (b"cbuiltins\nlist\n(Vabc\ntR.", "a damaged pickle ("),
@@ -310,9 +327,11 @@ def test_what_a_pickler_never_writes(refusal, case):
 def test_a_list_that_holds_itself(refusal):
     loop = []
     loop.append(loop)
-    assert refusal(loop) == "a list of list where there should be a dict of lists (states, " \
-        "actions, rewards, lengths, …), a list of such dicts, or a list of (observations, " \
+    assert (
+        refusal(loop) == "a list of list where there should be a dict of lists (states, "
+        "actions, rewards, lengths, …), a list of such dicts, or a list of (observations, "
         "actions, rewards) tuples"
+    )
     loop = [[], []]
     loop[0] += [loop, loop]
     loop[1] += [loop, loop]
@@ -331,13 +350,13 @@ def test_tuples_of_tuples_as_keys_take_no_time_without_end(refusal):
     for _ in range(60):
         key = (key, key)
     for protocol in range(6):
-        assert refusal([key], protocol) == (
-            "references that repeat its data many times over")
+        assert refusal([key], protocol) == ("references that repeat its data many times over")
     level = b")"
     for i in range(60):  # remembered after another step, and called up twice
         level += b"]0q" + bytes([i]) + b"h" + bytes([i]) + b"\x86"
     assert refusal(b"\x80\x02}" + level + b"Ns.") == (
-        "references that repeat its data many times over")
+        "references that repeat its data many times over"
+    )
     assert refusal(b"\x80\x02}(N2\x86Ns.") == "the opcode DUP"
 
 
@@ -426,8 +445,10 @@ def test_values_are_checked_as_everywhere(tmp_path, demos):
         ({"states": [[[10**400]]], "actions": [[[1.0]]]}, "a number beyond all floats"),
         ({"states": [3], "actions": [[[1.0]]]}, "a int where there should be a list or an array"),
         ({"states": [], "actions": [], "lengths": [float("nan")]}, "lengths that are none"),
-        ({"states": [[[1.0]]] * 3, "actions": [[[1.0]]] * 3, "lengths": [2, 2]},
-         "3 observations where lengths add up to 4"),
+        (
+            {"states": [[[1.0]]] * 3, "actions": [[[1.0]]] * 3, "lengths": [2, 2]},
+            "3 observations where lengths add up to 4",
+        ),
         ([{"actions": [[1.0]]}], "a trajectory with actions alone"),
         ([3], "a list of int where there should be"),
         ([np.zeros(())], "a list of array where there should be"),

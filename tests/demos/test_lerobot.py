@@ -70,9 +70,12 @@ def test_columns_are_taken_in_sorted_order_or_as_chosen(path, demos):
     info["features"]["observation.environment_state"] = {"dtype": "float32", "shape": [1]}
     info["features"]["next.success"] = {"dtype": "bool", "shape": [1]}
     (path / "meta/info.json").write_text(json.dumps(info))
-    edit(path, lambda table: table.append_column(
-        "observation.environment_state", pa.array(np.arange(len(table), dtype="f4"))
-    ).append_column("next.success", table["next.done"]))
+    edit(
+        path,
+        lambda table: table.append_column(
+            "observation.environment_state", pa.array(np.arange(len(table), dtype="f4"))
+        ).append_column("next.success", table["next.done"]),
+    )
     one = demos.episodes[0].observations[:-1]
     found = Demonstrations.load(path, task="t")
     np.testing.assert_array_equal(found.episodes[0].observations[:, 1:], one)
@@ -90,10 +93,14 @@ def test_columns_are_taken_in_sorted_order_or_as_chosen(path, demos):
     ("change", "found"),
     [
         (lambda t: t.drop_columns(["action"]), "without action"),
-        (lambda t: column(t, "action", pa.array([None] * len(t), pa.list_(pa.float32()))),
-         "empty values in"),
-        (lambda t: column(t, "action", pa.array([[0.0]] * (len(t) - 1) + [[0.0, 1.0]])),
-         "rows of different lengths in"),
+        (
+            lambda t: column(t, "action", pa.array([None] * len(t), pa.list_(pa.float32()))),
+            "empty values in",
+        ),
+        (
+            lambda t: column(t, "action", pa.array([[0.0]] * (len(t) - 1) + [[0.0, 1.0]])),
+            "rows of different lengths in",
+        ),
         (lambda t: column(t, "action", pa.array(["a"] * len(t))), "string in"),
         (lambda t: column(t, "action", pa.array([[["a"]]] * len(t))), "in"),
     ],

@@ -28,8 +28,9 @@ def make(env, **options):
 
 def test_episodes_are_kept_until_there_are_enough(point_env):
     seen = []
-    found = make(point_env, episodes=4, successes_only=True,
-                 progress=lambda *values: seen.append(values))
+    found = make(
+        point_env, episodes=4, successes_only=True, progress=lambda *values: seen.append(values)
+    )
     assert len(found) == 4 and found.success_rate == 1.0 and found.task == "point"
     assert found.provenance["kept"] == "4 of 5 with success"
     assert found.provenance["demonstrator"] == "straight line"
@@ -38,7 +39,8 @@ def test_episodes_are_kept_until_there_are_enough(point_env):
     assert [kept for kept, _, _ in seen] == [1, 2, 2, 3, 4]
     assert [tried for _, tried, _ in seen] == [1, 2, 3, 4, 5]
     assert [r for (k, *_, r), e in zip(seen[:2], found.episodes[:2], strict=True)] == [
-        pytest.approx(e.rewards.sum()) for e in found.episodes[:2]]
+        pytest.approx(e.rewards.sum()) for e in found.episodes[:2]
+    ]
 
 
 def test_the_demonstrator_says_whether_successes_are_kept_and_how_noisy_it_is(point_env):
@@ -68,12 +70,18 @@ def test_noise_has_its_spread_and_actions_stay_in_range(point_env):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"episodes": 5, "max_tries": 6, "successes_only": True},
-         "4 of 5 episodes were kept after 6 tries: 4 succeeded"),
-        ({"episodes": 2, "max_tries": 3, "min_return": 1e6},
-         r"0 of 2 episodes were kept after 3 tries: 0 reached a return of 1e\+06"),
-        ({"episodes": 3, "max_tries": 3, "min_return": 1.0, "successes_only": True},
-         "2 of 3 episodes were kept after 3 tries: 2 reached a return of 1, 2 succeeded"),
+        (
+            {"episodes": 5, "max_tries": 6, "successes_only": True},
+            "4 of 5 episodes were kept after 6 tries: 4 succeeded",
+        ),
+        (
+            {"episodes": 2, "max_tries": 3, "min_return": 1e6},
+            r"0 of 2 episodes were kept after 3 tries: 0 reached a return of 1e\+06",
+        ),
+        (
+            {"episodes": 3, "max_tries": 3, "min_return": 1.0, "successes_only": True},
+            "2 of 3 episodes were kept after 3 tries: 2 reached a return of 1, 2 succeeded",
+        ),
         ({"episodes": 5, "max_tries": 4}, "5 episodes cannot be kept from 4 tries"),
     ],
 )

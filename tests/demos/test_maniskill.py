@@ -51,8 +51,12 @@ def test_what_maniskills_own_recorder_writes(tmp_path, monkeypatch):
     from mani_skill2.utils.wrappers.record import RecordEpisode
 
     spec = gymnasium.envs.registration.EnvSpec("ArmCube-v0", entry_point=Arm)
-    env = RecordEpisode(gymnasium.make(spec, disable_env_checker=True), tmp_path,
-                        trajectory_name="trajectory", save_video=False)
+    env = RecordEpisode(
+        gymnasium.make(spec, disable_env_checker=True),
+        tmp_path,
+        trajectory_name="trajectory",
+        save_video=False,
+    )
     seen, actions = [], []
     for seed in range(2):
         seen.append([env.reset(seed=seed)[0]])
@@ -67,8 +71,9 @@ def test_what_maniskills_own_recorder_writes(tmp_path, monkeypatch):
     for rows, episode in zip(seen, found.episodes, strict=True):
         np.testing.assert_array_equal(episode.observations, np.array(rows))
         assert episode.terminated is False
-    np.testing.assert_array_equal(np.concatenate([e.actions for e in found.episodes]),
-                                  np.array(actions))
+    np.testing.assert_array_equal(
+        np.concatenate([e.actions for e in found.episodes]), np.array(actions)
+    )
 
 
 def test_nested_members_success_and_notes(path, demos):
@@ -81,7 +86,8 @@ def test_nested_members_success_and_notes(path, demos):
     assert found.provenance["control_mode"] == "pd_ee_delta_pos"
     chosen = Demonstrations.load(path, facts=Facts(obs_keys=("extra", "agent/qpos")))
     np.testing.assert_array_equal(
-        chosen.episodes[0].observations, demos.episodes[0].observations[:, [2, 0, 1]])
+        chosen.episodes[0].observations, demos.episodes[0].observations[:, [2, 0, 1]]
+    )
 
 
 def test_success_and_termination_are_those_of_the_last_step(path):
@@ -102,7 +108,8 @@ def test_trajectories_without_observations_say_how_to_get_them(path):
             del file[name]["obs"]
     found = [str(d).removeprefix(str(path)) for d in find_defects(read(path))]
     assert len(found) == 3 and found[0].startswith(
-        ", episode 0, obs: found nothing, expected observations: replay the trajectories with")
+        ", episode 0, obs: found nothing, expected observations: replay the trajectories with"
+    )
 
 
 def test_without_its_description_the_task_is_asked_for(path):
@@ -117,7 +124,6 @@ def test_a_listed_member_that_is_not_there_is_a_defect(path, monkeypatch):
     from iqmpc.demos import h5
 
     numbered = h5.numbered
-    monkeypatch.setattr(h5, "numbered", lambda group, prefix: [
-        *numbered(group, prefix), "traj_77"])
+    monkeypatch.setattr(h5, "numbered", lambda group, prefix: [*numbered(group, prefix), "traj_77"])
     found = [str(d) for d in find_defects(read(path))]
     assert any("traj_77: found nothing" in defect for defect in found)

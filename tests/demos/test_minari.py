@@ -45,8 +45,13 @@ def test_actions_are_rescaled_from_the_action_space(path, demos):
             actions = low + (e.actions + 1) / 2 * (high - low)
             actions[0] = high
             file[f"episode_{i}/actions"][...] = actions
-    space = {"type": "Box", "dtype": "float32", "shape": [2], "low": low.tolist(),
-             "high": high.tolist()}
+    space = {
+        "type": "Box",
+        "dtype": "float32",
+        "shape": [2],
+        "low": low.tolist(),
+        "high": high.tolist(),
+    }
     edit(path, action_space=json.dumps(space))
     found = Demonstrations.load(path)
     for one, other in zip(demos.episodes, found.episodes, strict=True):
@@ -55,7 +60,8 @@ def test_actions_are_rescaled_from_the_action_space(path, demos):
     assert found.provenance["actions_rescaled_from"] == "[-0.4, 0.1] to [0.4, 0.7]"
     told = Facts(action_low=(-2.0,), action_high=(2.0,))
     np.testing.assert_allclose(
-        Demonstrations.load(path, facts=told).episodes[0].actions[0], high / 2, atol=1e-6)
+        Demonstrations.load(path, facts=told).episodes[0].actions[0], high / 2, atol=1e-6
+    )
 
 
 def test_terminations_and_success(path):
@@ -85,7 +91,8 @@ def test_a_dictionary_of_observations(path, demos):
             file[f"episode_{i}/observations/a"] = e.observations[:, 1:]
     found = Demonstrations.load(path)
     np.testing.assert_array_equal(
-        found.episodes[0].observations, demos.episodes[0].observations[:, [1, 2, 0]])
+        found.episodes[0].observations, demos.episodes[0].observations[:, [1, 2, 0]]
+    )
 
 
 def test_metadata_of_before_in_the_files_attributes(path):
@@ -117,8 +124,12 @@ def test_metadata_that_does_not_fit(path, changes, defect):
 
 
 def test_all_that_is_wrong_with_metadata_is_listed(path):
-    edit(path, action_space='{"type": "Box", "low": [0], "high": [0]}', total_episodes=5,
-         env_spec=None)
+    edit(
+        path,
+        action_space='{"type": "Box", "low": [0], "high": [0]}',
+        total_episodes=5,
+        env_spec=None,
+    )
     found = messages(path)
     assert len(found) == 3 and found[0].startswith(", task: ")
     assert found[1].endswith("expected a Box with low < high")
@@ -143,7 +154,8 @@ def test_a_listed_member_that_is_not_there_is_a_defect(path, monkeypatch):
     from iqmpc.demos import h5
 
     numbered = h5.numbered
-    monkeypatch.setattr(h5, "numbered", lambda group, prefix: [
-        *numbered(group, prefix), "episode_77"])
+    monkeypatch.setattr(
+        h5, "numbered", lambda group, prefix: [*numbered(group, prefix), "episode_77"]
+    )
     found = [str(d) for d in find_defects(read(path))]
     assert any("episode_77: found nothing" in defect for defect in found)

@@ -91,8 +91,10 @@ def test_images_are_refused_by_name_unless_left_out(path, demos):
         for i, e in enumerate(demos.episodes):
             for key in ("obs", "next_obs"):
                 file[f"data/demo_{i}/{key}/camera"] = np.zeros((len(e.actions), 8, 8, 3), "u1")
-    assert ", episode 0, obs/camera: found images of shape [4, 8, 8, 3], expected state values; " \
+    assert (
+        ", episode 0, obs/camera: found images of shape [4, 8, 8, 3], expected state values; "
         "choose with --obs-keys" in messages(path)
+    )
     found = Demonstrations.load(path, facts=Facts(obs_keys=("eef", "object")))
     np.testing.assert_array_equal(found.episodes[1].observations, demos.episodes[1].observations)
 

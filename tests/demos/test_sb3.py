@@ -1,5 +1,4 @@
-"""Models that Stable-Baselines3 saved act here as they do there, and nothing in them is unpickled.
-"""
+"""Models that Stable-Baselines3 saved act here as they do there; nothing in them is unpickled."""
 
 import base64
 import copy
@@ -99,7 +98,8 @@ def test_what_is_pickled_inside_is_never_run(tmp_path):
     assert "policy_kwargs" in armed and "action_space" in armed
     obs = np.float32([1.0, -1.0, 0.5])
     np.testing.assert_allclose(
-        policy(obs), model.predict(obs, deterministic=True)[0] / 2, atol=1e-6)
+        policy(obs), model.predict(obs, deterministic=True)[0] / 2, atol=1e-6
+    )
     assert not target.exists()
 
 
@@ -147,8 +147,10 @@ def test_vecnormalize_is_refused_where_it_can_be_seen(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(policy_kwargs={"activation_fn": "<class 'evil.Act'>"}),
-         "unknown activation 'Act'"),
+        (
+            lambda s: s.update(policy_kwargs={"activation_fn": "<class 'evil.Act'>"}),
+            "unknown activation 'Act'",
+        ),
         (lambda s: s["action_space"].pop("low"), "its action space is no bounded Box"),
         (lambda s: s["action_space"].update(high="[inf]"), "its action space is no bounded Box"),
         (lambda s: s["action_space"].update(high="[1. 2.]"), "its action space is no bounded Box"),
@@ -166,11 +168,20 @@ def test_weights_that_do_not_fit(tmp_path):
     _, path = saved(tmp_path, "SAC")
     for weights, message in (
         ({}, "it has no actor of SAC, TQC, TD3, DDPG, PPO or A2C"),
-        ({"actor.log_std.weight": torch.zeros(1), "actor.mu.weight": torch.zeros(1, 3)},
-         "actor.mu.weight and actor.mu.bias make no linear layer"),
-        ({"actor.log_std.weight": torch.zeros(1), "actor.mu.weight": torch.zeros(1, 3),
-          "actor.mu.bias": torch.zeros(1), "actor.latent_pi.0.weight": torch.zeros(8, 4),
-          "actor.latent_pi.0.bias": torch.zeros(8)}, "does not take what the layer before gives"),
+        (
+            {"actor.log_std.weight": torch.zeros(1), "actor.mu.weight": torch.zeros(1, 3)},
+            "actor.mu.weight and actor.mu.bias make no linear layer",
+        ),
+        (
+            {
+                "actor.log_std.weight": torch.zeros(1),
+                "actor.mu.weight": torch.zeros(1, 3),
+                "actor.mu.bias": torch.zeros(1),
+                "actor.latent_pi.0.weight": torch.zeros(8, 4),
+                "actor.latent_pi.0.bias": torch.zeros(8),
+            },
+            "does not take what the layer before gives",
+        ),
         ({"a": 1}, "is not what Stable-Baselines3 saves"),
         ([1], "is not what Stable-Baselines3 saves"),
     ):

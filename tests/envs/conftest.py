@@ -5,6 +5,7 @@ import pytest
 @pytest.fixture
 def episode():
     """(env, seed, actions) -> observations [T+1, O], rewards, and what the last step said."""
+
     def run(env, seed, actions):
         obs, _ = env.reset(seed=seed)
         rows, rewards = [obs], []

@@ -11,9 +11,16 @@ from iqmpc.envs import check_spaces
 from iqmpc.errors import TaskError
 
 DIMENSIONS = {
-    "hopper-hop": (15, 4), "cheetah-run": (17, 6), "walker-walk": (24, 6), "walker-run": (24, 6),
-    "quadruped-run": (78, 12), "humanoid-walk": (67, 21), "dog-stand": (223, 38),
-    "dog-walk": (223, 38), "dog-trot": (223, 38), "dog-run": (223, 38),
+    "hopper-hop": (15, 4),
+    "cheetah-run": (17, 6),
+    "walker-walk": (24, 6),
+    "walker-run": (24, 6),
+    "quadruped-run": (78, 12),
+    "humanoid-walk": (67, 21),
+    "dog-stand": (223, 38),
+    "dog-walk": (223, 38),
+    "dog-trot": (223, 38),
+    "dog-run": (223, 38),
 }
 
 
@@ -89,18 +96,23 @@ def test_recorded_rewards_come_back():
         assert reward == pytest.approx(episode.rewards[t], abs=0.02)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: make_env("walker-wlak"), "unknown task 'walker-wlak'; did you mean 'walker-walk'"),
-    (lambda: make_env("walker-walk", render_mode="human"), "render_mode must be None or"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: make_env("walker-wlak"), "unknown task 'walker-wlak'; did you mean 'walker-walk'"),
+        (lambda: make_env("walker-walk", render_mode="human"), "render_mode must be None or"),
+    ],
+)
 def test_what_does_not_exist_is_named(call, message):
     with pytest.raises(TaskError, match=message):
         call()
 
 
 def test_a_process_without_gl_says_so_when_asked_to_render():
-    code = ("import iqmpc\niqmpc.make_env('cheetah-run')\n"
-            "iqmpc.make_env('cheetah-run', render_mode='rgb_array')")
+    code = (
+        "import iqmpc\niqmpc.make_env('cheetah-run')\n"
+        "iqmpc.make_env('cheetah-run', render_mode='rgb_array')"
+    )
     env = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert "TaskError: this process loaded dm_control without GL" in done.stderr
@@ -120,13 +132,15 @@ def test_triton_and_gl_live_in_one_process(gl):
     env = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
     if gl is not None:
         env["MUJOCO_GL"] = gl
-    code = ("import iqmpc\n"
-            "try:\n"
-            "    env = iqmpc.make_env('cheetah-run', render_mode='rgb_array')\n"
-            "    env.reset(seed=0); print('frame', env.render().shape)\n"
-            "except Exception as error:\n"
-            "    print('no GL:', type(error).__name__)\n"
-            "import triton, triton.compiler\n"
-            "print('alive')")
+    code = (
+        "import iqmpc\n"
+        "try:\n"
+        "    env = iqmpc.make_env('cheetah-run', render_mode='rgb_array')\n"
+        "    env.reset(seed=0); print('frame', env.render().shape)\n"
+        "except Exception as error:\n"
+        "    print('no GL:', type(error).__name__)\n"
+        "import triton, triton.compiler\n"
+        "print('alive')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and done.stdout.endswith("alive\n"), done.stderr[-500:]

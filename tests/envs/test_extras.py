@@ -9,9 +9,14 @@ from iqmpc.envs.extras import import_extra
 from iqmpc.errors import TaskError
 
 
-@pytest.mark.parametrize("task, package, extra", [
-    ("walker-walk", "dm_control", "dmcontrol"), ("myo-key-turn", "myosuite", "myosuite"),
-    ("pick-cube", "mani_skill2", "maniskill")])
+@pytest.mark.parametrize(
+    "task, package, extra",
+    [
+        ("walker-walk", "dm_control", "dmcontrol"),
+        ("myo-key-turn", "myosuite", "myosuite"),
+        ("pick-cube", "mani_skill2", "maniskill"),
+    ],
+)
 def test_a_missing_suite_says_which_extra_to_install(monkeypatch, task, package, extra):
     for name in [n for n in sys.modules if n.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
@@ -26,9 +31,13 @@ def test_a_missing_suite_says_which_extra_to_install(monkeypatch, task, package,
         make_env(task)
 
 
-@pytest.mark.parametrize("source, message", [
-    ("import a_package_that_is_not_there", "No module named 'a_package_that_is_not_there'"),
-    ("raise ImportError('libgone.so.1: cannot open')", "libgone.so.1: cannot open")])
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("import a_package_that_is_not_there", "No module named 'a_package_that_is_not_there'"),
+        ("raise ImportError('libgone.so.1: cannot open')", "libgone.so.1: cannot open"),
+    ],
+)
 def test_a_broken_suite_shows_its_own_error(tmp_path, monkeypatch, source, message):
     (tmp_path / "somebodys_suite.py").write_text(f"print('banner')\n{source}\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -38,7 +47,8 @@ def test_a_broken_suite_shows_its_own_error(tmp_path, monkeypatch, source, messa
 
 def test_what_a_suite_prints_is_hidden(tmp_path, monkeypatch, capfd):
     (tmp_path / "somebodys_loud_suite.py").write_text(
-        "import logging, warnings\nprint('banner')\nwarnings.warn('x')\nlogging.warning('y')\n")
+        "import logging, warnings\nprint('banner')\nwarnings.warn('x')\nlogging.warning('y')\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert import_extra("somebodys_loud_suite", "Suite", "suite").__name__ == "somebodys_loud_suite"
     assert capfd.readouterr() == ("", "")

@@ -20,7 +20,8 @@ def task(env_id, **settings):
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """`module:function` paths of a package that somebody else wrote."""
-    (tmp_path / "somebodys_envs.py").write_text(textwrap.dedent("""
+    (tmp_path / "somebodys_envs.py").write_text(
+        textwrap.dedent("""
         import gymnasium
         import numpy as np
         from gymnasium.spaces import Box, Dict
@@ -61,7 +62,8 @@ def module(tmp_path, monkeypatch):
 
         reach, unbounded, pixels, depths = Reach, Unbounded, Pixels, Depths
         number = lambda: 3
-    """))
+    """)
+    )
     monkeypatch.syspath_prepend(tmp_path)
     yield "somebodys_envs"
     sys.modules.pop("somebodys_envs", None)
@@ -137,17 +139,26 @@ def test_images_are_resized_and_stacked(module):
         make_env(task(f"{module}:reach", obs="pixels"))
 
 
-@pytest.mark.parametrize(("env_id", "message"), [
-    ("Pendulm-v1", "gymnasium makes no 'Pendulm-v1'.*did you mean 'Pendulum-v1'"),
-    ("nowhere:reach", "nowhere:reach cannot be imported: No module named 'nowhere'"),
-    ("nowhere:Reach-v0", "nowhere:Reach-v0 cannot be imported: No module named 'nowhere'"),
-    ("somebodys_envs:walk", "somebodys_envs:walk: the module has no 'walk'"),
-    ("somebodys_envs:number", "must return a gymnasium.Env, got int"),
-    ("somebodys_envs:unbounded", "the action space must be bounded, got Box"),
-    ("somebodys_envs:depths", r"observation space must be a flat Box .*, got Box\(0, 255, \(8, 8"),
-    ("CartPole-v1", r"gym-cartpole-v1: the action space must be a flat Box .*, got Discrete\(2\)"),
-    (None, "suite 'gym' needs task.env_id"),
-])
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        ("Pendulm-v1", "gymnasium makes no 'Pendulm-v1'.*did you mean 'Pendulum-v1'"),
+        ("nowhere:reach", "nowhere:reach cannot be imported: No module named 'nowhere'"),
+        ("nowhere:Reach-v0", "nowhere:Reach-v0 cannot be imported: No module named 'nowhere'"),
+        ("somebodys_envs:walk", "somebodys_envs:walk: the module has no 'walk'"),
+        ("somebodys_envs:number", "must return a gymnasium.Env, got int"),
+        ("somebodys_envs:unbounded", "the action space must be bounded, got Box"),
+        (
+            "somebodys_envs:depths",
+            r"observation space must be a flat Box .*, got Box\(0, 255, \(8, 8",
+        ),
+        (
+            "CartPole-v1",
+            r"gym-cartpole-v1: the action space must be a flat Box .*, got Discrete\(2\)",
+        ),
+        (None, "suite 'gym' needs task.env_id"),
+    ],
+)
 def test_what_cannot_be_made_is_named(module, env_id, message):
     with pytest.raises(TaskError, match=message):
         make_env(task(env_id))
@@ -185,7 +196,7 @@ def test_transition_noise_replaces_actions(p):
     plain = make_env("walker-walk", episode_length=400)
     rows = [plain.reset(seed=1)[0], *(plain.step(given)[0] for _ in range(400))]
     first = runs[0][1].index(True)  # alike up to the first replaced action, and not after it
-    np.testing.assert_array_equal(np.array(rows)[:first + 1], runs[0][0][:first + 1])
+    np.testing.assert_array_equal(np.array(rows)[: first + 1], runs[0][0][: first + 1])
     assert not np.array_equal(rows[first + 1], runs[0][0][first + 1])
 
 
@@ -197,12 +208,20 @@ def test_transition_noise_is_a_probability():
 class Nested(gymnasium.Env):
     """Declared in another order than the sorted one, at both levels, with a camera."""
 
-    observation_space = gymnasium.spaces.Dict([
-        ("velocity", gymnasium.spaces.Box(-9, 9, (2,), np.float64)),
-        ("agent", gymnasium.spaces.Dict([
-            ("tip", gymnasium.spaces.Box(-9, 9, (1,), np.float64)),
-            ("joint", gymnasium.spaces.Box(-9, 9, (1,), np.float64))])),
-    ])
+    observation_space = gymnasium.spaces.Dict(
+        [
+            ("velocity", gymnasium.spaces.Box(-9, 9, (2,), np.float64)),
+            (
+                "agent",
+                gymnasium.spaces.Dict(
+                    [
+                        ("tip", gymnasium.spaces.Box(-9, 9, (1,), np.float64)),
+                        ("joint", gymnasium.spaces.Box(-9, 9, (1,), np.float64)),
+                    ]
+                ),
+            ),
+        ]
+    )
     action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
 
     def reset(self, *, seed=None, options=None):
@@ -211,8 +230,10 @@ class Nested(gymnasium.Env):
         return self.observe(), {}
 
     def observe(self):
-        return {"velocity": np.full(2, 3.0 + self.steps),
-                "agent": {"tip": np.full(1, 2.0), "joint": np.full(1, 1.0)}}
+        return {
+            "velocity": np.full(2, 3.0 + self.steps),
+            "agent": {"tip": np.full(1, 2.0), "joint": np.full(1, 1.0)},
+        }
 
     def step(self, action):
         self.steps += 1
@@ -220,9 +241,12 @@ class Nested(gymnasium.Env):
 
 
 class Camera(Nested):
-    observation_space = gymnasium.spaces.Dict({
-        "state": gymnasium.spaces.Box(-9, 9, (3,), np.float32),
-        "camera": gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)})
+    observation_space = gymnasium.spaces.Dict(
+        {
+            "state": gymnasium.spaces.Box(-9, 9, (3,), np.float32),
+            "camera": gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8),
+        }
+    )
 
     def observe(self):
         return {"state": np.zeros(3, np.float32), "camera": np.full((64, 64, 3), 7, np.uint8)}
@@ -242,15 +266,28 @@ def test_a_dictionary_has_the_order_of_its_demonstrations(tmp_path):
     rows = [env.reset()[0]] + [env.step(np.zeros(1))[0] for _ in range(4)]
     (tmp_path / "data").mkdir()
     storage = MinariStorage.new(
-        tmp_path / "data", observation_space=env.observation_space,
+        tmp_path / "data",
+        observation_space=env.observation_space,
         action_space=env.action_space,
-        env_spec=gymnasium.envs.registration.EnvSpec("Nested-v0", entry_point="module:Env"))
-    storage.update_episodes([EpisodeBuffer(
-        id=None, seed=0, observations={
-            "velocity": np.array([r["velocity"] for r in rows]),
-            "agent": {k: np.array([r["agent"][k] for r in rows]) for k in ("tip", "joint")}},
-        actions=np.zeros((4, 1), np.float32), rewards=[1.0] * 4, terminations=[False] * 4,
-        truncations=[False] * 3 + [True], infos={})])
+        env_spec=gymnasium.envs.registration.EnvSpec("Nested-v0", entry_point="module:Env"),
+    )
+    storage.update_episodes(
+        [
+            EpisodeBuffer(
+                id=None,
+                seed=0,
+                observations={
+                    "velocity": np.array([r["velocity"] for r in rows]),
+                    "agent": {k: np.array([r["agent"][k] for r in rows]) for k in ("tip", "joint")},
+                },
+                actions=np.zeros((4, 1), np.float32),
+                rewards=[1.0] * 4,
+                terminations=[False] * 4,
+                truncations=[False] * 3 + [True],
+                infos={},
+            )
+        ]
+    )
     controlled = ControlEnv(Nested(), task("Nested-v0"))
     observed = [controlled.reset()[0]] + [controlled.step(np.zeros(1))[0] for _ in range(4)]
     assert observed[0].tolist() == [1, 2, 3, 3]
@@ -265,8 +302,11 @@ def test_a_dictionary_has_the_order_of_its_demonstrations(tmp_path):
 
 
 def test_an_image_among_others_is_named_and_can_be_left_out():
-    with pytest.raises(TaskError, match=r"gym-x: the observation's 'camera' is an image, .*choose "
-                                        r"the members to observe, task.obs_keys=state$"):
+    with pytest.raises(
+        TaskError,
+        match=r"gym-x: the observation's 'camera' is an image, .*choose "
+        r"the members to observe, task.obs_keys=state$",
+    ):
         ControlEnv(Camera(), task("x"))
     env = ControlEnv(Camera(), task("x", obs_keys="state"))
     assert env.reset()[0].shape == env.observation_space.shape == (3,)
@@ -287,9 +327,13 @@ def test_functions_that_cannot_be_called_are_named(module, monkeypatch):
     somebodys_envs.needs = lambda size: None
     somebodys_envs.number = 3
     for name, options, said in (
-            ("fixed", {"render_mode": "rgb_array"},
-             "that can be called with render_mode='rgb_array': got an unexpected"),
-            ("needs", {}, "that can be called without arguments: missing a required"),
-            ("number", {}, "must be a function that makes an environment, got a int")):
+        (
+            "fixed",
+            {"render_mode": "rgb_array"},
+            "that can be called with render_mode='rgb_array': got an unexpected",
+        ),
+        ("needs", {}, "that can be called without arguments: missing a required"),
+        ("number", {}, "must be a function that makes an environment, got a int"),
+    ):
         with pytest.raises(TaskError, match=f"somebodys_envs:{name} .*{said}"):
             make_env(task(f"somebodys_envs:{name}"), **options)

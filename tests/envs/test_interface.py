@@ -63,40 +63,56 @@ def only(index, result):
 
 
 FAULTS = {
-    "nan": (functools.partial(observing, np.nan),
-            r"the observation is nan at index 1, expected a finite value within ±1e\+12"),
+    "nan": (
+        functools.partial(observing, np.nan),
+        r"the observation is nan at index 1, expected a finite value within ±1e\+12",
+    ),
     "inf": (functools.partial(observing, -np.inf), "the observation is -inf at index 1"),
     "huge": (functools.partial(observing, 1e30), r"the observation is 1e\+30 at index 1"),
-    "float64 beyond float32": (functools.partial(first, np.array([0, 1e300, 0])),
-                               "the observation is inf at index 1"),
-    "shape": (functools.partial(first, np.zeros(4, np.float32)),
-              r"the observation has shape \(4,\), its space \(3,\)"),
+    "float64 beyond float32": (
+        functools.partial(first, np.array([0, 1e300, 0])),
+        "the observation is inf at index 1",
+    ),
+    "shape": (
+        functools.partial(first, np.zeros(4, np.float32)),
+        r"the observation has shape \(4,\), its space \(3,\)",
+    ),
     "text": (functools.partial(first, "abc"), "the observation is a str of no numbers"),
     "nothing": (functools.partial(first, None), "the observation is a NoneType of no numbers"),
     "dictionary": (functools.partial(first, {"a": 1}), "the observation is a dictionary of a"),
     "reward": (functools.partial(rewarding, np.nan), "the reward is nan"),
-    "rewards": (functools.partial(rewarding, np.ones(2)),
-                r"the reward is a ndarray of shape \(2,\), expected a number"),
+    "rewards": (
+        functools.partial(rewarding, np.ones(2)),
+        r"the reward is a ndarray of shape \(2,\), expected a number",
+    ),
     "no reward": (functools.partial(rewarding, None), "the reward is a NoneType"),
-    "old step": (functools.partial(part, slice(1, None)),
-                 r"step\(\) gave a tuple of 4, gymnasium's interface wants "
-                 r"\(observation, reward, terminated, truncated, info\)"),
+    "old step": (
+        functools.partial(part, slice(1, None)),
+        r"step\(\) gave a tuple of 4, gymnasium's interface wants "
+        r"\(observation, reward, terminated, truncated, info\)",
+    ),
     "no tuple": (functools.partial(only, 0), r"step\(\) gave a ndarray, gymnasium's"),
     "no info": (lambda result: (*result[:4], None), r"step\(\) gave a NoneType for info"),
     "flag": (lambda result: (*result[:2], "no", *result[3:]), "terminated is a str, expected true"),
 }
 RESETS = {
-    "old reset": (functools.partial(only, 0), r"reset\(\) gave a ndarray, gymnasium's interface "
-                                              r"wants \(observation, info\)"),
+    "old reset": (
+        functools.partial(only, 0),
+        r"reset\(\) gave a ndarray, gymnasium's interface "
+        r"wants \(observation, info\)",
+    ),
     "nan": (functools.partial(observing, np.nan), "the observation is nan at index 1"),
 }
 
 
 def agent(length=4):
-    config = Config.from_dict({
-        "task": {"name": "odd", "episode_length": length},
-        "model": {"encoder_dim": 16, "hidden_dim": 16, "latent_dim": 16},
-        "planner": {"enabled": False}})
+    config = Config.from_dict(
+        {
+            "task": {"name": "odd", "episode_length": length},
+            "model": {"encoder_dim": 16, "hidden_dim": 16, "latent_dim": 16},
+            "planner": {"enabled": False},
+        }
+    )
     return Agent(WorldModel(3, 2, config.model), config)
 
 
@@ -128,10 +144,12 @@ def in_control(env):
     in_vector(ControlEnv(env, agent().config.replace({"task.action_repeat": 1}).task))
 
 
-PATHS = {"VectorEnv": (in_vector, "odd, episode 0, "),
-         "evaluate": (in_evaluation, "odd, evaluation episode 0: "),
-         "record": (in_recording, "odd, recorded episode 0: "),
-         "task=gym": (in_control, "odd, episode 0, ")}
+PATHS = {
+    "VectorEnv": (in_vector, "odd, episode 0, "),
+    "evaluate": (in_evaluation, "odd, evaluation episode 0: "),
+    "record": (in_recording, "odd, recorded episode 0: "),
+    "task=gym": (in_control, "odd, episode 0, "),
+}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -232,8 +250,14 @@ def test_an_episode_that_never_ends_is_cut_and_said_once():
     assert len(messages) == 1 and "cut after task.episode_length=5 steps" in messages[0]
     result = evaluate(agent(6), Odd(length=10**9), episodes=2)
     assert [len(e.actions) for e in result.episodes] == [6, 6]
-    kept = record(Demonstrator(Zero()), Odd(length=10**9), task="odd", episodes=1, max_tries=1,
-                  episode_length=7)
+    kept = record(
+        Demonstrator(Zero()),
+        Odd(length=10**9),
+        task="odd",
+        episodes=1,
+        max_tries=1,
+        episode_length=7,
+    )
     assert len(kept.episodes[0].actions) == 7
 
 

@@ -88,5 +88,7 @@ def test_the_missing_renderer_is_said_once():
             make_env("lift-cube").reset(seed=0)
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == ("WARNING no Vulkan device was found: ManiSkill2 runs without a "
-                           "renderer, which states do not need\n")
+    assert done.stdout == (
+        "WARNING no Vulkan device was found: ManiSkill2 runs without a "
+        "renderer, which states do not need\n"
+    )

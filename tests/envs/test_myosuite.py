@@ -69,6 +69,11 @@ def test_it_is_not_rendered():
 
 def test_nothing_is_printed_when_it_is_made():
     code = "from iqmpc import make_env; make_env('myo-key-turn').reset(seed=0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "MUJOCO_GL": "disabled"}, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MUJOCO_GL": "disabled"},
+        check=True,
+    )
     assert done.stdout == "" and "Overriding" not in done.stderr

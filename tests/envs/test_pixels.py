@@ -20,7 +20,8 @@ def child(code, **env):
     """Run `code` in a new process, without the variables that choose a graphics library."""
     kept = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=kept | env, timeout=300)
+        [sys.executable, "-c", code], capture_output=True, text=True, env=kept | env, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,15 @@ def test_frames_are_stacked(image_point_env):
     assert not np.array_equal(single[0], single[1])
 
 
-@pytest.mark.parametrize(("dtype", "shape"), [
-    (np.float32, (9, 64, 64)), (np.uint8, (8, 64, 64)), (np.uint8, (9, 84, 84)),
-    (np.uint8, (64, 64, 3))])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (np.float32, (9, 64, 64)),
+        (np.uint8, (8, 64, 64)),
+        (np.uint8, (9, 84, 84)),
+        (np.uint8, (64, 64, 3)),
+    ],
+)
 def test_other_images_are_refused(image_point_env, dtype, shape):
     image_point_env.observation_space = gymnasium.spaces.Box(0, 255, shape, dtype)
     with pytest.raises(TaskError, match=r"or one of uint8 images \[3C, 64, 64\], got Box"):
@@ -84,15 +91,18 @@ def roll(**options):
 
 @pytest.mark.usefixtures("gl")
 def test_dmcontrol_from_pixels(tmp_path):
-    code = ROLL + f"""
+    code = (
+        ROLL
+        + f"""
 from iqmpc.envs.pixels import FrameRecorder
 one, two, fast = roll(), roll(), roll(fast_render=True)
 env = FrameRecorder(iqmpc.make_env("walker-walk", render_mode="rgb_array"))
 assert env.reset(seed=7)[0].shape == (24,)
 for action in np.random.default_rng(0).uniform(-1, 1, (4, 6)):
     env.step(action)
-np.savez({str(tmp_path / 'rows.npz')!r}, one=one, two=two, fast=fast, recorded=env.frames)
+np.savez({str(tmp_path / "rows.npz")!r}, one=one, two=two, fast=fast, recorded=env.frames)
 """
+    )
     done = child(code)
     assert done.returncode == 0, done.stderr
     rows = np.load(tmp_path / "rows.npz")
@@ -106,7 +116,9 @@ np.savez({str(tmp_path / 'rows.npz')!r}, one=one, two=two, fast=fast, recorded=e
 @pytest.mark.usefixtures("gl")
 def test_a_trainer_process_renders_and_compiles():
     """Rendering, then torch.compile and an optimiser, which load Triton: in one process."""
-    code = ROLL + """
+    code = (
+        ROLL
+        + """
 import torch
 roll()
 x = torch.ones(8, requires_grad=True)
@@ -115,15 +127,18 @@ f(x).backward()
 torch.optim.Adam([x], fused=True).step()
 print("alive", roll().shape)
 """
+    )
     done = child(code)
     assert done.returncode == 0, done.stderr
     assert "alive (5, 9, 64, 64)" in done.stdout
 
 
 def test_a_missing_graphics_library_is_named():
-    code = ("import ctypes.util\n"
-            "ctypes.util.find_library = lambda name: None\n"
-            "import iqmpc; iqmpc.make_env('walker-walk', obs='pixels')")
+    code = (
+        "import ctypes.util\n"
+        "ctypes.util.find_library = lambda name: None\n"
+        "import iqmpc; iqmpc.make_env('walker-walk', obs='pixels')"
+    )
     done = child(code, DISPLAY="")
     assert done.returncode == 1
     assert "TaskError: no graphics library was found: " in done.stderr

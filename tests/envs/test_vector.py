@@ -27,8 +27,13 @@ class Counter(gymnasium.Env):
     def step(self, action):
         self.obs[1] += 1
         ended = bool(self.obs[1] == self.length)
-        return (self.obs, float(action[0]), ended and self.terminates,
-                ended and not self.terminates, {})
+        return (
+            self.obs,
+            float(action[0]),
+            ended and self.terminates,
+            ended and not self.terminates,
+            {},
+        )
 
 
 def with_space(**spaces):
@@ -51,15 +56,25 @@ def test_each_environment_is_in_an_episode_of_its_own():
     assert started == [[0, 1, 2], [], [0], [1], [0], []]
     seeds = [stream_seed(7, "train", k) for k in range(6)]
     assert [env.seeds for env in members] == [
-        [seeds[0], seeds[3], seeds[5]], [seeds[1], seeds[4]], [seeds[2]]]
+        [seeds[0], seeds[3], seeds[5]],
+        [seeds[1], seeds[4]],
+        [seeds[2]],
+    ]
     assert envs.started == 6 and envs.cut() == []
     assert [np.ravel(e.actions).tolist() for e in ended] == [
-        [0, 1], [10, 11, 12], [2, 3], [4, 5], [13, 14, 15], [20, 21, 22, 23, 24, 25]]
+        [0, 1],
+        [10, 11, 12],
+        [2, 3],
+        [4, 5],
+        [13, 14, 15],
+        [20, 21, 22, 23, 24, 25],
+    ]
     assert [e.terminated for e in ended] == [False, True, False, False, True, False]
     for episode, k in zip(ended, (0, 1, 3, 5, 4, 2), strict=True):
         steps = len(episode.actions)
         assert np.array(episode.observations).tolist() == [
-            [seeds[k] % 1000, t] for t in range(steps + 1)]
+            [seeds[k] % 1000, t] for t in range(steps + 1)
+        ]
         assert episode.rewards == np.ravel(episode.actions).tolist()
 
 
@@ -70,7 +85,9 @@ def test_episodes_can_be_cut_and_a_step_can_leave_environments_out():
     assert len(envs.step(np.zeros((1, 1), np.float32))) == 1
     assert envs.start() == [0]  # has made no step when it is cut
     assert [(len(e.observations), len(e.actions), e.terminated) for e in envs.cut()] == [
-        (2, 1, False), (2, 1, False)]
+        (2, 1, False),
+        (2, 1, False),
+    ]
     assert envs.start() == [0, 1, 2] and envs.started == 7
 
 
@@ -84,20 +101,36 @@ def test_nothing_is_stepped_outside_an_episode():
         _ = envs.observations
 
 
-@pytest.mark.parametrize(("spaces", "message"), [
-    ({"observation_space": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)},
-     r"count: environment 1 and environment 0 differ in observation_space.shape: "
-     r"Box\(-inf, inf, \(3,\), float32\) and Box\(-inf, inf, \(2,\), float32\)"),
-    ({"observation_space": gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)},
-     "differ in observation_space.dtype"),
-    ({"observation_space": gymnasium.spaces.Box(0, np.inf, (2,), np.float32)},
-     "differ in observation_space.low"),
-    ({"action_space": gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)},
-     "differ in action_space.shape"),
-    ({"action_space": gymnasium.spaces.Box(-2.0, 2.0, (1,), np.float32)},
-     r"count: environment 1: actions must lie in \[-1, 1\]"),
-    ({"action_space": gymnasium.spaces.Discrete(2)}, "environment 1: the action space must be a"),
-])
+@pytest.mark.parametrize(
+    ("spaces", "message"),
+    [
+        (
+            {"observation_space": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)},
+            r"count: environment 1 and environment 0 differ in observation_space.shape: "
+            r"Box\(-inf, inf, \(3,\), float32\) and Box\(-inf, inf, \(2,\), float32\)",
+        ),
+        (
+            {"observation_space": gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)},
+            "differ in observation_space.dtype",
+        ),
+        (
+            {"observation_space": gymnasium.spaces.Box(0, np.inf, (2,), np.float32)},
+            "differ in observation_space.low",
+        ),
+        (
+            {"action_space": gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)},
+            "differ in action_space.shape",
+        ),
+        (
+            {"action_space": gymnasium.spaces.Box(-2.0, 2.0, (1,), np.float32)},
+            r"count: environment 1: actions must lie in \[-1, 1\]",
+        ),
+        (
+            {"action_space": gymnasium.spaces.Discrete(2)},
+            "environment 1: the action space must be a",
+        ),
+    ],
+)
 def test_spaces_must_agree(spaces, message):
     with pytest.raises(TaskError, match=message):
         VectorEnv([Counter(3), with_space(**spaces)], "count")

@@ -49,8 +49,13 @@ class Walk(gymnasium.Env):
         self.obs[2] += self.np_random.normal()
         luck = self.np_random.random()
         late = self.steps >= 4
-        return (self.obs, np.float32(self.obs[2]), late and luck < 0.1, late and luck > 0.9,
-                {"big": np.zeros(9)})
+        return (
+            self.obs,
+            np.float32(self.obs[2]),
+            late and luck < 0.1,
+            late and luck > 0.9,
+            {"big": np.zeros(9)},
+        )
 
 
 def at_step(step, action, env):
@@ -87,8 +92,10 @@ def episodes(envs, ticks, leave_out=False):
         for tick in range(ticks):
             started.append(envs.start())
             actions = random.uniform(-1, 1, (len(envs), envs.action_dim)).astype(np.float32)
-            ended += [envs.observations, *envs.step(
-                actions[:1] if leave_out and tick == ticks - 1 else actions)]
+            ended += [
+                envs.observations,
+                *envs.step(actions[:1] if leave_out and tick == ticks - 1 else actions),
+            ]
         ended += envs.cut()
     finally:
         envs.close()
@@ -115,8 +122,7 @@ def test_episodes_are_the_serial_ones_bit_for_bit():
 
 
 def test_simulators_are_the_serial_ones_bit_for_bit():
-    make = functools.partial(
-        make_env, "cheetah-run", episode_length=10, transition_noise=0.3)
+    make = functools.partial(make_env, "cheetah-run", episode_length=10, transition_noise=0.3)
     serial = episodes(VectorEnv([make(), make()], "cheetah"), 25)
     assert_same(episodes(WorkerVectorEnv([make, make], "cheetah", like=make()), 25), serial)
 
@@ -148,15 +154,18 @@ def test_images_are_shared_as_bytes():
     envs.close()
 
 
-@pytest.mark.parametrize(("action", "said"), [
-    (die, r"was ended by SIGKILL, as the system does when memory runs out"),
-    (functools.partial(die, signal.SIGSEGV), "was ended by SIGSEGV"),
-    (functools.partial(ctypes.string_at, 0), "was ended by SIGSEGV"),
-    (functools.partial(os._exit, 3), "ended with exit code 3"),
-    (functools.partial(sys.exit, 3), r"raised\nTraceback [\s\S]*SystemExit: 3"),
-    (fail, r"raised\nTraceback [\s\S]*in fail\n[\s\S]*ValueError: the simulator \[diverged\]"),
-    (functools.partial(time.sleep, 60), r"gave no answer for 5 s \(train.env_timeout_s\)"),
-])
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        (die, r"was ended by SIGKILL, as the system does when memory runs out"),
+        (functools.partial(die, signal.SIGSEGV), "was ended by SIGSEGV"),
+        (functools.partial(ctypes.string_at, 0), "was ended by SIGSEGV"),
+        (functools.partial(os._exit, 3), "ended with exit code 3"),
+        (functools.partial(sys.exit, 3), r"raised\nTraceback [\s\S]*SystemExit: 3"),
+        (fail, r"raised\nTraceback [\s\S]*in fail\n[\s\S]*ValueError: the simulator \[diverged\]"),
+        (functools.partial(time.sleep, 60), r"gave no answer for 5 s \(train.env_timeout_s\)"),
+    ],
+)
 def test_a_worker_that_fails_is_named_and_replaced(action, said):
     messages = []
     timeout_s = 5 if "no answer" in said else 120
@@ -167,7 +176,8 @@ def test_a_worker_that_fails_is_named_and_replaced(action, said):
     assert envs.restarts == 1
     assert re.match(rf"worker 0 of walk \(process {old}\) {said}", message), message
     assert message.endswith(
-        "\nrestarted (1 of at most 10), its unfinished episode of 2 steps dropped")
+        "\nrestarted (1 of at most 10), its unfinished episode of 2 steps dropped"
+    )
     # the other's episodes went on, and the next of the one replaced has the next seed
     serial, _ = episodes(VectorEnv([Walk(), Walk()], "walk"), 3)
     np.testing.assert_array_equal(recorded[2], serial[2])
@@ -175,8 +185,11 @@ def test_a_worker_that_fails_is_named_and_replaced(action, said):
     walk = Walk()
     walk.reset(seed=stream_seed(0, "train", 2))
     np.testing.assert_array_equal(recorded[3][0], walk.obs.astype(np.float32))
-    assert all(len(e.observations) == len(e.actions) + 1 == len(e.rewards) + 1
-               for e in recorded if not isinstance(e, np.ndarray))
+    assert all(
+        len(e.observations) == len(e.actions) + 1 == len(e.rewards) + 1
+        for e in recorded
+        if not isinstance(e, np.ndarray)
+    )
 
 
 def test_a_worker_may_die_between_steps_and_inside_a_reset():
@@ -196,9 +209,12 @@ def test_a_worker_may_die_between_steps_and_inside_a_reset():
 def test_restarts_are_limited():
     envs = vector(Walk, faulty(fail, functools.partial(at_step, 2)), max_restarts=2)
     processes = []
-    with pytest.raises(WorkerError, match=r"worker 1 of walk \(process \d+\) raised\nTraceback "
-                       r"[\s\S]*\[diverged\]\nafter 2 restarts of workers, and no more than "
-                       r"train.env_restarts=2 are allowed"):
+    with pytest.raises(
+        WorkerError,
+        match=r"worker 1 of walk \(process \d+\) raised\nTraceback "
+        r"[\s\S]*\[diverged\]\nafter 2 restarts of workers, and no more than "
+        r"train.env_restarts=2 are allowed",
+    ):
         while True:
             processes += [w.process for w in envs.envs]
             envs.start()
@@ -221,14 +237,23 @@ def broken():
 
 
 def test_what_cannot_be_made_is_refused_at_once():
-    with pytest.raises(TaskError, match=r"worker 1 of walk \(process \d+\) raised\nTraceback "
-                       r"[\s\S]*RuntimeError: no licence"):
+    with pytest.raises(
+        TaskError,
+        match=r"worker 1 of walk \(process \d+\) raised\nTraceback "
+        r"[\s\S]*RuntimeError: no licence",
+    ):
         vector(Walk, broken)
-    with pytest.raises(TaskError, match=r"walk: environment 0 and that of the main process differ "
-                                        r"in action_space.shape"):
+    with pytest.raises(
+        TaskError,
+        match=r"walk: environment 0 and that of the main process differ "
+        r"in action_space.shape",
+    ):
         vector(Other)
-    with pytest.raises(TaskError, match=r"must be a module's own or functools.partial of one, got "
-                                        r"<function .*<lambda>"):
+    with pytest.raises(
+        TaskError,
+        match=r"must be a module's own or functools.partial of one, got "
+        r"<function .*<lambda>",
+    ):
         vector(Walk, lambda: Walk())
     with pytest.raises(ValueError, match="no environment was given"):
         vector()
@@ -250,8 +275,11 @@ def loaded():
     class Loaded(Walk):
         def reset(self, **options):
             super().reset(**options)
-            self.obs[:] = ["torch" in sys.modules, "triton" in sys.modules,
-                           "iqmpc.trainer" in sys.modules]
+            self.obs[:] = [
+                "torch" in sys.modules,
+                "triton" in sys.modules,
+                "iqmpc.trainer" in sys.modules,
+            ]
             return self.obs, {}
 
     return Loaded()
@@ -279,8 +307,12 @@ def test_workers_end_with_their_parent_and_leave_nothing(tmp_path, how):
     script.write_text(_PARENT)
     shared = Path("/dev/shm")
     before = set(shared.iterdir()) if shared.exists() else set()
-    parent = subprocess.Popen([sys.executable, script, Path(__file__).parent, how],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, script, Path(__file__).parent, how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     workers = [Path("/proc") / pid for pid in parent.stdout.readline().split()]
     assert len(workers) == 2
     if how == "killed":

@@ -11,8 +11,16 @@ from iqmpc.kernels.weights import Layer, Weights
 
 
 def random_weights(
-    obs_dim: int, action_dim: int, *, latent: int = 16, hidden: int = 13, encoder: int = 9,
-    critics: int = 3, simnorm: int = 8, seed: int = 0, termination: bool = False,
+    obs_dim: int,
+    action_dim: int,
+    *,
+    latent: int = 16,
+    hidden: int = 13,
+    encoder: int = 9,
+    critics: int = 3,
+    simnorm: int = 8,
+    seed: int = 0,
+    termination: bool = False,
 ) -> Weights:
     random = torch.Generator().manual_seed(seed)
 
@@ -28,16 +36,36 @@ def random_weights(
     joint = latent + action_dim
     world = Weights(
         encoder=(layer(obs_dim, encoder, True), layer(encoder, latent, True)),
-        dynamics=(layer(joint, hidden, True), layer(hidden, hidden, True),
-                  layer(hidden, latent, True)),
-        policy=(layer(latent, hidden, True), layer(hidden, hidden, True),
-                layer(hidden, 2 * action_dim, False)),
-        critics=(layer(joint, hidden, True, critics), layer(hidden, hidden, True, critics),
-                 layer(hidden, 1, False, critics)),
-        simnorm_dim=simnorm, log_std_min=-10.0, log_std_max=2.0)
-    return world._replace(termination=(
-        layer(latent, hidden, True), layer(hidden, hidden, True), layer(hidden, 1, False),
-    )) if termination else world
+        dynamics=(
+            layer(joint, hidden, True),
+            layer(hidden, hidden, True),
+            layer(hidden, latent, True),
+        ),
+        policy=(
+            layer(latent, hidden, True),
+            layer(hidden, hidden, True),
+            layer(hidden, 2 * action_dim, False),
+        ),
+        critics=(
+            layer(joint, hidden, True, critics),
+            layer(hidden, hidden, True, critics),
+            layer(hidden, 1, False, critics),
+        ),
+        simnorm_dim=simnorm,
+        log_std_min=-10.0,
+        log_std_max=2.0,
+    )
+    return (
+        world._replace(
+            termination=(
+                layer(latent, hidden, True),
+                layer(hidden, hidden, True),
+                layer(hidden, 1, False),
+            )
+        )
+        if termination
+        else world
+    )
 
 
 @pytest.fixture(scope="session")

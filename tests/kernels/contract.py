@@ -31,13 +31,25 @@ def drawn(
 
 
 def in_float64(
-    weights: Weights, draws: tuple[Tensor, ...], score: str = "advantage", *,
+    weights: Weights,
+    draws: tuple[Tensor, ...],
+    score: str = "advantage",
+    *,
     backend: str = "reference",
 ) -> Tensor:
     """The returns of the reference, [E, S]."""
     z0, actions, noise, pair = draws
-    return mppi_rollout(snapshot(weights, torch.float64), z0.double(), actions.double(),
-                        noise.double(), pair, GAMMA, score, entropy=BETA, backend=backend)
+    return mppi_rollout(
+        snapshot(weights, torch.float64),
+        z0.double(),
+        actions.double(),
+        noise.double(),
+        pair,
+        GAMMA,
+        score,
+        entropy=BETA,
+        backend=backend,
+    )
 
 
 def end_logits(weights: Weights, draws: tuple[Tensor, ...]) -> Tensor:
@@ -72,7 +84,7 @@ def assert_within(returns: Tensor, expected: Tensor, precision: str) -> None:
     More, for the scale of a return: a single one may be near zero.
     """
     scale = expected.square().mean().sqrt()
-    error = returns - expected[:, :returns.shape[1]]
+    error = returns - expected[:, : returns.shape[1]]
     if precision == "float32":
         assert error.abs().max() <= TOLERANCE[precision] * max(scale, expected.abs().max())
     else:  # rounding to bf16 is noise: bounded as a whole

@@ -121,6 +121,10 @@ print("survived")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("code", [UNINITIALISED, GARBAGE], ids=["uninitialised", "garbage"])
 def test_the_process_survives(code):
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(SETUP + code)],
-                          capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SETUP + code)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.stdout.endswith("survived\n"), done.stderr[-3000:]

@@ -95,15 +95,20 @@ print(os.waitstatus_to_exitcode(status), same())
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("program", [
-    (SETUP + AFTER).format(samples=64, rounds=2),
-    (SETUP + DURING).format(samples=2048, rounds=20, forget="del planner"),
-    (LEARNER + AFTER_AN_UPDATE).format(width=32, columns=8),
-    (LEARNER + DURING).format(width=256, columns=512, forget="del learner"),
-], ids=["plan-after", "plan-during", "update-after", "update-during"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        (SETUP + AFTER).format(samples=64, rounds=2),
+        (SETUP + DURING).format(samples=2048, rounds=20, forget="del planner"),
+        (LEARNER + AFTER_AN_UPDATE).format(width=32, columns=8),
+        (LEARNER + DURING).format(width=256, columns=512, forget="del learner"),
+    ],
+    ids=["plan-after", "plan-during", "update-after", "update-during"],
+)
 def test_a_fork(program):
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
+    )
     assert done.stdout == "0 True\n", done.stderr
 
 
@@ -111,16 +116,33 @@ def test_nothing_in_the_place_of_a_model():
     with pytest.raises(TypeError):
         _C.rollout(None, None, None, None, (0, 1), 0.9, "advantage", 0.0, None, 1)
     with pytest.raises(TypeError):
-        _C.Planner(None, num_envs=1, horizon=1, samples=1, elites=1, policy_trajectories=0,
-                   iterations=1, temperature=1.0, std_min=0.1, std_max=1.0, discount=0.9,
-                   enabled=True, threads=1, budget_us=0.0, seed=0)
+        _C.Planner(
+            None,
+            num_envs=1,
+            horizon=1,
+            samples=1,
+            elites=1,
+            policy_trajectories=0,
+            iterations=1,
+            temperature=1.0,
+            std_min=0.1,
+            std_max=1.0,
+            discount=0.9,
+            enabled=True,
+            threads=1,
+            budget_us=0.0,
+            seed=0,
+        )
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"horizon": 2**54}, "horizon must be at most 1048576"),
-    ({"samples": 2**62}, "samples must be at most 1048576"),
-    ({"num_envs": 2**20, "samples": 2**20}, r"num_envs \* horizon \* samples must be at most"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"horizon": 2**54}, "horizon must be at most 1048576"),
+        ({"samples": 2**62}, "samples must be at most 1048576"),
+        ({"num_envs": 2**20, "samples": 2**20}, r"num_envs \* horizon \* samples must be at most"),
+    ],
+)
 def test_sizes_beyond_all_plans(changes, said):
     import torch
 
@@ -133,5 +155,6 @@ def test_sizes_beyond_all_plans(changes, said):
     sizes = {"horizon": 3, "samples": 64, **changes}
     envs = sizes.pop("num_envs", 1)
     with pytest.raises(ValueError, match=said):
-        BACKENDS["cpu"](model.weights(), PlannerConfig(**sizes), discount=0.9, beta=0.0,
-                        num_envs=envs, seed=0)
+        BACKENDS["cpu"](
+            model.weights(), PlannerConfig(**sizes), discount=0.9, beta=0.0, num_envs=envs, seed=0
+        )

@@ -42,8 +42,8 @@ def test_shifted_against_a_loop(lead, size):
     assert moved.dtype == torch.uint8 and moved.shape == images.shape
     rows, columns = size
     for image, to, (down, right) in zip(
-            images.flatten(0, -4), moved.flatten(0, -4), shift.flatten(0, -2).tolist(),
-            strict=True):
+        images.flatten(0, -4), moved.flatten(0, -4), shift.flatten(0, -2).tolist(), strict=True
+    ):
         for y in range(rows):
             for x in range(columns):
                 source = min(max(y + down, 0), rows - 1), min(max(x + right, 0), columns - 1)

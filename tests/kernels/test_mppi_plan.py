@@ -36,8 +36,12 @@ def its_draws(plan: CpuPlan, score: str, *, explore: bool) -> PlanNoise:
         for name in ("prior_score", "score"):
             like = d["prior" if name == "prior_score" else "samples"][..., :1, :, :]
             d[name] = torch.cat([d[name], torch.randn_like(like)], dim=-3)
-    return PlanNoise(**{k: v.double() for k, v in d.items()}, pair=pair,
-                     root=torch.zeros_like(explored), explore=explored * explore)
+    return PlanNoise(
+        **{k: v.double() for k, v in d.items()},
+        pair=pair,
+        root=torch.zeros_like(explored),
+        explore=explored * explore,
+    )
 
 
 def reference(weights, config=CONFIG, **settings):
@@ -46,25 +50,42 @@ def reference(weights, config=CONFIG, **settings):
 
 
 @settings(deadline=None, max_examples=60)
-@given(isa=st.sampled_from(LEVELS), envs=st.sampled_from([1, 3]), horizon=st.integers(1, 4),
-       action_dim=st.sampled_from([1, 5, 17]), shape=st.sampled_from(
-           [(1, 1, 0), (1, 1, 1), (40, 8, 6), (40, 40, 0), (33, 5, 33), (130, 16, 70)]),
-       iterations=st.integers(1, 3), score=st.sampled_from(["advantage", "unrolled"]),
-       threads=st.sampled_from([1, 2, 3]), explore=st.booleans(), seed=st.integers(0, 1000))
-def test_cpu_plans_what_the_reference_plans(make_weights, isa, envs, horizon, action_dim, shape,
-                                            iterations, score, threads, explore, seed):
+@given(
+    isa=st.sampled_from(LEVELS),
+    envs=st.sampled_from([1, 3]),
+    horizon=st.integers(1, 4),
+    action_dim=st.sampled_from([1, 5, 17]),
+    shape=st.sampled_from(
+        [(1, 1, 0), (1, 1, 1), (40, 8, 6), (40, 40, 0), (33, 5, 33), (130, 16, 70)]
+    ),
+    iterations=st.integers(1, 3),
+    score=st.sampled_from(["advantage", "unrolled"]),
+    threads=st.sampled_from([1, 2, 3]),
+    explore=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_cpu_plans_what_the_reference_plans(
+    make_weights, isa, envs, horizon, action_dim, shape, iterations, score, threads, explore, seed
+):
     samples, elites, policy_trajectories = shape
     weights = make_weights(5, action_dim, latent=24, hidden=37, seed=seed)
     config = PlannerConfig(
-        samples=samples, elites=elites, policy_trajectories=policy_trajectories, horizon=horizon,
-        iterations=iterations, score=score, threads=threads)
+        samples=samples,
+        elites=elites,
+        policy_trajectories=policy_trajectories,
+        horizon=horizon,
+        iterations=iterations,
+        score=score,
+        threads=threads,
+    )
     meaning = reference(weights, config, num_envs=envs)
     plan = cpu(weights, config, num_envs=envs, isa=isa, seed=seed)
     random = torch.Generator().manual_seed(seed)
     for _ in range(2):  # the second one starts from the first one's mean
         obs = torch.randn(envs, 5, generator=random)
         action, mean = meaning.compute(
-            meaning.weights, obs.double(), meaning.mean, its_draws(plan, score, explore=explore))
+            meaning.weights, obs.double(), meaning.mean, its_draws(plan, score, explore=explore)
+        )
         done = plan(obs, explore=explore)
         assert done.iterations == iterations and done.nonfinite == 0 and not done.missed
         torch.testing.assert_close(done.action.double(), action[:, :-1], rtol=1e-4, atol=1e-4)
@@ -78,8 +99,10 @@ def test_a_termination_head_changes_both_plans_alike(make_weights, isa, score):
     weights = make_weights(5, 3, latent=24, hidden=37, termination=True)
     weights = ending_half(weights, drawn(weights, 2, 3, 100))
     config = dataclasses.replace(CONFIG, score=score)
-    plan, meaning = cpu(weights, config, num_envs=2, isa=isa), reference(weights, config,
-                                                                         num_envs=2)
+    plan, meaning = (
+        cpu(weights, config, num_envs=2, isa=isa),
+        reference(weights, config, num_envs=2),
+    )
     without = weights._replace(termination=())
     other = reference(without, config, num_envs=2)
     obs = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
@@ -89,8 +112,11 @@ def test_a_termination_head_changes_both_plans_alike(make_weights, isa, score):
     assert (mean - changed).abs().max() > 1e-2
     torch.testing.assert_close(plan(obs).action.double(), action[:, :-1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(plan.mean.double(), mean, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"published model's termination head \(1 for one\) must "
-                                         "be 1 as the planner's, got 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"published model's termination head \(1 for one\) must "
+        "be 1 as the planner's, got 0",
+    ):
         plan.publish(without)
 
 
@@ -109,9 +135,12 @@ def test_bf16_refits_to_nearly_the_same_elites(make_weights, isa):
 def test_same_seed_and_step_same_plan_on_any_thread_count(make_weights):
     weights = make_weights(5, 3)
     obs = torch.randn(5, 2, 5)
-    runs = [torch.stack([plan(o, explore=True).action for o in obs])
-            for plan in (cpu(weights, dataclasses.replace(CONFIG, threads=n), num_envs=2)
-                         for n in (1, 2, 3, 7))]
+    runs = [
+        torch.stack([plan(o, explore=True).action for o in obs])
+        for plan in (
+            cpu(weights, dataclasses.replace(CONFIG, threads=n), num_envs=2) for n in (1, 2, 3, 7)
+        )
+    ]
     assert all(torch.equal(run, runs[0]) for run in runs[1:])
     other = cpu(weights, num_envs=2, seed=8)
     assert not torch.equal(torch.stack([other(o, explore=True).action for o in obs]), runs[0])
@@ -136,8 +165,11 @@ def test_problems_of_a_batch_are_planned_for_independently(make_weights):
 
 
 def test_draws_are_standard_normal_and_independent(make_weights):
-    plan = cpu(make_weights(5, 3), PlannerConfig(
-        samples=512, elites=64, policy_trajectories=24, iterations=6), num_envs=2)
+    plan = cpu(
+        make_weights(5, 3),
+        PlannerConfig(samples=512, elites=64, policy_trajectories=24, iterations=6),
+        num_envs=2,
+    )
     draws = plan.native.draws(0)
     x = draws["samples"].ravel().astype(np.float64)
     bound = 5 / np.sqrt(x.size)
@@ -146,8 +178,14 @@ def test_draws_are_standard_normal_and_independent(make_weights):
     assert abs((np.abs(x) > 1.959964).mean() - 0.05) < bound * 0.22
     # Between neighbours, iterations, problems, purposes and steps.
     s, later = draws["samples"], plan.native.draws(1)["samples"]
-    for a, b in ((s[..., 0], s[..., 1]), (s[0], s[1]), (s[:, 0], s[:, 1]), (s, later),
-                 (s[:, :, 1:], draws["score"]), (s[:, :, 0, :-1], s[:, :, 0, 1:])):
+    for a, b in (
+        (s[..., 0], s[..., 1]),
+        (s[0], s[1]),
+        (s[:, 0], s[:, 1]),
+        (s, later),
+        (s[:, :, 1:], draws["score"]),
+        (s[:, :, 0, :-1], s[:, :, 0, 1:]),
+    ):
         assert abs((a.astype(np.float64) * b).mean()) < 5 / np.sqrt(a.size)
     gumbel = np.concatenate([plan.native.draws(i)["gumbel"].ravel() for i in range(50)])
     assert abs(gumbel.mean() - 0.5772) < 5 * 1.2825 / np.sqrt(gumbel.size)
@@ -260,23 +298,31 @@ def test_publishing_is_of_what_the_weights_are_then(make_weights, precision):
     expect(weights)
     expect(other)
     layer = weights.policy[1]  # the same memory read otherwise: a square that is not contiguous
-    turned = weights._replace(policy=(
-        weights.policy[0], layer._replace(weight=layer.weight.T), weights.policy[2]))
+    turned = weights._replace(
+        policy=(weights.policy[0], layer._replace(weight=layer.weight.T), weights.policy[2])
+    )
     for _ in range(2):
         expect(turned)
         layer.weight.mul_(0.9)
     expect(weights)
     expect(weights._replace(log_std_max=0.5))
     with pytest.raises(ValueError, match="policy layer 1 weight must be float32 for the cpu"):
-        plan.publish(weights._replace(policy=(
-            weights.policy[0], layer._replace(weight=layer.weight.view(torch.int32)),
-            weights.policy[2])))
+        plan.publish(
+            weights._replace(
+                policy=(
+                    weights.policy[0],
+                    layer._replace(weight=layer.weight.view(torch.int32)),
+                    weights.policy[2],
+                )
+            )
+        )
 
 
 def test_a_view_is_made_once_for_weights_that_stay(make_weights, monkeypatch):
     made = []
     monkeypatch.setattr(
-        "iqmpc.kernels.cpu.model_view", lambda w, build=model_view: made.append(w) or build(w))
+        "iqmpc.kernels.cpu.model_view", lambda w, build=model_view: made.append(w) or build(w)
+    )
     weights = make_weights(5, 3)
     plan = cpu(weights)
     for _ in range(3):
@@ -305,8 +351,10 @@ def test_plans_of_one_planner_from_two_threads_wait_for_each_other(make_weights)
     weights, obs = make_weights(5, 3), torch.randn(1, 5)
     shared, alone = cpu(weights), cpu(weights)
     results = []
-    threads = [threading.Thread(target=lambda: [results.append(shared(obs).action)
-                                                for _ in range(20)]) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: [results.append(shared(obs).action) for _ in range(20)])
+        for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -331,13 +379,18 @@ def test_a_published_model_must_be_alike(make_weights):
 
 def test_stacked_critics_are_checked(make_weights):
     weights = make_weights(5, 3)
-    parts = {part: layer_arrays(part, getattr(weights, part))
-             for part in ("encoder", "dynamics", "policy", "critics")}
+    parts = {
+        part: layer_arrays(part, getattr(weights, part))
+        for part in ("encoder", "dynamics", "policy", "critics")
+    }
     settings = {"simnorm_dim": 8, "log_std_min": -10.0, "log_std_max": 2.0}
     weight, *rest = parts["critics"][1]
     for layer, message in (
-        ((weight[:2], *rest), r"critics layer 1 weight must be float32 with shape \[3, O, I\], "
-                              r"got float32 \[2, "),
+        (
+            (weight[:2], *rest),
+            r"critics layer 1 weight must be float32 with shape \[3, O, I\], "
+            r"got float32 \[2, ",
+        ),
         ((weight[:, :, 1:], *rest), "critics layer 1 weight must be C-contiguous and aligned"),
         ((weight, rest[0][0], *rest[1:]), r"critics layer 1 bias must be float32 with shape \[3, "),
         ((weight[0], *rest), r"critics layer 1 weight must be float32 with shape \[3, O, I\]"),
@@ -348,21 +401,36 @@ def test_stacked_critics_are_checked(make_weights):
             _C.ModelView(**(parts | {"critics": critics}), **settings)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(elites=41), "elites must be at most samples = 40, got 41"),
-    (dict(samples=0), "samples must be at least 1, got 0"),
-    (dict(num_envs=0), "num_envs must be at least 1, got 0"),
-    (dict(std_min=0.0), "std_min must be positive, got 0"),
-    (dict(std_max=float("nan")), "std_max must be finite and at least std_min, got nan"),
-    (dict(discount=1.5), r"discount must be in \[0, 1\], got 1.5"),
-    (dict(threads=0), r"threads must lie in \[1, 1024\], got 0"),
-    (dict(budget_us=-1.0), "budget_us must be 0 or more microseconds, got -1"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(elites=41), "elites must be at most samples = 40, got 41"),
+        (dict(samples=0), "samples must be at least 1, got 0"),
+        (dict(num_envs=0), "num_envs must be at least 1, got 0"),
+        (dict(std_min=0.0), "std_min must be positive, got 0"),
+        (dict(std_max=float("nan")), "std_max must be finite and at least std_min, got nan"),
+        (dict(discount=1.5), r"discount must be in \[0, 1\], got 1.5"),
+        (dict(threads=0), r"threads must lie in \[1, 1024\], got 0"),
+        (dict(budget_us=-1.0), "budget_us must be 0 or more microseconds, got -1"),
+    ],
+)
 def test_settings_are_checked_by_the_library_too(make_weights, change, message):
     arguments = dict(
-        num_envs=1, horizon=3, samples=40, elites=8, policy_trajectories=6, iterations=3,
-        temperature=0.5, std_min=0.05, std_max=2.0, discount=0.97, enabled=True, threads=1,
-        budget_us=0.0, seed=0)
+        num_envs=1,
+        horizon=3,
+        samples=40,
+        elites=8,
+        policy_trajectories=6,
+        iterations=3,
+        temperature=0.5,
+        std_min=0.05,
+        std_max=2.0,
+        discount=0.97,
+        enabled=True,
+        threads=1,
+        budget_us=0.0,
+        seed=0,
+    )
     with pytest.raises(ValueError, match=message):
         _C.Planner(PackedWeights(make_weights(5, 3)).native, **(arguments | change))
 
@@ -388,8 +456,9 @@ def test_policy_trajectories_keep_their_score(make_weights, backend):
     config = dataclasses.replace(CONFIG, policy_trajectories=40)
     plans = []
     for iterations in (1, 3):
-        plan = BACKENDS[backend](weights, dataclasses.replace(config, iterations=iterations),
-                                 discount=0.97, seed=1)
+        plan = BACKENDS[backend](
+            weights, dataclasses.replace(config, iterations=iterations), discount=0.97, seed=1
+        )
         plan(obs)
         plans.append(plan.mean.clone())
     torch.testing.assert_close(plans[0], plans[1])
@@ -420,7 +489,8 @@ def test_images_are_planned_for_as_the_reference_does(isa):
             meaning.publish(weights)
         obs = images(2)
         action, mean = meaning.compute(
-            meaning.weights, obs, meaning.mean, its_draws(plan, "advantage", explore=True))
+            meaning.weights, obs, meaning.mean, its_draws(plan, "advantage", explore=True)
+        )
         done = plan(obs, explore=True)
         torch.testing.assert_close(done.action.double(), action[:, :-1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(plan.mean.double(), mean, rtol=1e-4, atol=1e-4)
@@ -442,8 +512,10 @@ def test_a_plan_is_of_the_published_encoder():
 
 def test_without_an_encoder_latents_are_planned_for(make_weights):
     weights = make_weights(5, 3, latent=24)
-    arrays = {part: layer_arrays(part, getattr(weights, part))
-              for part in ("dynamics", "policy", "critics")}
+    arrays = {
+        part: layer_arrays(part, getattr(weights, part))
+        for part in ("dynamics", "policy", "critics")
+    }
     settings = {"simnorm_dim": 8, "log_std_min": -10.0, "log_std_max": 2.0}
     model = _C.WorldModel(_C.ModelView(encoder=[], **arrays, **settings))
     assert model.obs_dim == model.latent_dim == 24
@@ -453,8 +525,22 @@ def test_without_an_encoder_latents_are_planned_for(make_weights):
     obs = torch.randn(1, 5)
     latent = CpuPlan(weights, CONFIG, discount=0.97, beta=1e-3, seed=7)
     latent.native = _C.Planner(
-        model, num_envs=1, horizon=3, samples=40, elites=8, policy_trajectories=6, iterations=3,
-        temperature=0.5, std_min=0.05, std_max=2.0, discount=0.97, enabled=True, threads=1,
-        budget_us=0.0, seed=7)
+        model,
+        num_envs=1,
+        horizon=3,
+        samples=40,
+        elites=8,
+        policy_trajectories=6,
+        iterations=3,
+        temperature=0.5,
+        std_min=0.05,
+        std_max=2.0,
+        discount=0.97,
+        enabled=True,
+        threads=1,
+        budget_us=0.0,
+        seed=7,
+    )
     torch.testing.assert_close(
-        latent(layers.encode(weights, obs)).action, plan(obs).action, rtol=1e-4, atol=1e-4)
+        latent(layers.encode(weights, obs)).action, plan(obs).action, rtol=1e-4, atol=1e-4
+    )

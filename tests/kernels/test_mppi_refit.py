@@ -21,8 +21,9 @@ def by_hand(actions, returns, elites, temperature, std_min, std_max, backend):
     return np.array(means), np.array(stds), chosen
 
 
-@pytest.mark.parametrize(("envs", "horizon", "samples", "action_dim"),
-                         [(1, 3, 4, 1), (3, 2, 9, 2), (2, 1, 33, 5)])
+@pytest.mark.parametrize(
+    ("envs", "horizon", "samples", "action_dim"), [(1, 3, 4, 1), (3, 2, 9, 2), (2, 1, 33, 5)]
+)
 def test_refit_by_hand(envs, horizon, samples, action_dim):
     actions = torch.rand(envs, horizon, samples, action_dim).double() * 2 - 1
     returns = torch.randn(envs, samples).double() * 3

@@ -34,15 +34,24 @@ from tests.kernels.contract import (
 
 def problem(envs, horizon, samples, action_dim, latent_dim, score, seed=0, ends=False):
     torch.manual_seed(seed)
-    model = WorldModel(3, action_dim, ModelConfig(
-        encoder_dim=7, hidden_dim=11, latent_dim=latent_dim, critics=4, termination=ends))
+    model = WorldModel(
+        3,
+        action_dim,
+        ModelConfig(
+            encoder_dim=7, hidden_dim=11, latent_dim=latent_dim, critics=4, termination=ends
+        ),
+    )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     model = model.double()
     steps = noise_steps(horizon, score)
-    return (model.weights(), torch.rand(envs, latent_dim).double(),
-            torch.rand(envs, horizon, samples, action_dim).double() * 2 - 1,
-            torch.randn(envs, steps, samples, action_dim).double(), torch.tensor([3, 1]))
+    return (
+        model.weights(),
+        torch.rand(envs, latent_dim).double(),
+        torch.rand(envs, horizon, samples, action_dim).double() * 2 - 1,
+        torch.randn(envs, steps, samples, action_dim).double(),
+        torch.tensor([3, 1]),
+    )
 
 
 def one_by_one(weights, z0, actions, noise, pair, score):
@@ -67,8 +76,10 @@ def one_by_one(weights, z0, actions, noise, pair, score):
                     prior = layers.policy_action(weights, z[t], noise[e, t - 1, s])
                     total += GAMMA**t * c[t] * (q(z[t], actions[e, t, s]) - q(z[t], prior))
             else:
-                drawn = [layers.policy_sample(weights, z[t], noise[e, t, 0 if t == 0 else s])
-                         for t in range(horizon + 1)]
+                drawn = [
+                    layers.policy_sample(weights, z[t], noise[e, t, 0 if t == 0 else s])
+                    for t in range(horizon + 1)
+                ]
                 value = [q(z[t], a) - BETA * lp.item() for t, (a, lp) in enumerate(drawn)]
                 total = GAMMA**horizon * c[horizon] * value[horizon]
                 for t in range(horizon):
@@ -79,30 +90,40 @@ def one_by_one(weights, z0, actions, noise, pair, score):
 
 
 @settings(deadline=None, max_examples=25)
-@given(envs=st.integers(1, 3), horizon=st.integers(1, 4), samples=st.integers(1, 5),
-       action_dim=st.integers(1, 4), groups=st.integers(1, 3),
-       score=st.sampled_from(["advantage", "unrolled"]), seed=st.integers(0, 1000),
-       ends=st.booleans())
+@given(
+    envs=st.integers(1, 3),
+    horizon=st.integers(1, 4),
+    samples=st.integers(1, 5),
+    action_dim=st.integers(1, 4),
+    groups=st.integers(1, 3),
+    score=st.sampled_from(["advantage", "unrolled"]),
+    seed=st.integers(0, 1000),
+    ends=st.booleans(),
+)
 def test_reference_is_the_definition(envs, horizon, samples, action_dim, groups, score, seed, ends):
     draws = problem(envs, horizon, samples, action_dim, 8 * groups, score, seed, ends)
     returns = mppi_rollout(*draws, GAMMA, score, entropy=BETA, backend="reference")
     np.testing.assert_allclose(returns.detach(), one_by_one(*draws, score), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("horizon", "ends"), [
-    (1, False), (3, False), (5, False), (1, True), (3, True), (5, True)])
+@pytest.mark.parametrize(
+    ("horizon", "ends"), [(1, False), (3, False), (5, False), (1, True), (3, True), (5, True)]
+)
 def test_scores_differ_by_one_constant_per_problem(horizon, ends):
     """Also where some samples end on the way."""
     weights, z0, actions, noise, pair = problem(2, horizon, 40, 2, 16, "unrolled", ends=ends)
     if ends:
         weights = ending_half(weights, (z0, actions))
     unrolled = mppi_rollout(
-        weights, z0, actions, noise, pair, GAMMA, "unrolled", entropy=BETA, backend="reference")
+        weights, z0, actions, noise, pair, GAMMA, "unrolled", entropy=BETA, backend="reference"
+    )
     advantage = mppi_rollout(
-        weights, z0, actions, noise[:, 1:-1], pair, GAMMA, "advantage", backend="reference")
+        weights, z0, actions, noise[:, 1:-1], pair, GAMMA, "advantage", backend="reference"
+    )
     _, log_prob = layers.policy_sample(weights, z0, noise[:, 0, 0])
     torch.testing.assert_close(
-        unrolled - advantage, (-BETA * log_prob)[:, None].expand_as(advantage))
+        unrolled - advantage, (-BETA * log_prob)[:, None].expand_as(advantage)
+    )
     assert torch.equal(unrolled.argsort(1), advantage.argsort(1))
     assert advantage.std() > 1e-3  # the equality above says nothing about equal returns
 
@@ -110,28 +131,51 @@ def test_scores_differ_by_one_constant_per_problem(horizon, ends):
 def test_float32_is_within_the_contract():
     weights, *draws = problem(3, 3, 64, 5, 24, "advantage")
     exact = mppi_rollout(weights, *draws, GAMMA, backend="reference")
-    single = weights._replace(**{
-        part: tuple(type(x)(*(t if t is None else t.float() for t in x)) for x in
-                    getattr(weights, part))
-        for part in ("encoder", "dynamics", "policy", "critics")})
+    single = weights._replace(
+        **{
+            part: tuple(
+                type(x)(*(t if t is None else t.float() for t in x)) for x in getattr(weights, part)
+            )
+            for part in ("encoder", "dynamics", "policy", "critics")
+        }
+    )
     z0, actions, noise, pair = draws
     close = mppi_rollout(
-        single, z0.float(), actions.float(), noise.float(), pair, GAMMA, backend="reference")
+        single, z0.float(), actions.float(), noise.float(), pair, GAMMA, backend="reference"
+    )
     torch.testing.assert_close(close.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(z0=torch.zeros(2, 9)), r"z0 must be \[1, 16\], got \[2, 9\]"),
-    (dict(actions=torch.zeros(1, 3, 4, 5)), r"actions must be \[E, H, S, 2\], got \[1, 3, 4, 5\]"),
-    (dict(policy_noise=torch.zeros(1, 3, 4, 2)),
-     r"policy_noise must be \[1, 2, 4, 2\], got \[1, 3, 4, 2\]"),
-    (dict(critic_pair=torch.zeros(3)), r"critic_pair must be \[2\], got \[3\]"),
-    (dict(score="both"), "score must be one of advantage, unrolled, got 'both'"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(z0=torch.zeros(2, 9)), r"z0 must be \[1, 16\], got \[2, 9\]"),
+        (
+            dict(actions=torch.zeros(1, 3, 4, 5)),
+            r"actions must be \[E, H, S, 2\], got \[1, 3, 4, 5\]",
+        ),
+        (
+            dict(policy_noise=torch.zeros(1, 3, 4, 2)),
+            r"policy_noise must be \[1, 2, 4, 2\], got \[1, 3, 4, 2\]",
+        ),
+        (dict(critic_pair=torch.zeros(3)), r"critic_pair must be \[2\], got \[3\]"),
+        (dict(score="both"), "score must be one of advantage, unrolled, got 'both'"),
+    ],
+)
 def test_what_does_not_fit_is_named(change, message):
     weights, z0, actions, noise, pair = problem(1, 3, 4, 2, 16, "advantage")
-    given_ = dict(z0=z0, actions=actions, policy_noise=noise, critic_pair=pair,
-                  discount=GAMMA, score="advantage", backend="reference") | change
+    given_ = (
+        dict(
+            z0=z0,
+            actions=actions,
+            policy_noise=noise,
+            critic_pair=pair,
+            discount=GAMMA,
+            score="advantage",
+            backend="reference",
+        )
+        | change
+    )
     with pytest.raises(ValueError, match=message):
         mppi_rollout(weights, **given_)
 
@@ -149,7 +193,8 @@ def test_what_follows_an_end_is_nothing_even_where_it_is_not_finite(make_weights
     z0, actions, noise, pair = drawn(weights, 2, 4, 9)
     actions[:, 2] = torch.nan
     expected = mppi_rollout(
-        weights, z0, actions[:, :1], noise[:, :0], pair, GAMMA, backend="reference")
+        weights, z0, actions[:, :1], noise[:, :0], pair, GAMMA, backend="reference"
+    )
     for backend in ("reference", "cpu"):
         returns = mppi_rollout(weights, z0, actions, noise, pair, GAMMA, backend=backend)
         torch.testing.assert_close(returns, expected, rtol=1e-5, atol=1e-5)
@@ -177,18 +222,38 @@ def on_cpu(weights, draws, score="advantage", *, precision="float32", isa=None):
 
 
 @settings(deadline=None, max_examples=250)
-@given(isa=st.sampled_from(LEVELS), precision=st.sampled_from(list(TOLERANCE)),
-       envs=st.sampled_from([1, 2, 3]), horizon=st.integers(1, 4),
-       samples=st.sampled_from([1, 2, 7, 31, 65]), action_dim=st.sampled_from([1, 2, 6, 17, 39]),
-       groups=st.sampled_from([1, 3, 8, 17]), simnorm=st.sampled_from([2, 8]),
-       hidden=st.sampled_from([24, 37, 64, 100]),
-       score=st.sampled_from(["advantage", "unrolled"]), seed=st.integers(0, 1000))
-def test_cpu_is_the_reference(make_weights, isa, precision, envs, horizon, samples, action_dim,
-                              groups, simnorm, hidden, score, seed):
+@given(
+    isa=st.sampled_from(LEVELS),
+    precision=st.sampled_from(list(TOLERANCE)),
+    envs=st.sampled_from([1, 2, 3]),
+    horizon=st.integers(1, 4),
+    samples=st.sampled_from([1, 2, 7, 31, 65]),
+    action_dim=st.sampled_from([1, 2, 6, 17, 39]),
+    groups=st.sampled_from([1, 3, 8, 17]),
+    simnorm=st.sampled_from([2, 8]),
+    hidden=st.sampled_from([24, 37, 64, 100]),
+    score=st.sampled_from(["advantage", "unrolled"]),
+    seed=st.integers(0, 1000),
+)
+def test_cpu_is_the_reference(
+    make_weights,
+    isa,
+    precision,
+    envs,
+    horizon,
+    samples,
+    action_dim,
+    groups,
+    simnorm,
+    hidden,
+    score,
+    seed,
+):
     # LayerNorm over two outputs is nearly a sign: it turns any rounding into an error of size one.
     assume(precision == "float32" or groups * simnorm > 2)
-    weights = make_weights(5, action_dim, latent=groups * simnorm, simnorm=simnorm, hidden=hidden,
-                           seed=seed)
+    weights = make_weights(
+        5, action_dim, latent=groups * simnorm, simnorm=simnorm, hidden=hidden, seed=seed
+    )
     draws = drawn(weights, envs, horizon, samples + 32, score, seed)
     expected = in_float64(weights, draws, score)
     # All of them, since a bound on noise as a whole says little of one; then only the first, for
@@ -201,15 +266,24 @@ def test_cpu_is_the_reference(make_weights, isa, precision, envs, horizon, sampl
 
 
 @settings(deadline=None, max_examples=100)
-@given(isa=st.sampled_from(LEVELS), precision=st.sampled_from(list(TOLERANCE)),
-       envs=st.sampled_from([1, 3]), horizon=st.integers(1, 5),
-       samples=st.sampled_from([1, 40, 90]), action_dim=st.sampled_from([1, 6, 17]),
-       groups=st.sampled_from([1, 3, 17]), hidden=st.sampled_from([24, 37, 100]),
-       score=st.sampled_from(["advantage", "unrolled"]), seed=st.integers(0, 1000))
-def test_cpu_ends_where_the_reference_does(make_weights, isa, precision, envs, horizon, samples,
-                                           action_dim, groups, hidden, score, seed):
-    weights = make_weights(5, action_dim, latent=8 * groups, hidden=hidden, seed=seed,
-                           termination=True)
+@given(
+    isa=st.sampled_from(LEVELS),
+    precision=st.sampled_from(list(TOLERANCE)),
+    envs=st.sampled_from([1, 3]),
+    horizon=st.integers(1, 5),
+    samples=st.sampled_from([1, 40, 90]),
+    action_dim=st.sampled_from([1, 6, 17]),
+    groups=st.sampled_from([1, 3, 17]),
+    hidden=st.sampled_from([24, 37, 100]),
+    score=st.sampled_from(["advantage", "unrolled"]),
+    seed=st.integers(0, 1000),
+)
+def test_cpu_ends_where_the_reference_does(
+    make_weights, isa, precision, envs, horizon, samples, action_dim, groups, hidden, score, seed
+):
+    weights = make_weights(
+        5, action_dim, latent=8 * groups, hidden=hidden, seed=seed, termination=True
+    )
     draws = drawn(weights, envs, horizon, samples + 32, score, seed)
     weights = ending_half(weights, draws)
     expected = in_float64(weights, draws, score)
@@ -234,8 +308,9 @@ def test_cpu_with_a_head_that_ends_some(make_weights, isa, precision):
     clear = decided(weights, draws, precision)
     assert alive.unique().tolist() == [0, 1, 2, 3]
     assert clear.float().mean() > (0.99 if precision == "float32" else 0.3)
-    expected, returns = (f(weights, draws) for f in (
-        in_float64, lambda *a: on_cpu(*a, precision=precision, isa=isa)))
+    expected, returns = (
+        f(weights, draws) for f in (in_float64, lambda *a: on_cpu(*a, precision=precision, isa=isa))
+    )
     assert_within(returns.where(clear, expected), expected, precision)
     without = on_cpu(weights._replace(termination=()), draws, precision=precision, isa=isa)
     assert torch.equal((returns != without)[clear], (alive < 3)[clear])
@@ -272,8 +347,10 @@ def test_cpu_does_not_depend_on_threads_or_on_the_batch(make_weights):
         assert torch.equal(on_cpu(weights, (z0, actions, noise, pair)), whole)
     finally:
         torch.set_num_threads(before)
-    part = on_cpu(weights, (z0[1:2], actions[1:2, :, 20:27].contiguous(),
-                            noise[1:2, :, 20:27].contiguous(), pair))
+    part = on_cpu(
+        weights,
+        (z0[1:2], actions[1:2, :, 20:27].contiguous(), noise[1:2, :, 20:27].contiguous(), pair),
+    )
     assert torch.equal(part, whole[1:2, 20:27])
 
 
@@ -308,19 +385,33 @@ def test_cpu_marks_the_sample_that_is_not_finite(make_weights):
     assert returns[0, 4].isnan() and torch.equal(returns[0, others], clean[0, others])
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(actions=torch.zeros(1, 3, 4, 3).double()),
-     "actions must be float32 for the cpu backend, got torch.float64"),
-    (dict(actions=torch.zeros(1, 4, 3, 3).transpose(1, 2)),
-     r"actions must be C-contiguous and aligned, got strides of \[144, 12, 36, 4\] bytes"),
-    (dict(z0=torch.zeros(1, 32)[:, ::2]),
-     r"z0 must be C-contiguous and aligned, got strides of \[128, 8\] bytes"),
-    (dict(critic_pair=torch.tensor([0, 3])), r"critic_pair must lie in \[0, 3\), got 3"),
-    (dict(critic_pair=torch.tensor([-1, 0])), r"critic_pair must lie in \[0, 3\), got -1"),
-    (dict(z0=torch.zeros(1, 16, requires_grad=True)), "z0 requires grad and the cpu backend has"),
-    (dict(z0=torch.zeros(1, 16, device="meta")),
-     "z0 must be on the CPU for the cpu backend, got meta"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            dict(actions=torch.zeros(1, 3, 4, 3).double()),
+            "actions must be float32 for the cpu backend, got torch.float64",
+        ),
+        (
+            dict(actions=torch.zeros(1, 4, 3, 3).transpose(1, 2)),
+            r"actions must be C-contiguous and aligned, got strides of \[144, 12, 36, 4\] bytes",
+        ),
+        (
+            dict(z0=torch.zeros(1, 32)[:, ::2]),
+            r"z0 must be C-contiguous and aligned, got strides of \[128, 8\] bytes",
+        ),
+        (dict(critic_pair=torch.tensor([0, 3])), r"critic_pair must lie in \[0, 3\), got 3"),
+        (dict(critic_pair=torch.tensor([-1, 0])), r"critic_pair must lie in \[0, 3\), got -1"),
+        (
+            dict(z0=torch.zeros(1, 16, requires_grad=True)),
+            "z0 requires grad and the cpu backend has",
+        ),
+        (
+            dict(z0=torch.zeros(1, 16, device="meta")),
+            "z0 must be on the CPU for the cpu backend, got meta",
+        ),
+    ],
+)
 def test_cpu_names_what_it_cannot_take(make_weights, change, message):
     weights = make_weights(5, 3)
     names = ("z0", "actions", "policy_noise", "critic_pair")
@@ -356,29 +447,57 @@ def test_packed_weights_freed_by_another_thread(make_weights):
     assert torch.equal(results[0], expected)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda w: w._replace(encoder=w.encoder[:1]), "policy layer 0: expected 9 inputs, got 16"),
-    (lambda w: w._replace(dynamics=w.dynamics[:1]), "dynamics: expected at least 2 layers, got 1"),
-    (lambda w: w._replace(simnorm_dim=5), "simnorm_dim: must divide the latent size 16, got 5"),
-    (lambda w: w._replace(policy=(*w.policy[:2], w.policy[1]._replace(gamma=None, beta=None))),
-     r"policy: expected an even number of outputs, got 13"),
-    (lambda w: w._replace(policy=(*w.policy[:2], w.policy[1])),
-     "policy layer 2: needs weight and bias, and has no LayerNorm"),
-    (lambda w: w._replace(policy=(*w.policy[:2], w.policy[2]._replace(bias=torch.zeros(7)))),
-     r"policy layer 2 bias must be float32 with shape \[6\], got float32 \[7\]"),
-    (lambda w: w._replace(critics=tuple(
-        type(x)(*(t if t is None else t[:1] for t in x)) for x in w.critics)),
-     "critics: expected at least 2, got 1"),
-    (lambda w: w._replace(termination=w.dynamics), "termination layer 0: expected 16 inputs, got "
-                                                    "19"),
-    (lambda w: w._replace(termination=(w.policy[0], w.policy[2])),
-     "termination: expected 1 outputs, got 6"),
-    (lambda w: w._replace(encoder=(w.encoder[0]._replace(gamma=None, beta=None), w.encoder[1])),
-     "encoder layer 0: needs weight, bias, gamma and beta"),
-    (lambda w: w._replace(encoder=(w.encoder[0]._replace(beta=None), w.encoder[1])),
-     r"encoder layer 0 must be \(weight, bias\) or \(weight, bias, gamma, beta\), got 3 arrays"),
-    (lambda w: snapshot(w, torch.float64), "encoder layer 0 weight must be float32"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w._replace(encoder=w.encoder[:1]), "policy layer 0: expected 9 inputs, got 16"),
+        (
+            lambda w: w._replace(dynamics=w.dynamics[:1]),
+            "dynamics: expected at least 2 layers, got 1",
+        ),
+        (lambda w: w._replace(simnorm_dim=5), "simnorm_dim: must divide the latent size 16, got 5"),
+        (
+            lambda w: w._replace(
+                policy=(*w.policy[:2], w.policy[1]._replace(gamma=None, beta=None))
+            ),
+            r"policy: expected an even number of outputs, got 13",
+        ),
+        (
+            lambda w: w._replace(policy=(*w.policy[:2], w.policy[1])),
+            "policy layer 2: needs weight and bias, and has no LayerNorm",
+        ),
+        (
+            lambda w: w._replace(policy=(*w.policy[:2], w.policy[2]._replace(bias=torch.zeros(7)))),
+            r"policy layer 2 bias must be float32 with shape \[6\], got float32 \[7\]",
+        ),
+        (
+            lambda w: w._replace(
+                critics=tuple(type(x)(*(t if t is None else t[:1] for t in x)) for x in w.critics)
+            ),
+            "critics: expected at least 2, got 1",
+        ),
+        (
+            lambda w: w._replace(termination=w.dynamics),
+            "termination layer 0: expected 16 inputs, got 19",
+        ),
+        (
+            lambda w: w._replace(termination=(w.policy[0], w.policy[2])),
+            "termination: expected 1 outputs, got 6",
+        ),
+        (
+            lambda w: w._replace(
+                encoder=(w.encoder[0]._replace(gamma=None, beta=None), w.encoder[1])
+            ),
+            "encoder layer 0: needs weight, bias, gamma and beta",
+        ),
+        (
+            lambda w: w._replace(encoder=(w.encoder[0]._replace(beta=None), w.encoder[1])),
+            r"encoder layer 0 must be \(weight, bias\) or "
+            r"\(weight, bias, gamma, beta\), got 3 arrays",
+        ),
+        (lambda w: snapshot(w, torch.float64), "encoder layer 0 weight must be float32"),
+    ],
+)
 def test_weights_that_do_not_fit_are_named(make_weights, change, message):
     with pytest.raises(ValueError, match=message):
         PackedWeights(change(make_weights(5, 3)))
@@ -396,19 +515,37 @@ def test_arrays_from_elsewhere_are_checked(make_weights):
     weights = make_weights(5, 3)
     native = PackedWeights(weights).native
     z0, actions, noise, pair = (t.numpy() for t in drawn(weights, 2, 3, 4))
-    arguments = dict(model=native, z0=z0, actions=actions, policy_noise=noise,
-                     critic_pair=(0, 1), discount=0.9, score="advantage", entropy=0.0,
-                     returns=np.empty((2, 4), np.float32), threads=1)
+    arguments = dict(
+        model=native,
+        z0=z0,
+        actions=actions,
+        policy_noise=noise,
+        critic_pair=(0, 1),
+        discount=0.9,
+        score="advantage",
+        entropy=0.0,
+        returns=np.empty((2, 4), np.float32),
+        threads=1,
+    )
     read_only = np.empty((2, 4), np.float32)
     read_only.flags.writeable = False
     for change, error, message in (
-        (dict(z0=z0[:1]), ValueError,
-         r"z0 must be float32 with shape \[2, 16\], got float32 \[1, 16\]"),
+        (
+            dict(z0=z0[:1]),
+            ValueError,
+            r"z0 must be float32 with shape \[2, 16\], got float32 \[1, 16\]",
+        ),
         (dict(z0=z0.tolist()), TypeError, "z0 must be a NumPy array, got list"),
-        (dict(policy_noise=noise[:, :1]), ValueError,
-         r"policy_noise must be float32 with shape \[2, 2, 4, 3\], got float32 \[2, 1, 4, 3\]"),
-        (dict(returns=np.empty((2, 5), np.float32)), ValueError,
-         r"returns must be float32 with shape \[2, 4\], got float32 \[2, 5\]"),
+        (
+            dict(policy_noise=noise[:, :1]),
+            ValueError,
+            r"policy_noise must be float32 with shape \[2, 2, 4, 3\], got float32 \[2, 1, 4, 3\]",
+        ),
+        (
+            dict(returns=np.empty((2, 5), np.float32)),
+            ValueError,
+            r"returns must be float32 with shape \[2, 4\], got float32 \[2, 5\]",
+        ),
         (dict(returns=read_only), ValueError, "returns must be writeable"),
         (dict(threads=0), ValueError, r"threads must lie in \[1, 1024\], got 0"),
         (dict(score="both"), ValueError, "score must be advantage or unrolled, got both"),

@@ -50,16 +50,19 @@ def on_cuda(weights, draws, score="advantage", precision="float32"):
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("score", ["advantage", "unrolled"])
 @pytest.mark.parametrize(
-    ("envs", "horizon", "samples", "action_dim", "groups", "simnorm", "hidden"), [
+    ("envs", "horizon", "samples", "action_dim", "groups", "simnorm", "hidden"),
+    [
         (1, 1, 1, 1, 1, 8, 24),
         (1, 2, 7, 2, 3, 2, 37),
         (2, 3, 31, 6, 8, 8, 64),
         (3, 4, 65, 17, 17, 8, 100),
         (2, 3, 65, 39, 3, 8, 37),
         (40, 2, 2, 1, 17, 2, 24),
-    ])
-def test_cuda_is_the_reference(make_weights, precision, score, envs, horizon, samples, action_dim,
-                               groups, simnorm, hidden):
+    ],
+)
+def test_cuda_is_the_reference(
+    make_weights, precision, score, envs, horizon, samples, action_dim, groups, simnorm, hidden
+):
     weights = make_weights(5, action_dim, latent=groups * simnorm, simnorm=simnorm, hidden=hidden)
     draws = drawn(weights, envs, horizon, samples + 32, score)
     expected = in_float64(weights, draws, score)
@@ -96,8 +99,10 @@ def test_cuda_rows_do_not_depend_on_the_batch(make_weights, precision):
     packed = CudaWeights(weights, precision=precision)
     z0, actions, noise, pair = drawn(weights, 300, 3, 150)
     whole = on_cuda(packed, (z0, actions, noise, pair))
-    part = on_cuda(packed, (z0[1:2], actions[1:2, :, 20:27].contiguous(),
-                            noise[1:2, :, 20:27].contiguous(), pair))
+    part = on_cuda(
+        packed,
+        (z0[1:2], actions[1:2, :, 20:27].contiguous(), noise[1:2, :, 20:27].contiguous(), pair),
+    )
     assert torch.equal(part, whole[1:2, 20:27])
 
 
@@ -153,17 +158,26 @@ def test_cuda_packs_plain_weights_and_stays_a_snapshot(make_weights):
         mppi_rollout(packed, *draws, GAMMA, backend="reference")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    gpu(dict(actions=lambda t: t.double()),
-        "actions must be float32 for the cuda backend, got float64"),
-    gpu(dict(actions=lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
-        "actions must be C-contiguous for the cuda backend, got strides of"),
-    gpu(dict(critic_pair=lambda t: torch.tensor([0, 3])),
-        r"critic_pair must lie in \[0, 3\), got 3"),
-    gpu(dict(critic_pair=lambda t: t.int()), "critic_pair must be int64 for the cuda backend"),
-    gpu(dict(z0=lambda t: t.requires_grad_()), "z0 requires grad and the cuda backend has"),
-    gpu(dict(z0=lambda t: t.cpu()), "z0 must be on cuda:0 for the cuda backend, got cpu"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        gpu(
+            dict(actions=lambda t: t.double()),
+            "actions must be float32 for the cuda backend, got float64",
+        ),
+        gpu(
+            dict(actions=lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
+            "actions must be C-contiguous for the cuda backend, got strides of",
+        ),
+        gpu(
+            dict(critic_pair=lambda t: torch.tensor([0, 3])),
+            r"critic_pair must lie in \[0, 3\), got 3",
+        ),
+        gpu(dict(critic_pair=lambda t: t.int()), "critic_pair must be int64 for the cuda backend"),
+        gpu(dict(z0=lambda t: t.requires_grad_()), "z0 requires grad and the cuda backend has"),
+        gpu(dict(z0=lambda t: t.cpu()), "z0 must be on cuda:0 for the cuda backend, got cpu"),
+    ],
+)
 def test_cuda_names_what_it_cannot_take(make_weights, change, message):
     weights = make_weights(5, 3)
     names = ("z0", "actions", "policy_noise", "critic_pair")
@@ -203,9 +217,18 @@ def test_the_extension_works_without_a_driver(make_weights):
         assert reason == "iqmpc._C was built without CUDA"
         return
     assert reason.startswith("no CUDA device can be used: ")
-    layers = [tuple(t.numpy() for t in layer if t is not None)
-              for layer in make_weights(5, 3).encoder]
+    layers = [
+        tuple(t.numpy() for t in layer if t is not None) for layer in make_weights(5, 3).encoder
+    ]
     with pytest.raises(ValueError, match="policy: expected at least 2 layers, got 0"):
-        _C.CudaWorldModel(_C.ModelView(
-            encoder=layers, dynamics=[], policy=[], critics=[], simnorm_dim=8, log_std_min=-10,
-            log_std_max=2))
+        _C.CudaWorldModel(
+            _C.ModelView(
+                encoder=layers,
+                dynamics=[],
+                policy=[],
+                critics=[],
+                simnorm_dim=8,
+                log_std_min=-10,
+                log_std_max=2,
+            )
+        )

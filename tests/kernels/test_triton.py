@@ -36,8 +36,8 @@ GPU = torch.cuda.is_available() and not INTERPRETED
 SCHEDULES = ("throughput", "latency")
 
 needs_triton = pytest.mark.skipif(
-    not (GPU or INTERPRETED),
-    reason="no CUDA device; test_all_of_this_in_the_interpreter runs it")
+    not (GPU or INTERPRETED), reason="no CUDA device; test_all_of_this_in_the_interpreter runs it"
+)
 
 
 all_nan = pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter is NumPy
@@ -53,9 +53,12 @@ def device() -> str:
 
 
 def to_device(weights: Weights) -> Weights:
-    return weights._replace(**{
-        part: map_layers(lambda t: t.to(device()), getattr(weights, part))
-        for part in ("encoder", "dynamics", "policy", "critics")})
+    return weights._replace(
+        **{
+            part: map_layers(lambda t: t.to(device()), getattr(weights, part))
+            for part in ("encoder", "dynamics", "policy", "critics")
+        }
+    )
 
 
 def draw(*sizes: Any, **settings: Any) -> tuple[torch.Tensor, ...]:
@@ -70,11 +73,24 @@ def rollout(weights: Weights | TritonWeights, draws, score: str = "advantage", s
 
 
 def pytest_of_this_file(**environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider",
-               __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not gpu",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+    ]
     return subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True,
-        cwd=Path(__file__).parents[2])
+        command,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
 
 
 # --- Without Triton -----------------------------------------------------------------------------
@@ -95,12 +111,20 @@ def test_every_kernel_compiles(arch):
     """For GPUs that need not be here, at the sizes in use, within their shared memory."""
     script = Path(__file__).with_name("triton_compile.py")
     result = subprocess.run(
-        [sys.executable, script, "--arch", str(arch)], capture_output=True, text=True)
+        [sys.executable, script, "--arch", str(arch)], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     done = [json.loads(line) for line in result.stdout.splitlines()]
     assert {x["kernel"] for x in done} == {
-        "_chain_kernel", "_stage_kernel", "_score_kernel", "_refit_kernel", "_draw_kernel",
-        "_begin_kernel", "_act_kernel", "_improve_kernel"}
+        "_chain_kernel",
+        "_stage_kernel",
+        "_score_kernel",
+        "_refit_kernel",
+        "_draw_kernel",
+        "_begin_kernel",
+        "_act_kernel",
+        "_improve_kernel",
+    }
     limit = {80: 163, 90: 227}[arch] * 1024
     for x in done:
         assert x["shared"] <= limit, x
@@ -108,9 +132,11 @@ def test_every_kernel_compiles(arch):
 
 
 def test_importing_the_operations_does_not_import_triton():
-    code = ("import sys, torch; before = 'triton' in sys.modules;"
-            "import iqmpc, iqmpc.kernels.mppi_rollout, iqmpc.kernels.mppi_refit;"
-            "assert before or 'triton' not in sys.modules")
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules;"
+        "import iqmpc, iqmpc.kernels.mppi_rollout, iqmpc.kernels.mppi_refit;"
+        "assert before or 'triton' not in sys.modules"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -119,19 +145,31 @@ def test_importing_the_operations_does_not_import_triton():
 def test_triton_by_name_is_an_error_without_a_gpu(make_weights):
     weights = make_weights(5, 3)
     draws = draw(weights, 1, 2, 4)
-    for call in (lambda: mppi_rollout(weights, *draws, GAMMA, backend="triton"),
-                 lambda: mppi_rollout(TritonWeights(weights), *draws, GAMMA, backend="triton"),
-                 lambda: mppi_refit(draws[1], torch.zeros(1, 4), elites=2, temperature=0.5,
-                                    std_min=0.05, std_max=2.0, backend="triton")):
+    for call in (
+        lambda: mppi_rollout(weights, *draws, GAMMA, backend="triton"),
+        lambda: mppi_rollout(TritonWeights(weights), *draws, GAMMA, backend="triton"),
+        lambda: mppi_refit(
+            draws[1],
+            torch.zeros(1, 4),
+            elites=2,
+            temperature=0.5,
+            std_min=0.05,
+            std_max=2.0,
+            backend="triton",
+        ),
+    ):
         with pytest.raises(BackendError, match="'triton' cannot run: torch sees no CUDA device"):
             call()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(dynamics=()), "dynamics: the triton backend takes three layers, LayerNorm on all"),
-    (dict(simnorm_dim=128), "simnorm_dim: the triton backend takes at most 64, got 128"),
-    (dict(simnorm_dim=5), "simnorm_dim: must divide the latent size 128, got 5"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(dynamics=()), "dynamics: the triton backend takes three layers, LayerNorm on all"),
+        (dict(simnorm_dim=128), "simnorm_dim: the triton backend takes at most 64, got 128"),
+        (dict(simnorm_dim=5), "simnorm_dim: must divide the latent size 128, got 5"),
+    ],
+)
 def test_weights_that_do_not_fit_are_named(make_weights, change, message):
     with pytest.raises(ValueError, match=message):
         TritonWeights(make_weights(5, 3, latent=128)._replace(**change))
@@ -144,8 +182,11 @@ def test_weights_that_do_not_fit_are_named(make_weights, change, message):
 def test_refreshed_weights_are_packed_weights_in_the_same_memory(make_weights, precision, simnorm):
     old, new = (make_weights(5, 3, latent=24, simnorm=simnorm, seed=s) for s in (0, 1))
     packed, expected = (TritonWeights(w, precision=precision) for w in (old, new))
-    memory = [packed.matrices, packed.vectors, *(t for x in packed.policy_layers for t in x
-                                                 if t is not None)]
+    memory = [
+        packed.matrices,
+        packed.vectors,
+        *(t for x in packed.policy_layers for t in x if t is not None),
+    ]
     where = [t.data_ptr() for t in memory]
     assert not torch.equal(packed.matrices, expected.matrices)
     packed.refresh(new)
@@ -169,8 +210,11 @@ def test_jobs_read_what_was_written(make_weights, horizon):
         return found | ({"ã"} if job.action == triton_jobs.PRIOR else set())
 
     def writes(job):
-        kind = {triton_jobs.POLICY: "ã", triton_jobs.ACT: ("a", job.step),
-                triton_jobs.ROOT: ("root", job.out)}
+        kind = {
+            triton_jobs.POLICY: "ã",
+            triton_jobs.ACT: ("a", job.step),
+            triton_jobs.ROOT: ("root", job.out),
+        }
         return {kind.get(job.kind, job.out)} | ({job.save} if job.save >= 0 else set())
 
     def run(stages, written):
@@ -207,8 +251,10 @@ def test_jobs_read_what_was_written(make_weights, horizon):
     stages, trajectories = (f(w, horizon) for f in (triton_jobs.stages, triton_jobs.trajectories))
     assert heads(stages) <= run(stages, actions | parts)
     assert heads(trajectories) | actions <= run(trajectories, {("a", 0)} | parts)
-    for jobs in (chain.jobs, *([job for stage in x.stages for job in stage.jobs]
-                               for x in (stages, trajectories))):
+    for jobs in (
+        chain.jobs,
+        *([job for stage in x.stages for job in stage.jobs] for x in (stages, trajectories)),
+    ):
         assert sum(job.kind == triton_jobs.HEAD for job in jobs) == 2 * (2 * horizon - 1)
         assert sum(job.kind == triton_jobs.SIMNORM for job in jobs) == horizon - 1
 
@@ -220,18 +266,30 @@ def test_jobs_read_what_was_written(make_weights, horizon):
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
-    ("envs", "horizon", "samples", "action_dim", "latent", "simnorm", "hidden", "score"), [
+    ("envs", "horizon", "samples", "action_dim", "latent", "simnorm", "hidden", "score"),
+    [
         (3, 3, 5, 1, 8, 8, 13, "advantage"),  # tiles over several problems
         (1, 1, 1, 3, 24, 8, 37, "advantage"),  # no dynamics, one sample
         (2, 2, 70, 1, 8, 8, 9, "unrolled"),  # in the interpreter, more tiles than programs
         (1, 3, 9, 17, 136, 8, 100, "advantage"),  # several blocks of columns
         (2, 3, 3, 5, 24, 3, 70, "unrolled"),  # groups of three
         (1, 1, 4, 1, 8, 2, 9, "unrolled"),
-    ])
-def test_rollout_is_the_reference(make_weights, envs, horizon, samples, action_dim, latent,
-                                  simnorm, hidden, score, schedule, precision):
-    weights = to_device(
-        make_weights(5, action_dim, latent=latent, simnorm=simnorm, hidden=hidden))
+    ],
+)
+def test_rollout_is_the_reference(
+    make_weights,
+    envs,
+    horizon,
+    samples,
+    action_dim,
+    latent,
+    simnorm,
+    hidden,
+    score,
+    schedule,
+    precision,
+):
+    weights = to_device(make_weights(5, action_dim, latent=latent, simnorm=simnorm, hidden=hidden))
     draws = draw(weights, envs, horizon, samples + 32, score)
     expected = in_float64(weights, draws, score)
     z0, actions, noise, pair = draws
@@ -270,8 +328,16 @@ def test_the_faster_schedule_is_kept(make_weights, monkeypatch, tmp_path):
             return times[len(timed) % 2]  # of the schedules, the latency schedule's comes second
 
         z0, actions, noise, pair = draw(weights, envs, 1, samples)
-        r = module.Rollout(weights, actions, noise, pair, GAMMA, torch.zeros(
-            envs, samples, device=device()), module.new_root(weights, envs), samples)
+        r = module.Rollout(
+            weights,
+            actions,
+            noise,
+            pair,
+            GAMMA,
+            torch.zeros(envs, samples, device=device()),
+            module.new_root(weights, envs),
+            samples,
+        )
         return module.resolve_schedule(r, timer)
 
     assert resolve(4, (1.0, 2.0)) == "latency" and timed == [4, 4]
@@ -290,15 +356,17 @@ def test_triton_by_name(make_weights):
     expected = rollout(weights, draws)
     for given in (weights, TritonWeights(weights)):
         assert torch.equal(
-            mppi_rollout(given, *draws, GAMMA, entropy=BETA, backend="triton"), expected)
+            mppi_rollout(given, *draws, GAMMA, entropy=BETA, backend="triton"), expected
+        )
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
 def test_auto_does_not_take_the_interpreter(make_weights):
     weights = make_weights(5, 3)
     draws = draw(weights, 1, 2, 6)
-    assert torch.equal(mppi_rollout(weights, *draws, GAMMA),
-                       mppi_rollout(weights, *draws, GAMMA, backend="cpu"))
+    assert torch.equal(
+        mppi_rollout(weights, *draws, GAMMA), mppi_rollout(weights, *draws, GAMMA, backend="cpu")
+    )
 
 
 @needs_triton
@@ -308,7 +376,8 @@ def test_a_sample_does_not_depend_on_its_neighbours(make_weights, schedule):
     z0, actions, noise, pair = draw(weights, 2, 2, 20)
     whole = rollout(weights, (z0, actions, noise, pair), schedule=schedule)
     part = rollout(
-        weights, (z0[1:], actions[1:, :, 3:9], noise[1:, :, 3:9], pair), schedule=schedule)
+        weights, (z0[1:], actions[1:, :, 3:9], noise[1:, :, 3:9], pair), schedule=schedule
+    )
     # Not bit for bit: other shapes may have other tiles.
     torch.testing.assert_close(part, whole[1:, 3:9], rtol=1e-5, atol=1e-5)
 
@@ -346,13 +415,21 @@ def test_weights_that_are_not_finite_make_nan(make_weights, part, schedule):
 
 
 @needs_triton
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(actions=torch.zeros(1, 3, 4, 3).double()),
-     "actions must be float32 for the triton backend, got torch.float64"),
-    (dict(z0=torch.zeros(1, 16, requires_grad=True)), "z0 requires grad and the triton backend"),
-    (dict(policy_noise=torch.zeros(1, 2, 4, 3, device="meta")), "tensors on one"),
-    (dict(critic_pair=torch.zeros(2, device="meta", dtype=torch.int64)), "tensors on one"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            dict(actions=torch.zeros(1, 3, 4, 3).double()),
+            "actions must be float32 for the triton backend, got torch.float64",
+        ),
+        (
+            dict(z0=torch.zeros(1, 16, requires_grad=True)),
+            "z0 requires grad and the triton backend",
+        ),
+        (dict(policy_noise=torch.zeros(1, 2, 4, 3, device="meta")), "tensors on one"),
+        (dict(critic_pair=torch.zeros(2, device="meta", dtype=torch.int64)), "tensors on one"),
+    ],
+)
 def test_arguments_that_do_not_fit_are_named(make_weights, change, message):
     weights = to_device(make_weights(5, 3))
     names = ("z0", "actions", "policy_noise", "critic_pair")
@@ -367,13 +444,17 @@ def refits(actions: torch.Tensor, returns: torch.Tensor, elites: int):
     """The Triton kernel's answer and the float64 reference's."""
     settings = dict(elites=elites, temperature=0.5, std_min=0.05, std_max=2.0)
     actions, returns = actions.to(device()), returns.to(device())
-    return (mppi_refit(actions, returns, **settings, backend="triton"),
-            mppi_refit(actions.double(), returns.double(), **settings, backend="reference"))
+    return (
+        mppi_refit(actions, returns, **settings, backend="triton"),
+        mppi_refit(actions.double(), returns.double(), **settings, backend="reference"),
+    )
 
 
 @needs_triton
-@pytest.mark.parametrize(("envs", "horizon", "samples", "action_dim", "elites"), [
-    (1, 3, 1, 1, 1), (3, 2, 9, 2, 9), (2, 1, 33, 5, 7), (2, 3, 200, 17, 64), (1, 1, 300, 1, 300)])
+@pytest.mark.parametrize(
+    ("envs", "horizon", "samples", "action_dim", "elites"),
+    [(1, 3, 1, 1, 1), (3, 2, 9, 2, 9), (2, 1, 33, 5, 7), (2, 3, 200, 17, 64), (1, 1, 300, 1, 300)],
+)
 def test_refit_is_the_reference(envs, horizon, samples, action_dim, elites):
     actions = torch.rand(envs, horizon, samples, action_dim) * 2 - 1
     got, expected = refits(actions, torch.randn(envs, samples) * 3, elites)
@@ -424,28 +505,39 @@ def exact(weights: Weights, config: PlannerConfig, plan, obs, mean):
     reference = ReferencePlan(weights, config, discount=GAMMA, num_envs=len(obs))
     *drawn, pair = plan.draws()
     marked, mean = reference.compute(
-        weights, obs.to(device()).double(), mean.double(),
-        PlanNoise(*(t.double() for t in drawn), pair))
+        weights,
+        obs.to(device()).double(),
+        mean.double(),
+        PlanNoise(*(t.double() for t in drawn), pair),
+    )
     return marked[:, :-1].cpu(), marked[:, -1].cpu(), mean
 
 
 @needs_triton
 @unlikely
 @pytest.mark.parametrize(
-    ("envs", "action_dim", "horizon", "shape", "iterations", "simnorm", "explore"), [
+    ("envs", "action_dim", "horizon", "shape", "iterations", "simnorm", "explore"),
+    [
         (1, 3, 3, (12, 4, 5), 2, 8, True),
         (3, 1, 2, (9, 3, 4), 2, 3, False),
         (2, 17, 1, (9, 9, 0), 2, 8, True),  # no policy trajectories, no dynamics
         (1, 5, 2, (5, 5, 5), 1, 8, False),  # nothing but policy trajectories
-    ])
-def test_plan_is_the_reference(make_weights, envs, action_dim, horizon, shape, iterations, simnorm,
-                               explore):
+    ],
+)
+def test_plan_is_the_reference(
+    make_weights, envs, action_dim, horizon, shape, iterations, simnorm, explore
+):
     samples, elites, trajectories = shape
     weights = make_weights(70, action_dim, latent=24, hidden=37, simnorm=simnorm)
-    config = PlannerConfig(samples=samples, elites=elites, policy_trajectories=trajectories,
-                           horizon=horizon, iterations=iterations, score="unrolled")
-    plan = planner(weights, config, num_envs=envs,
-                   schedule=SCHEDULES[(horizon + trajectories) % 2])
+    config = PlannerConfig(
+        samples=samples,
+        elites=elites,
+        policy_trajectories=trajectories,
+        horizon=horizon,
+        iterations=iterations,
+        score="unrolled",
+    )
+    plan = planner(weights, config, num_envs=envs, schedule=SCHEDULES[(horizon + trajectories) % 2])
     before = plan.mean.uniform_(-0.5, 0.5).clone()
     obs = torch.randn(envs, 70)
     done = plan(obs, explore=explore)
@@ -517,8 +609,10 @@ def test_a_plan_follows_from_seed_step_and_mean(make_weights):
 
 @needs_triton
 def test_the_draws_are_random(make_weights):
-    many, few = (planner(make_weights(5, 3), dataclasses.replace(SMALL, samples=n), num_envs=2)
-                 for n in (600, 6))
+    many, few = (
+        planner(make_weights(5, 3), dataclasses.replace(SMALL, samples=n), num_envs=2)
+        for n in (600, 6)
+    )
 
     def drawn(step, seed=7, plan=many):
         plan._seed = seed
@@ -528,14 +622,18 @@ def test_the_draws_are_random(make_weights):
 
     x, uniform, _ = drawn(0)
     assert torch.equal(drawn(0)[0], x)
-    bound = 5 / len(x)**0.5
+    bound = 5 / len(x) ** 0.5
     for power, moment, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs((x**power).mean() - moment) < bound * spread**0.5
     others = [drawn(1)[0], drawn(2**32)[0], drawn(0, seed=8)[0], drawn(0, seed=2**63 + 7)[0]]
     quarters = x.view(4, -1)
-    for y, z in (*((x, y) for y in others), (x[1:], x[:-1]), (quarters[0], quarters[1]),
-                 (quarters[0], quarters[2])):
-        assert abs((y * z).mean()) < 5 / len(y)**0.5
+    for y, z in (
+        *((x, y) for y in others),
+        (x[1:], x[:-1]),
+        (quarters[0], quarters[1]),
+        (quarters[0], quarters[2]),
+    ):
+        assert abs((y * z).mean()) < 5 / len(y) ** 0.5
     pairs, all_uniform = [], []
     for step in range(150):
         _, uniform, pair = drawn(step, plan=few)
@@ -544,7 +642,7 @@ def test_the_draws_are_random(make_weights):
     counts = {pair: pairs.count(pair) for pair in pairs}
     assert len(counts) == 6 and min(counts.values()) > 10  # of three critics, 25 each
     u = torch.cat(all_uniform).ravel()
-    assert 0 < u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 5 / (12 * len(u))**0.5
+    assert 0 < u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 5 / (12 * len(u)) ** 0.5
 
 
 @needs_triton
@@ -552,8 +650,10 @@ def test_the_draws_are_random(make_weights):
 def test_bf16_plans_nearly_the_same(make_weights):
     weights, obs = make_weights(17, 6, latent=64, hidden=64), torch.randn(1, 17)
     config = dataclasses.replace(SMALL, samples=24, elites=12, horizon=1)
-    plans = [planner(weights, dataclasses.replace(config, precision=p), schedule="latency")
-             for p in ("float32", "bf16")]
+    plans = [
+        planner(weights, dataclasses.replace(config, precision=p), schedule="latency")
+        for p in ("float32", "bf16")
+    ]
     for plan in plans:
         plan(obs)
     assert 0 < (plans[0].mean - plans[1].mean).abs().max() < 0.1
@@ -603,8 +703,10 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on the CPU, in the process that imports Triton")
-@pytest.mark.parametrize(("schedule", "launches"), [("latency", 1 + 5 + 1 + 15 + 8 * (11 + 1 + 1)),
-                                                    ("throughput", 1 + 5 + 1 + 15 + 8 * 2)])
+@pytest.mark.parametrize(
+    ("schedule", "launches"),
+    [("latency", 1 + 5 + 1 + 15 + 8 * (11 + 1 + 1)), ("throughput", 1 + 5 + 1 + 15 + 8 * 2)],
+)
 def test_a_plan_is_launches_and_nothing_else(make_weights, monkeypatch, schedule, launches):
     """No synchronisation, no copy and no arithmetic outside the kernels, and not many of them."""
     plan = planner(make_weights(5, 39), PlannerConfig(), schedule=schedule)
@@ -618,8 +720,9 @@ def test_a_plan_is_launches_and_nothing_else(make_weights, monkeypatch, schedule
 
 @pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
 def test_the_interpreter_captures_nothing(make_weights):
-    with pytest.raises(BackendError, match="interpreter captures no CUDA graph, got "
-                                           "planner.capture=true"):
+    with pytest.raises(
+        BackendError, match="interpreter captures no CUDA graph, got planner.capture=true"
+    ):
         planner(make_weights(5, 3), dataclasses.replace(SMALL, capture=True))
 
 
@@ -630,11 +733,20 @@ def test_what_a_plan_cannot_take_is_named(make_weights):
     with pytest.raises(ValueError, match="encoder: the triton backend takes linear layers, each "):
         planner(bare)
     with pytest.raises(ValueError, match="takes weights on a c[a-z]+ device, got meta"):
-        planner(weights._replace(**{
-            part: map_layers(lambda t: t.to("meta"), getattr(weights, part))
-            for part in ("encoder", "dynamics", "policy", "critics")}), move=False)
-    with pytest.raises(ValueError, match="for 1000000000 problems at once needs 57000000000 random "
-                                         "numbers or actions, and the triton backend counts to"):
+        planner(
+            weights._replace(
+                **{
+                    part: map_layers(lambda t: t.to("meta"), getattr(weights, part))
+                    for part in ("encoder", "dynamics", "policy", "critics")
+                }
+            ),
+            move=False,
+        )
+    with pytest.raises(
+        ValueError,
+        match="for 1000000000 problems at once needs 57000000000 random "
+        "numbers or actions, and the triton backend counts to",
+    ):
         planner(weights, num_envs=10**9)
 
 
@@ -665,8 +777,15 @@ def test_a_captured_iteration_is_the_uncaptured_one(make_weights, schedule):
 
     def iteration():
         returns = rollout(packed, inputs, schedule=schedule)
-        return returns, *mppi_refit(inputs[1], returns, elites=16, temperature=0.5, std_min=0.05,
-                                    std_max=2.0, backend="triton")
+        return returns, *mppi_refit(
+            inputs[1],
+            returns,
+            elites=16,
+            temperature=0.5,
+            std_min=0.05,
+            std_max=2.0,
+            backend="triton",
+        )
 
     iteration()  # compiles and tunes
     graph = torch.cuda.CUDAGraph()
@@ -700,7 +819,8 @@ def pairs_of_plans(make_weights, *configs: PlannerConfig, envs: int = 2, **sizes
 def test_a_captured_plan_is_the_uncaptured_one(make_weights, precision, enabled):
     config = PlannerConfig(precision=precision, enabled=enabled)
     (captured, launched), observations = pairs_of_plans(
-        make_weights, config, dataclasses.replace(config, capture=False))
+        make_weights, config, dataclasses.replace(config, capture=False)
+    )
     assert captured._graph is not None and launched._graph is None
     seen = []
     for step, obs in enumerate(observations):
@@ -728,8 +848,10 @@ def test_capturing_leaves_no_trace_and_a_step_can_be_repeated(make_weights):
     other(observations[0])
     other.step = 0
     other.reset()
-    assert all(torch.equal(other(obs, explore=True).action, action)
-               for obs, action in zip(observations, first, strict=True))
+    assert all(
+        torch.equal(other(obs, explore=True).action, action)
+        for obs, action in zip(observations, first, strict=True)
+    )
     from_device = planner(make_weights(17, 6, latent=64, hidden=128), PlannerConfig(), num_envs=2)
     assert torch.equal(from_device(observations[0].cuda(), explore=True).action, first[0])
 
@@ -769,7 +891,8 @@ def test_auto_plans_with_triton_on_the_gpu(make_weights):
 
     weights = to_device(make_weights(5, 3))
     for precision, backend in dict(
-            float32="triton", tf32="triton", bf16="triton", float64="reference").items():
+        float32="triton", tf32="triton", bf16="triton", float64="reference"
+    ).items():
         planner = Planner(weights, PlannerConfig(precision=precision), discount=GAMMA)
         action = planner.plan(torch.randn(1, 5))
         assert planner.backend == backend and action.device.type == "cpu"

@@ -38,9 +38,27 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Types of the arguments that are neither float32 tensors nor int32.
 OPERANDS = ("matrices", "scratch")
 TYPES = {"jobs": "*i32", "pair": "*i64", "index": "*i64", "control": "*i64"} | dict.fromkeys(
-    ("discount", "log_std_min", "log_std_max", "temperature", "std_min", "std_max"), "fp32")
-TENSORS = ("vectors", "root", "actions", "noise", "priors", "returns", "raw", "acting", "squares",
-           "mean", "std", "weight", "normal", "uniform", "explore", "out", "policy_noise")
+    ("discount", "log_std_min", "log_std_max", "temperature", "std_min", "std_max"), "fp32"
+)
+TENSORS = (
+    "vectors",
+    "root",
+    "actions",
+    "noise",
+    "priors",
+    "returns",
+    "raw",
+    "acting",
+    "squares",
+    "mean",
+    "std",
+    "weight",
+    "normal",
+    "uniform",
+    "explore",
+    "out",
+    "policy_noise",
+)
 
 
 class Case(NamedTuple):
@@ -59,36 +77,65 @@ def model(size: str, precision: str) -> TritonWeights:
         return Layer(torch.zeros(*lead, outputs, inputs), vector, *([vector] * 2 * normed))
 
     def stack(inputs: int, outputs: int, normed: bool, *lead: int) -> tuple[Layer, ...]:
-        return (layer(inputs, hidden, True, *lead), layer(hidden, hidden, True, *lead),
-                layer(hidden, outputs, normed, *lead))
+        return (
+            layer(inputs, hidden, True, *lead),
+            layer(hidden, hidden, True, *lead),
+            layer(hidden, outputs, normed, *lead),
+        )
 
-    return TritonWeights(Weights(
-        (layer(1, latent, True),), stack(latent + action_dim, latent, True),
-        stack(latent, 2 * action_dim, False), stack(latent + action_dim, 1, False, 2),
-        8, -10.0, 2.0), precision=precision)
+    return TritonWeights(
+        Weights(
+            (layer(1, latent, True),),
+            stack(latent + action_dim, latent, True),
+            stack(latent, 2 * action_dim, False),
+            stack(latent + action_dim, 1, False, 2),
+            8,
+            -10.0,
+            2.0,
+        ),
+        precision=precision,
+    )
 
 
 def cases(size: str, precision: str, arch: int, every: bool) -> Iterator[Case]:
     w = model(size, precision)
     name = dict(arch=str(arch), size=size, precision=precision)
-    layer = dict(GROUP=w.group, WIDTH=w.width, A=w.action_dim, ACTIONS=w.actions,
-                 PRECISION=w.product, BLOCK_K=w.block)
+    layer = dict(
+        GROUP=w.group,
+        WIDTH=w.width,
+        A=w.action_dim,
+        ACTIONS=w.actions,
+        PRECISION=w.product,
+        BLOCK_K=w.block,
+    )
     inputs = (tables.MISH, tables.SIMNORM, tables.RAW)
     for kernel, constants in (
         (rollout._chain_kernel, layer),
         *((rollout._stage_kernel, layer | dict(IN=i, SLOTS=w.slots)) for i in inputs),
         (rollout._score_kernel, dict(WIDTH=w.width, SLOTS=w.slots)),
     ):
-        configs = [c for c in kernel.configs
-                   if "BLOCK_K" not in constants
-                   or fits(c, TARGETS[arch], w.dtype.itemsize, w.block, w.width)]
+        configs = [
+            c
+            for c in kernel.configs
+            if "BLOCK_K" not in constants
+            or fits(c, TARGETS[arch], w.dtype.itemsize, w.block, w.width)
+        ]
         for c in configs if every else {0: configs[0], 1: configs[-1]}.values():
-            yield Case(kernel.fn, constants | c.kwargs,
-                       dict(num_warps=c.num_warps, num_stages=c.num_stages), w.dtype,
-                       name | dict(choice=str(c)))
+            yield Case(
+                kernel.fn,
+                constants | c.kwargs,
+                dict(num_warps=c.num_warps, num_stages=c.num_stages),
+                w.dtype,
+                name | dict(choice=str(c)),
+            )
     block_a = min(power_of_two(w.action_dim), refit.HELD // 64)
-    yield Case(refit._refit_kernel, dict(SAMPLES=512, ELITES=64, BLOCK_A=block_a),
-               dict(num_warps=8), w.dtype, name)
+    yield Case(
+        refit._refit_kernel,
+        dict(SAMPLES=512, ELITES=64, BLOCK_A=block_a),
+        dict(num_warps=8),
+        w.dtype,
+        name,
+    )
     if (size, precision) != ("paper", "float32"):
         return  # what follows is float32 in any precision
     sizes = dict(A=w.action_dim, WIDTH=w.width)
@@ -97,9 +144,13 @@ def cases(size: str, precision: str, arch: int, every: bool) -> Iterator[Case]:
     yield Case(plan._act_kernel, sizes | dict(BLOCK=power_of_two(w.action_dim)), {}, w.dtype, name)
     for last in (False, True):
         for block in (8, 32):
-            yield Case(plan._improve_kernel, sizes | dict(
-                LAST=last, SAMPLES=512, ELITES=64, BLOCK_A=block, LINES=2048 // block),
-                dict(num_warps=8), w.dtype, name | dict(choice=f"{last=} {block=}"))
+            yield Case(
+                plan._improve_kernel,
+                sizes | dict(LAST=last, SAMPLES=512, ELITES=64, BLOCK_A=block, LINES=2048 // block),
+                dict(num_warps=8),
+                w.dtype,
+                name | dict(choice=f"{last=} {block=}"),
+            )
 
 
 def compile_case(case: Case, arch: int) -> dict[str, Any]:
@@ -114,22 +165,31 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=case.constants, attrs=aligned)
     start = time.perf_counter()
-    done = triton.compile(source, target=GPUTarget("cuda", arch, 32),
-                          options=case.options | LAUNCH)
+    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options | LAUNCH)
     seconds = time.perf_counter() - start
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()
         usage = subprocess.run(
-            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True,
-            text=True, check=True).stdout
+            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     instruction = re.search(r"wgmma\.mma_async|mma\.sync", done.asm["ptx"])
     return dict(
-        kernel=kernel.__name__, inputs=case.constants.get("IN"), **case.name,
-        shared=done.metadata.shared, registers=int(found["REG"]), stack=int(found["STACK"]),
-        local=int(found["LOCAL"]), tensor_core=instruction and instruction[0],
-        barriers=done.asm["ptx"].count("bar.sync"), seconds=round(seconds, 1))
+        kernel=kernel.__name__,
+        inputs=case.constants.get("IN"),
+        **case.name,
+        shared=done.metadata.shared,
+        registers=int(found["REG"]),
+        stack=int(found["STACK"]),
+        local=int(found["LOCAL"]),
+        tensor_core=instruction and instruction[0],
+        barriers=done.asm["ptx"].count("bar.sync"),
+        seconds=round(seconds, 1),
+    )
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ class AlignedBuffer {
 
   // `size` elements, all zero.
   explicit AlignedBuffer(std::size_t size)
-      : data_(new (std::align_val_t{kAlignment}) T[size]()), size_(size) {}
+      : data_(new(std::align_val_t{kAlignment}) T[size]()), size_(size) {}
 
   // Room for `size` elements: the same memory, with what it holds, where there is as much already,
   // else new memory, all zero.
@@ -33,9 +33,7 @@ class AlignedBuffer {
   static constexpr std::size_t kAlignment = 64;
 
   struct Free {
-    void operator()(T* p) const noexcept {
-      ::operator delete[](p, std::align_val_t{kAlignment});
-    }
+    void operator()(T* p) const noexcept { ::operator delete[](p, std::align_val_t{kAlignment}); }
   };
 
   std::unique_ptr<T[], Free> data_;

@@ -20,8 +20,8 @@ class EpisodeReplay {
 
   // obs [T+1, O], action [T, A] in [-1, 1], reward [T] (null: zeros), T = `steps`. `terminated`:
   // the last step ended the task, so that its value is not bootstrapped. An episode shorter than
-  // the horizon is kept out, since it offers no slice. Throws std::invalid_argument for an episode that
-  // is larger than the capacity; the replay is then as before.
+  // the horizon is kept out, since it offers no slice. Throws std::invalid_argument for an episode
+  // that is larger than the capacity; the replay is then as before.
   void add(const float* obs, const float* action, const float* reward, std::ptrdiff_t steps,
            bool terminated);
 

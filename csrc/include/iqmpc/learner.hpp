@@ -49,23 +49,23 @@ enum class Entropy { exact, presquash };
 struct LearnerSettings {
   Objective objective = Objective::iq;
   Entropy entropy = Entropy::exact;
-  std::ptrdiff_t horizon = 3;    // H
-  float rho = 0.5f;              // λ
-  float discount = 0.99f;        // γ
-  float alpha = 0.5f;            // of the χ² term
-  float beta = 1e-4f;            // entropy coefficient in force
+  std::ptrdiff_t horizon = 3;  // H
+  float rho = 0.5f;            // λ
+  float discount = 0.99f;      // γ
+  float alpha = 0.5f;          // of the χ² term
+  float beta = 1e-4f;          // entropy coefficient in force
   float c_cons = 20.0f;
   float c_iq = 0.1f;
-  float c_gp = 0.0f;             // 0: no gradient penalty
+  float c_gp = 0.0f;  // 0: no gradient penalty
   float c_termination = 1.0f;
   float termination_weight = 10.0f;  // of terminal rows
   float dropout = 0.01f;             // of the critics' first layer, rounded to 2^-16
   bool dropout_always = false;       // false: only where Q_k is regressed
   float lr = 3e-4f;
   float encoder_lr_scale = 0.3f;
-  float grad_clip = 20.0f;  // of model and policy apart
-  float tau = 0.01f;        // rate of the target critics
-  float average_rate = 0.005f;  // of the weights' average, where parameters have one
+  float grad_clip = 20.0f;                   // of model and policy apart
+  float tau = 0.01f;                         // rate of the target critics
+  float average_rate = 0.005f;               // of the weights' average, where parameters have one
   Precision precision = Precision::float32;  // operands of products; the encoder's are float32
   int threads = 1;
 };
@@ -108,15 +108,15 @@ struct UpdateMetrics {
 // The draws of one update, for comparison with another implementation. Normal where not said
 // otherwise; null members are not written.
 struct UpdateDraws {
-  float* target = nullptr;   // [H, N, A], of V̄
-  float* initial = nullptr;  // [1 or H (v_diff), N, A], of V
-  float* keep = nullptr;     // [K, H N, hidden], dropout multipliers of Q_k
+  float* target = nullptr;        // [H, N, A], of V̄
+  float* initial = nullptr;       // [1 or H (v_diff), N, A], of V
+  float* keep = nullptr;          // [K, H N, hidden], dropout multipliers of Q_k
   float* keep_target = nullptr;   // [2, H N, hidden], where dropout is always on
   float* keep_value = nullptr;    // [2, rows of V, hidden]
   float* keep_penalty = nullptr;  // [K, H B_E, hidden]
   float* keep_policy = nullptr;   // [2, (H+1) N, hidden]
-  float* mix = nullptr;      // [H, B_E], uniform, of the gradient penalty
-  float* policy = nullptr;   // [H+1, N, A]
+  float* mix = nullptr;           // [H, B_E], uniform, of the gradient penalty
+  float* policy = nullptr;        // [H+1, N, A]
   std::ptrdiff_t pair[2];         // critics of the model's step
   std::ptrdiff_t policy_pair[2];  // ... and of the policy's
 };
@@ -130,8 +130,8 @@ struct LearnerGradient {
 // Owns its threads and every buffer: after the first call with a batch of some size, a call with
 // another of that size allocates nothing. All parameters stay the caller's, who must not touch them
 // during a call. Calls from several threads wait for each other. The same parameters, seed and
-// number of update give the same result, bit for bit, on any number of threads. A forked process has
-// none of the threads, and updates on its caller's alone.
+// number of update give the same result, bit for bit, on any number of threads. A forked process
+// has none of the threads, and updates on its caller's alone.
 class Learner {
  public:
   // Throws std::invalid_argument for parts that do not fit together, settings that cannot be, and

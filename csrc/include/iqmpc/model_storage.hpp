@@ -12,15 +12,15 @@ namespace iqmpc {
 
 // The defaults are those of the size `small` (about 1M parameters).
 struct ModelSizes {
-  std::ptrdiff_t obs = 0;          // O
-  std::ptrdiff_t action = 0;       // A
-  std::ptrdiff_t latent = 128;     // Z, whole groups of simnorm_dim
-  std::ptrdiff_t hidden = 384;     // of dynamics, policy, critics and termination head
-  std::ptrdiff_t encoder = 256;    // the encoder's hidden layer
-  std::ptrdiff_t critics = 2;      // K
+  std::ptrdiff_t obs = 0;        // O
+  std::ptrdiff_t action = 0;     // A
+  std::ptrdiff_t latent = 128;   // Z, whole groups of simnorm_dim
+  std::ptrdiff_t hidden = 384;   // of dynamics, policy, critics and termination head
+  std::ptrdiff_t encoder = 256;  // the encoder's hidden layer
+  std::ptrdiff_t critics = 2;    // K
   std::ptrdiff_t simnorm_dim = 8;
-  bool termination = false;        // with a termination head
-  bool average = true;             // with an average of the weights, to act with
+  bool termination = false;  // with a termination head
+  bool average = true;       // with an average of the weights, to act with
 };
 
 // How many updates were made, and Adam's steps in them: an update that is not finite makes none.

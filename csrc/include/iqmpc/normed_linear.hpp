@@ -11,7 +11,7 @@ namespace iqmpc {
 namespace detail {
 struct KernelTable;
 struct PackedLayer;
-}
+}  // namespace detail
 
 // y = mish(layer_norm(x W^T + b) * gamma + beta), with the weights packed once for one
 // instruction-set level. Immutable after construction: any number of threads may call forward on
@@ -28,9 +28,9 @@ class NormedLinear {
   NormedLinear& operator=(NormedLinear&&) noexcept;
 
   // x [rows, in] -> y [rows, out], both row-major and dense; they must not overlap.
-  // Single-threaded. A row of x that holds a NaN or an infinity, or whose variance overflows float32
-  // (pre-activations beyond about 1e18), comes out as NaN; other rows are unaffected. With one
-  // output the variance is 0 and y is mish(beta).
+  // Single-threaded. A row of x that holds a NaN or an infinity, or whose variance overflows
+  // float32 (pre-activations beyond about 1e18), comes out as NaN; other rows are unaffected. With
+  // one output the variance is 0 and y is mish(beta).
   void forward(const float* x, std::ptrdiff_t rows, float* y) const noexcept;
 
   std::ptrdiff_t in_features() const noexcept { return in_; }

@@ -11,13 +11,13 @@ namespace iqmpc {
 
 // Symbols as in the paper; E problems are planned for at once.
 struct PlannerSettings {
-  std::ptrdiff_t num_envs = 1;             // E
-  std::ptrdiff_t horizon = 3;              // H
-  std::ptrdiff_t samples = 512;            // S
+  std::ptrdiff_t num_envs = 1;   // E
+  std::ptrdiff_t horizon = 3;    // H
+  std::ptrdiff_t samples = 512;  // S
   std::ptrdiff_t elites = 64;
   std::ptrdiff_t policy_trajectories = 24;  // P, of the S samples
-  std::ptrdiff_t iterations = 6;           // I
-  float temperature = 0.5f;                // η
+  std::ptrdiff_t iterations = 6;            // I
+  float temperature = 0.5f;                 // η
   float std_min = 0.05f;
   float std_max = 2.0f;
   float discount = 0.99f;  // γ
@@ -29,19 +29,19 @@ struct PlannerSettings {
 struct PlanResult {
   std::ptrdiff_t iterations;  // done
   std::ptrdiff_t nonfinite;   // problems without a finite score, given the policy's mean action
-  bool missed;  // the budget had no room for one iteration: see Planner::plan
+  bool missed;                // the budget had no room for one iteration: see Planner::plan
   double elapsed_us;
 };
 
 // The draws of one plan, for comparison with another implementation; all standard normal but where
 // said otherwise.
 struct PlanDraws {
-  float* prior;        // [E, H, P, A] of the policy's trajectories
-  float* samples;      // [I, E, H, S-P, A]
-  float* prior_score;  // [E, H-1, P, A] of ã_t along the policy's trajectories
-  float* score;        // [I, E, H-1, S-P, A] of ã_t along the samples
-  float* explore;      // [E, A]
-  float* gumbel;       // [E, elites], standard Gumbel
+  float* prior;            // [E, H, P, A] of the policy's trajectories
+  float* samples;          // [I, E, H, S-P, A]
+  float* prior_score;      // [E, H-1, P, A] of ã_t along the policy's trajectories
+  float* score;            // [I, E, H-1, S-P, A] of ã_t along the samples
+  float* explore;          // [E, A]
+  float* gumbel;           // [E, elites], standard Gumbel
   std::ptrdiff_t pair[2];  // critics
 };
 

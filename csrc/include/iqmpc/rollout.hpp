@@ -21,7 +21,7 @@ struct RolloutView {
   std::ptrdiff_t critic_pair[2] = {0, 1};
   float discount = 0.99f;
   Score score = Score::advantage;
-  float entropy = 0;  // β, of the unrolled score
+  float entropy = 0;         // β, of the unrolled score
   float* returns = nullptr;  // [E, S]
 };
 

@@ -27,7 +27,8 @@ TINY = (
     "planner.elites=4 planner.policy_trajectories=4 planner.iterations=1 learner.mode=eager "
     "learner.batch=8 task.episode_length=10 train.random_steps=20 train.initial_updates=2 "
     "train.eval_every=100 train.eval_episodes=1 train.final_episodes=2 train.checkpoint_every=20 "
-    "threads=1")
+    "threads=1"
+)
 
 # Stands in for `iqmpc train`: writes what a run folder has, and fails or waits as it is told.
 FAKE = """
@@ -80,8 +81,12 @@ def test_no_more_runs_at_a_time_than_jobs(fake, tmp_path, monkeypatch):
     original = module.start
 
     def start(folder, words):
-        at_once.append(sum((tmp_path / n / "log.txt").exists()
-                           and not (tmp_path / n / "summary.json").exists() for n in "abcd"))
+        at_once.append(
+            sum(
+                (tmp_path / n / "log.txt").exists() and not (tmp_path / n / "summary.json").exists()
+                for n in "abcd"
+            )
+        )
         return original(folder, words)
 
     monkeypatch.setattr(module, "start", start)
@@ -94,7 +99,8 @@ def test_a_run_that_another_process_makes_is_let_be(fake, tmp_path):
     try:
         wait_for((tmp_path / "run" / "config.yaml").exists)
         assert module.make({"run": []}, tmp_path, jobs=1) == [
-            "run is being made already: a process holds its log.txt"]
+            "run is being made already: a process holds its log.txt"
+        ]
     finally:
         left.kill()
         left.wait()
@@ -102,12 +108,15 @@ def test_a_run_that_another_process_makes_is_let_be(fake, tmp_path):
     assert log(tmp_path / "run") == ["new", "resumed"]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("- {name: a}", "a run has a name and overrides"),
-    ("- {name: ../a, overrides: ''}", "no name for a folder"),
-    ("- {name: a, overrides: ''}\n- {name: a, overrides: ''}", "there twice"),
-    ("- {name: a, overrides: run_dir=b}", "must leave run_dir and resume"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- {name: a}", "a run has a name and overrides"),
+        ("- {name: ../a, overrides: ''}", "no name for a folder"),
+        ("- {name: a, overrides: ''}\n- {name: a, overrides: ''}", "there twice"),
+        ("- {name: a, overrides: run_dir=b}", "must leave run_dir and resume"),
+    ],
+)
 def test_a_wrong_list_is_refused(tmp_path, text, message):
     path = tmp_path / "runs.yaml"
     path.write_text(text)
@@ -131,9 +140,22 @@ def test_the_committed_list_is_of_runs_with_two_seeds_each():
 def test_stopped_in_the_middle_it_goes_on_and_ends_with_the_table(tmp_path, how):
     (tmp_path / "runs.yaml").write_text(
         f"- {{name: one, overrides: 'seed=1 train.steps=300 {TINY}'}}\n"
-        f"- {{name: two, overrides: 'seed=2 train.steps=300 {TINY}'}}\n")
-    words = [sys.executable, PROGRAM, "--runs", "runs.yaml", "--into", "made", "--jobs", "2",
-             "--table", "table.json", "--episodes", "2"]
+        f"- {{name: two, overrides: 'seed=2 train.steps=300 {TINY}'}}\n"
+    )
+    words = [
+        sys.executable,
+        PROGRAM,
+        "--runs",
+        "runs.yaml",
+        "--into",
+        "made",
+        "--jobs",
+        "2",
+        "--table",
+        "table.json",
+        "--episodes",
+        "2",
+    ]
     made = tmp_path / "made"
     process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list(made.glob("*/checkpoints/step_*")) or process.poll() is not None)
