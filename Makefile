@@ -17,7 +17,7 @@ results: $(READY)
 test: cpp-test cpp-test-asan cpp-test-tsan
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.?pp' 'csrc/*.cu*' 'examples/*.?pp' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc examples -name '*.[ch]pp' -o -name '*.cu*' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/pytest $(ARGS)
 
 # The core and DMControl against the newest releases that they are known to work with (NumPy 2);

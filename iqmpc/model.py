@@ -129,7 +129,7 @@ class WorldModel(nn.Module):
 
 
 def _encoder(obs_shape: tuple[int, ...], config: ModelConfig) -> list[nn.Module]:
-    """MLP for flat observations, convolutions (and a Linear, where Z is not their size) for images."""
+    """MLP for flat observations; for images convolutions, and a Linear if Z is not their size."""
     latent = config.latent_dim
     if len(obs_shape) == 1:
         return [

@@ -164,7 +164,7 @@ def test_missing_episodes_and_an_action_of_another_name(path, demos):
         pytest.skip("all episodes in one file")
     file.unlink()
     (found,) = messages(path)
-    assert "--allow-gaps takes those that are there" in found
+    assert "--allow-gaps takes those there are" in found
     gaps = Demonstrations.load(path, task="t", facts=Facts(task="t", allow_gaps=True))
     assert len(gaps) == 2 and gaps.provenance["episodes_missing"] == "1 of 3"
     for file in path.glob("data/*/*"):
