@@ -23,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from iqmpc.config import Config, differences, may_change
+from iqmpc.config import Config, differences, may_change, shortened
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.files import remove_temporary, write_atomically
 
@@ -33,6 +33,19 @@ _NAME = re.compile(r"step_(\d+)\.safetensors")
 # What file systems say that lock nothing, or (NFS) nothing that is not open for writing.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF, errno.EISDIR}
 _MAX_CONFIG = 2**16  # bytes; a config.yaml has some 3,000
+# What a description says at least; of the rest some is younger than some checkpoints.
+_COUNTS = ("action_dim", "env_steps", "updates", "episodes", "evaluated_at")
+_NONE = type(None)
+_FIELDS = (
+    ("wall_s", (int, float), "seconds"),
+    ("demonstrator_return", (int, float, _NONE), "a number or null"),
+    ("demonstrations", (str, _NONE), "a digest or null"),
+    ("settings", (dict, _NONE), "settings by name"),
+    ("started", (int, _NONE), "a count"),
+    ("env_restarts", (int, _NONE), "a count"),
+    ("device", (str, _NONE), "a name"),
+    ("mode", (str, _NONE), "a name"),
+)
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -172,7 +185,8 @@ def locked(run: str | Path) -> Iterator[None]:
 
 def check_settings(run: str | Path, found: Config, path: Path, meta: Mapping[str, Any]) -> None:
     """`CheckpointError` that names what differs in `found`, as read from the run's config.yaml,
-    from the settings with which the checkpoint was written."""
+    from the settings with which the checkpoint was written, and for a description that is none."""
+    _check_meta(path, meta)
     other = [
         text
         for key, text in differences(meta.get("settings", {}), found.to_dict())
@@ -183,6 +197,31 @@ def check_settings(run: str | Path, found: Config, path: Path, meta: Mapping[str
             f"{Path(run) / 'config.yaml'} is not what {path.name} was made with: "
             + "; ".join(other)
         )
+
+
+def _check_meta(path: Path, meta: Any) -> None:
+    """`CheckpointError` for what no run has written, though its digest is right."""
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path} does not describe itself: expected names and values")
+    shape = meta.get("obs_shape") or [meta.get("obs_dim")]  # the latter before there were images
+    counts = {key: meta.get(key) for key in _COUNTS}
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        counts["obs_shape"] = shape
+    for key, value in counts.items():
+        if not _is_count(value):
+            raise CheckpointError(
+                f"{path} does not describe itself: {key} is {shortened(value)}, expected a count"
+            )
+    for key, kinds, expected in _FIELDS:
+        value = meta.get(key)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise CheckpointError(
+                f"{path} does not describe itself: {key} is {shortened(value)}, expected {expected}"
+            )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def exists(run: str | Path) -> bool:

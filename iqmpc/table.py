@@ -17,6 +17,7 @@ from rich.table import Table
 
 from iqmpc import checkpoint
 from iqmpc.compose import ablation
+from iqmpc.config import shortened
 from iqmpc.errors import CheckpointError, IqmpcError, TaskError
 from iqmpc.evaluation import evaluate, mixed_correlation, open_run, ratio
 from iqmpc.files import write_atomically
@@ -25,7 +26,12 @@ from iqmpc.runlog import last_evaluations
 EPISODES = 20
 # Evaluations in training use the run's own seed: these episodes are ones it was never looked at in.
 _SEED_OFFSET = 10_000
-_DIGITS = 4
+_DIGITS, _LARGEST = 4, 1e300
+# What is taken from a summary.json: of the training, and of an evaluation.
+_TOLD = {"env_steps", "wall_s", "demonstrator_return"}
+_REACHED = {"episodes", "return_mean", "return_std", "success_rate"}
+# Null where there is none, or one that is not finite.
+_ABSENT = {*_REACHED, "demonstrator_return", "reward_correlation"} - {"episodes"}
 
 Record = dict[str, Any]
 
@@ -85,17 +91,17 @@ def record(
     config = checkpoint.load_config(run)
     if not checkpoint.exists(run):
         raise CheckpointError(f"{run} has no checkpoint")
-    summary = _read_json(run / "summary.json")
+    summary = _figures(run / "summary.json", _TOLD | _REACHED)
     agent = "planner" if planner and config.planner.enabled else "prior"
     enough = summary.get("episodes", 0) >= episodes and (
         agent == "planner" or not config.planner.enabled
     )
     kept = run / f"evaluation-{agent}.json"
-    measured = _read_json(kept)
+    measured = _figures(kept, {"env_steps", "reward_correlation"})
     if (
         not summary
         or measured.get("env_steps") != summary["env_steps"]
-        or (not enough and measured["episodes"] < episodes)
+        or (not enough and measured.get("episodes", 0) < episodes)
     ):
         try:
             measured = _in_own_process(run, 0 if enough else episodes, agent == "planner")
@@ -148,13 +154,20 @@ def read_records(path: Path) -> list[Record]:
     """The records of a file, none where there is no file; `IqmpcError` for anything else."""
     try:
         records = json.loads(path.read_text(), parse_constant=lambda _: None)  # NaN is null
+        _text(records)  # that they can be written again
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IqmpcError(f"{path} cannot be read: {error}") from error
-    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+    if not isinstance(records, list) or not all(map(_is_record, records)):
         raise IqmpcError(f"{path} is no list of records")
     return records
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        inner is None or isinstance(inner, (str, int, float)) for inner in value.values()
+    )
 
 
 def merge_records(path: Path, records: Sequence[Record]) -> None:
@@ -170,8 +183,12 @@ def merge_records(path: Path, records: Sequence[Record]) -> None:
             str(r.get("seed")).zfill(10),
         )
     )
-    lines = ",\n".join(json.dumps(r, allow_nan=False, ensure_ascii=False) for r in merged)
-    write_atomically(path, f"[\n{lines}\n]\n".encode())
+    lines = b",\n".join(map(_text, merged))
+    write_atomically(path, b"[\n" + lines + b"\n]\n")
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
 
 
 def to_rich(records: Sequence[Record]) -> Table:
@@ -270,8 +287,8 @@ def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file of a run folder says; nothing where there is none."""
+def _figures(path: Path, names: set[str]) -> dict[str, Any]:
+    """The figures of a JSON file of a run folder, `names` at least; none where there is no file."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -280,4 +297,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} cannot be read: it holds no figures by name")
-    return found
+    for name in sorted(names):
+        value = found.get(name)
+        number = isinstance(value, (int, float)) and not abs(value) > _LARGEST
+        if not number and not (value is None and name in _ABSENT):
+            raise CheckpointError(
+                f"{path} cannot be read: {name} is {shortened(value)}, expected a number"
+            )
+    return dict.fromkeys(names & _ABSENT) | found

@@ -231,3 +231,39 @@ def test_a_folder_is_held_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with checkpoint.locked(tmp_path):
         pass
+
+
+META = {
+    "obs_shape": [2],
+    "action_dim": 2,
+    "env_steps": 40,
+    "updates": 5,
+    "episodes": 2,
+    "wall_s": 1.5,
+    "evaluated_at": 40,
+    "demonstrator_return": None,
+    "demonstrations": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"env_steps": None}, "env_steps is None, expected a count"),
+        ({"env_steps": -1}, "env_steps is -1, expected a count"),
+        ({"action_dim": "1e999"}, "action_dim is '1e999', expected a count"),
+        ({"obs_shape": "[2]"}, r"obs_shape is '\[2\]', expected a count"),
+        ({"obs_shape": [True]}, r"obs_shape is \[True\], expected a count"),
+        ({"wall_s": "a while"}, "wall_s is 'a while', expected seconds"),
+        ({"demonstrator_return": [1]}, r"demonstrator_return is \[1\], expected a number or null"),
+        ({"settings": 3}, "settings is 3, expected settings by name"),
+        ({"started": 1.5}, "started is 1.5, expected a count"),
+    ],
+)
+def test_a_description_that_no_run_has_written(tmp_path, small_config, change, said):
+    """Its digest is right: whoever makes a checkpoint can make one of any description."""
+    checkpoint.check_settings(tmp_path, small_config, tmp_path, META)
+    with pytest.raises(CheckpointError, match=f"does not describe itself: {said}"):
+        checkpoint.check_settings(tmp_path, small_config, tmp_path, {**META, **change})
+    with pytest.raises(CheckpointError, match="does not describe itself"):
+        checkpoint.check_settings(tmp_path, small_config, tmp_path, [META])
