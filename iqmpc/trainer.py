@@ -219,9 +219,12 @@ class Trainer:
                     )
                 while self.env_steps < c.steps:
                     ended = self._tick()
+                    # Before a signal is looked at, which would lose this episode; but one that has
+                    # cut its updates short is made again.
+                    if ended and self.learner.updates >= self._due():
+                        self._whole = self._state()
                     self._interrupts.check()
                     if ended and self.env_steps < c.steps:
-                        self._whole = self._state()
                         if self.env_steps - self._evaluated_at >= c.eval_every:
                             self._evaluate(c.eval_episodes)
                             self._whole = self._state()
@@ -376,7 +379,8 @@ class Trainer:
         if phase is not None:
             self._report(phase=(phase, 0, updates - first))
         with stream:
-            while self.learner.updates < updates and not self._stop.is_set():
+            # Those of one tick are few, and without them the tick's episode could not be saved.
+            while self.learner.updates < updates and not (phase and self._stop.is_set()):
                 latest = self.learner.learn(self.experts, behaviour)
                 self._learnt = True
                 last = self.learner.updates == updates
