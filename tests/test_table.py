@@ -194,15 +194,19 @@ def test_what_is_no_run_is_named(make_run, measuring, tmp_path):
         (run / "summary.json").write_bytes(damaged.encode("latin-1"))
         with pytest.raises(CheckpointError, match="summary.json cannot be read"):
             table.record(run)
-    for index, (change, said) in enumerate((
-        ({"env_steps": "x"}, "env_steps is 'x', expected a number"),
-        ({"episodes": None}, "episodes is None, expected a number"),
-        ({"wall_s": [1]}, r"wall_s is \[1\], expected a number"),
-        ({"return_mean": 10**400}, "return_mean is 10+.*, expected a number"),
-    )):
+    for index, (change, said) in enumerate(
+        (
+            ({"env_steps": "x"}, "env_steps is 'x', expected a number"),
+            ({"episodes": None}, "episodes is None, expected a number"),
+            ({"wall_s": [1]}, r"wall_s is \[1\], expected a number"),
+            ({"return_mean": 10**400}, "return_mean is 10+.*, expected a number"),
+        )
+    ):
         with pytest.raises(CheckpointError, match=f"summary.json cannot be read: {said}"):
             table.record(make_run(f"run {index}", summary={**SUMMARY, **change}))
-    (run := make_run("measured")).joinpath("evaluation-planner.json").write_text('{"reward_correlation": 1}')
+    (run := make_run("measured")).joinpath("evaluation-planner.json").write_text(
+        '{"reward_correlation": 1}'
+    )
     with pytest.raises(CheckpointError, match="evaluation-planner.json cannot be read: env_steps"):
         table.record(run)
     measuring.figures = {**MEASURED, "env_steps": 60}
@@ -266,7 +270,15 @@ def test_records_replace_those_of_the_same_run_and_no_others(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "{}", "[1]", '[{"seed": [1]}]', '[{"minutes": 1e999}]', r'[{"task": "\ud800"}]', "[" * 10**5],
+    [
+        "{",
+        "{}",
+        "[1]",
+        '[{"seed": [1]}]',
+        '[{"minutes": 1e999}]',
+        r'[{"task": "\ud800"}]',
+        "[" * 10**5,
+    ],
 )
 def test_another_file_is_not_overwritten(tmp_path, text):
     path = tmp_path / "table.json"
