@@ -27,8 +27,8 @@ from iqmpc.threads import set_threads
 from tests.fuzz import samples
 
 _EPISODE = 12
-# A resumed run must end within this many seconds, also on a machine that is busy otherwise.
-_LONGEST_S = 300.0
+# A run must end within this many seconds, also where it is compiled and the machine is busy.
+_LONGEST_S = 1800.0
 _SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # What differs from one run to the next: time, and where it was made.
 _OWN = ("wall_s", "commit", "machine")
@@ -154,7 +154,7 @@ def _end(case: Case, ending: Ending, run: Path) -> str:
     if ending.twice is not None:
         time.sleep(ending.twice)
         _send(child, number)
-    how = _waited(child, 60.0)
+    how = _waited(child, 300.0)
     expected = (
         "was ended by SIGKILL" if number == signal.SIGKILL else f"interrupted by {number.name}"
     )
