@@ -35,6 +35,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBAD
 _MAX_CONFIG = 2**16  # bytes; a config.yaml has some 3,000
 # What a description says at least; of the rest some is younger than some checkpoints.
 _COUNTS = ("action_dim", "env_steps", "updates", "episodes", "evaluated_at")
+_NEEDED = ("wall_s", "demonstrator_return", "demonstrations")
 _NONE = type(None)
 _FIELDS = (
     ("wall_s", (int, float), "seconds"),
@@ -101,14 +102,14 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {_said(error)}") from error
     if header.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is no {FORMAT} file (its format says {header.get('format')!r})"
+            f"{path} is no {FORMAT} file (its format says {shortened(header.get('format'))})"
         )
     if header.get("version") != str(VERSION):
         raise CheckpointError(
-            f"{path} has version {header.get('version')}, this program reads {VERSION}"
+            f"{path} has version {shortened(header.get('version'))}, this program reads {VERSION}"
         )
     text = header.get("meta", "")
     if digest(tensors, text) != header.get("digest"):
@@ -116,7 +117,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         return tensors, json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds no description of itself: {error}") from error
+        raise CheckpointError(f"{path} holds no description of itself: {_said(error)}") from error
 
 
 def newest(run: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -214,6 +215,8 @@ def _check_meta(path: Path, meta: Any) -> None:
             )
     for key, kinds, expected in _FIELDS:
         value = meta.get(key)
+        if key in _NEEDED and key not in meta:
+            raise CheckpointError(f"{path} does not describe itself: it has no {key}")
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise CheckpointError(
                 f"{path} does not describe itself: {key} is {shortened(value)}, expected {expected}"
@@ -247,12 +250,16 @@ def load_config(run: str | Path) -> Config:
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{run} is no run folder: it has no config.yaml") from None
     except (OSError, UnicodeError, ValueError, RecursionError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} cannot be read: {said}") from error
+        raise CheckpointError(f"{path} cannot be read: {_said(error)}") from error
     try:
         return Config.from_dict(values)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _said(error: Exception) -> str:
+    """In a line: an error about a file repeats what stands in it."""
+    return " ".join(str(error).split())[:200]
 
 
 def _paths(folder: Path) -> list[Path]:

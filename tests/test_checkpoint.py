@@ -265,5 +265,18 @@ def test_a_description_that_no_run_has_written(tmp_path, small_config, change, s
     checkpoint.check_settings(tmp_path, small_config, tmp_path, META)
     with pytest.raises(CheckpointError, match=f"does not describe itself: {said}"):
         checkpoint.check_settings(tmp_path, small_config, tmp_path, {**META, **change})
+    for key in META:
+        with pytest.raises(CheckpointError, match=f"does not describe itself: .*{key}"):
+            rest = {k: v for k, v in META.items() if k != key}
+            checkpoint.check_settings(tmp_path, small_config, tmp_path, rest)
     with pytest.raises(CheckpointError, match="does not describe itself"):
         checkpoint.check_settings(tmp_path, small_config, tmp_path, [META])
+
+
+def test_a_header_of_a_page_is_not_repeated(tmp_path):
+    header = b'{"__metadata__": "' + b"a" * 9000 + b'"}'
+    path = tmp_path / "step_000000001.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        checkpoint.load(path)
+    assert len(str(caught.value)) < 300 + len(str(path))
