@@ -33,7 +33,7 @@ def main() -> int:
     reports = []
     for name in names:
         until = None if given.minutes is None else time.monotonic() + 60 * given.minutes
-        reports.append(fuzz(name, given.inputs, seed=given.seed, first=given.first, until=until))
+        reports += fuzz([name], given.inputs, seed=given.seed, first=given.first, until=until)
         print(line(reports[-1]), flush=True)
         for fault in reports[-1].faults[:10]:
             print(

@@ -12,11 +12,11 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # A reader may use so much memory, and CPU time, for a file of n bytes.
 FREE_BYTES, TIMES_SIZE = 2**29, 400
@@ -30,6 +30,14 @@ _SILENCE_S = (
 GOOD = ("loaded", "refused", "contained")
 
 
+class Job(NamedTuple):
+    """Inputs of a reader that are still to be read."""
+
+    parser: str
+    first: int
+    last: int
+
+
 @dataclass
 class Report:
     """What became of the inputs of one reader."""
@@ -40,7 +48,6 @@ class Report:
     ratio: float = 0.0  # the most of the allowance
     seconds: float = 0.0  # the most CPU seconds
     faults: list[dict[str, Any]] = field(default_factory=list)
-    refusals: collections.Counter = field(default_factory=collections.Counter)
 
     @property
     def inputs(self) -> int:
@@ -61,17 +68,24 @@ class Report:
 
 
 def fuzz(
-    name: str, inputs: int, *, seed: int = 0, first: int = 0, until: float | None = None
-) -> Report:
-    """Feed `inputs` damaged files to a reader, from number `first`; stop at the monotonic time.
+    names: Sequence[str],
+    inputs: int,
+    *,
+    seed: int = 0,
+    first: int = 0,
+    until: float | None = None,
+) -> list[Report]:
+    """Feed `inputs` damaged files to each reader, from number `first`; stop at the monotonic time.
 
-    Input i of a seed is always the same file.
+    Input i of a seed is always the same file. One process reads for all, and is replaced where it
+    dies.
     """
-    report = Report(name)
+    reports = {name: Report(name) for name in names}
+    jobs = [Job(name, first, first + inputs) for name in names]
     with tempfile.TemporaryDirectory(prefix="iqmpc-fuzz-", dir=_fast_folder()) as folder:
-        for outcome in _outcomes(name, inputs, seed, first, Path(folder), until):
-            _count(report, outcome, seed)
-    return report
+        for outcome in _outcomes(jobs, seed, Path(folder), until):
+            _count(reports[outcome["parser"]], outcome, seed)
+    return list(reports.values())
 
 
 def _fast_folder() -> str | None:
@@ -94,61 +108,61 @@ def allowance(size: int) -> int:
 
 
 def _outcomes(
-    name: str, inputs: int, seed: int, first: int, folder: Path, until: float | None
+    jobs: list[Job], seed: int, folder: Path, until: float | None
 ) -> Iterator[dict[str, Any]]:
     """One for every input; a process that dies is replaced by one that goes on behind it."""
     context = multiprocessing.get_context("spawn")
-    at, last = first, first + inputs
-    while at < last and not _over(until):
+    while jobs and not _over(until):
         ours, theirs = context.Pipe()
-        worker = context.Process(
-            target=_work, args=(theirs, name, seed, at, last, folder), daemon=True
-        )
+        worker = context.Process(target=_work, args=(theirs, jobs, seed, folder), daemon=True)
         worker.start()
         theirs.close()
-        ready = False
+        ready, how = False, ""
         try:
-            while at < last and not _over(until):
+            while jobs and not _over(until):
                 if not ours.poll(_SILENCE_S):
-                    yield _died(name, seed, at, folder, "hang: no sign of life")
-                    at += 1
+                    how = "hang: no sign of life"
                     break
                 outcome = ours.recv()
-                if outcome is None:
-                    ready = True
-                    continue
-                yield outcome
-                at += 1
+                ready = True
+                if outcome is not None:
+                    yield outcome
+                    jobs = _after(jobs)
         except EOFError:
             worker.join(10)
-            if not ready:
-                raise RuntimeError(f"{name}: the fuzzing process could not start") from None
-            yield _died(name, seed, at, folder, f"crash: exit code {worker.exitcode}")
-            at += 1
+            how = f"crash: exit code {worker.exitcode}"
         finally:
             worker.kill()
             worker.join()
             ours.close()
+        if how:
+            if not ready:
+                raise RuntimeError(f"the fuzzing process for {jobs[0].parser} could not start")
+            yield _died(jobs[0], seed, folder, how)
+            jobs = _after(jobs)
+
+
+def _after(jobs: list[Job]) -> list[Job]:
+    """What is left to do after the first input."""
+    job = jobs[0]._replace(first=jobs[0].first + 1)
+    return [job, *jobs[1:]] if job.first < job.last else jobs[1:]
 
 
 def _over(until: float | None) -> bool:
     return until is not None and time.monotonic() > until
 
 
-def _died(name: str, seed: int, at: int, folder: Path, how: str) -> dict[str, Any]:
+def _died(job: Job, seed: int, folder: Path, how: str) -> dict[str, Any]:
     """A reader that dies in our process is sound where users reach it only in one of its own."""
     from tests.fuzz.parsers import PARSERS
 
-    parser = PARSERS[name]
-    outcome = {"input": at, "kind": how.partition(":")[0], "message": how, "peak": 0, "size": 0,
-               "seconds": 0.0}  # fmt: skip
-    if parser.isolated is None:
-        return outcome
-    place = folder / "again"
-    place.mkdir(exist_ok=True)
-    path = write(parser, damaged(parser, seed, at, parser.samples(_own(folder))), place)
-    kind, message = _contained(parser, path, how)
-    return {**outcome, "kind": kind, "message": message}
+    parser, kind, message = PARSERS[job.parser], how.partition(":")[0], how
+    if parser.isolated is not None:
+        place = _own(folder)
+        files = damaged(parser, seed, job.first, parser.samples(_own(folder)))
+        kind, message = _contained(parser, write(parser, files, place), how)
+    return {"parser": job.parser, "input": job.first, "kind": kind, "message": message, "peak": 0,
+            "size": 0, "seconds": 0.0}  # fmt: skip
 
 
 def _contained(parser: Any, path: Path, how: str) -> tuple[str, str]:
@@ -161,8 +175,7 @@ def _contained(parser: Any, path: Path, how: str) -> tuple[str, str]:
 
 
 def _own(folder: Path) -> Path:
-    place = Path(tempfile.mkdtemp(dir=folder))
-    return place
+    return Path(tempfile.mkdtemp(dir=folder))
 
 
 def damaged(parser: Any, seed: int, index: int, found: list[Any]) -> Any:
@@ -183,8 +196,8 @@ def write(parser: Any, files: Any, folder: Path) -> Path:
     return path
 
 
-def _work(pipe: Connection, name: str, seed: int, first: int, last: int, folder: Path) -> None:
-    """The process that reads. It says None when it is ready, then one outcome after the other."""
+def _work(pipe: Connection, jobs: list[Job], seed: int, folder: Path) -> None:
+    """The process that reads: None when a reader is ready, then one outcome after the other."""
     import h5py
     import numpy as np
     import torch
@@ -194,42 +207,49 @@ def _work(pipe: Connection, name: str, seed: int, first: int, last: int, folder:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    parser = PARSERS[name]
     own = _own(folder)
     (own / "outside").mkdir()
     with h5py.File(own / "outside/canary.h5", "w") as file:
         file["data"] = np.full(4, 0.123456, np.float32)
-    found = parser.samples(_own(own))
     place = own / "input"
     place.mkdir()
     os.chdir(own)
-    # Sound ones load (or a fact that they do not fit is refused), and what is imported on the way
-    # is there by now.
-    sound = [_judged(parser, write(parser, files, place)) for files in found]
-    if not any(kind == "loaded" for kind, _ in sound):
-        raise RuntimeError(f"{name}: no sample loads: {sound}")
     watch = guard.Guard(own)
     guard.limit_process(_PROCESS_BYTES, int(FREE_S) + 10)
-    pipe.send(None)
-    for index in range(first, last):
-        files = damaged(parser, seed, index, found)
-        path = write(parser, files, place)
-        size = sum(map(len, files.values()))
-        guard.extend_time(int(FREE_S) + 10)
-        watch.start()
-        kind, message = _judged(parser, path)
-        seen, peak, seconds = watch.stop()
-        if seen:
-            kind, message = "opened or ran", "; ".join(seen[:3])
-        elif kind in GOOD and peak > allowance(size):
-            kind, message = "memory", f"{peak} bytes for a file of {size}"
-        elif kind in GOOD and seconds > FREE_S:
-            kind, message = "slow", f"{seconds:.1f} CPU seconds for a file of {size}"
-        if kind in ("memory", "slow") and parser.isolated is not None:
-            kind, message = _contained(parser, path, message)
-        outcome = {"input": index, "kind": kind, "message": message, "peak": peak, "size": size,
-                   "seconds": seconds}  # fmt: skip
-        pipe.send(outcome)
+    for job in jobs:
+        parser = PARSERS[job.parser]
+        guard.extend_time(600)
+        found = parser.samples(_own(own))
+        # Sound ones load (or an option that they do not fit is refused), and what is imported on
+        # the way is there by now.
+        sound = [_judged(parser, write(parser, files, place)) for files in found]
+        if not any(kind == "loaded" for kind, _ in sound):
+            raise RuntimeError(f"{parser.name}: no sample loads: {sound}")
+        pipe.send(None)
+        for index in range(job.first, job.last):
+            files = damaged(parser, seed, index, found)
+            pipe.send(_fed(parser, write(parser, files, place), index, files, watch))
+
+
+def _fed(parser: Any, path: Path, index: int, files: Any, watch: Any) -> dict[str, Any]:
+    """What becomes of one input."""
+    from tests.fuzz import guard
+
+    size = sum(map(len, files.values()))
+    guard.extend_time(int(FREE_S) + 10)
+    watch.start()
+    kind, message = _judged(parser, path)
+    seen, peak, seconds = watch.stop()
+    if seen:
+        kind, message = "opened or ran", "; ".join(seen[:3])
+    elif kind in GOOD and peak > allowance(size):
+        kind, message = "memory", f"{peak} bytes for a file of {size}"
+    elif kind in GOOD and seconds > FREE_S:
+        kind, message = "slow", f"{seconds:.1f} CPU seconds for a file of {size}"
+    if kind in ("memory", "slow") and parser.isolated is not None:
+        kind, message = _contained(parser, path, message)
+    return {"parser": parser.name, "input": index, "kind": kind, "message": message, "peak": peak,
+            "size": size, "seconds": seconds}  # fmt: skip
 
 
 def _judged(parser: Any, path: Path) -> tuple[str, str]:

@@ -368,12 +368,18 @@ def config(**changes: Any) -> iqmpc.Config:
     ).replace(changes)
 
 
+_made: list[Files] = []
+
+
 def run(folder: Path) -> list[Files]:
-    """A run folder, its only checkpoint first."""
+    """A run folder, its only checkpoint first; made once in a process."""
+    if _made:
+        return list(_made)
     place = folder / "run"
     iqmpc.Trainer(config(), Point(), demonstrations(), run=place).train()
     checkpoint = max((place / "checkpoints").glob("*.safetensors"))
     names = (checkpoint, *(place / n for n in ("config.yaml", "metrics.csv", "summary.json")))
     files = {f"run/{path.relative_to(place)}": path.read_bytes() for path in names}
     measured = {"env_steps": 60, "episodes": 1, "seed": 10_000, "reward_correlation": 0.5}
-    return [{**files, "run/evaluation-planner.json": json.dumps(measured).encode()}]
+    _made.append({**files, "run/evaluation-planner.json": json.dumps(measured).encode()})
+    return list(_made)
