@@ -612,7 +612,7 @@ class Trainer:
             self.generator.set_state(
                 self._random_state(tensors["trainer.generator"], self.generator, "trainer", meta)
             )
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} does not fit this run's settings: {error}") from error
         self.agent.publish(self.learner.acting_weights())
         self.env_steps, self.episodes = meta["env_steps"], meta["episodes"]

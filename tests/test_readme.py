@@ -119,7 +119,7 @@ print(env.step(env.action_space.sample())[0].shape, "imageio" in sys.modules)
 
 
 def test_make_train_installs_what_its_commands_import():
-    """gymnasium's MuJoCo tasks, which the README gives it, run with those packages and no others."""
+    """gymnasium's MuJoCo tasks, which the README gives it, run with those packages alone."""
     makefile = (README.parent / "Makefile").read_text()
     (extras,) = re.findall(r"^\$\(TRAIN\): EXTRA = (.*)$", makefile, re.MULTILINE)
     held: dict[str, set[str]] = {}

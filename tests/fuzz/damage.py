@@ -17,8 +17,10 @@ from typing import Any
 Files = dict[str, bytes]
 Reshape = Callable[[bytes, random.Random], bytes]
 
-_INTEGERS = (0, 1, 2, 7, 8, 127, 128, 255, 256, 1023, 4096, 32767, 65535, 2**31 - 1, 2**31, 2**32 - 1,
-             2**33, 2**53, 2**63 - 1, 2**64 - 1, -1, -2, -(2**31), -(2**63))  # fmt: skip
+_INTEGERS = (
+    0, 1, 2, 7, 8, 127, 128, 255, 256, 1023, 4096, 32767, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**33,
+    2**53, 2**63 - 1, 2**64 - 1, -1, -2, -(2**31), -(2**63),
+)  # fmt: skip
 _FLOATS = (
     0.0,
     -0.0,
@@ -33,7 +35,8 @@ _FLOATS = (
     -float("inf"),
 )
 _TEXTS = ("", " ", "\x00", "\x1b[2J", "a" * 5000, "null", "../outside/canary.h5", "é", "\ud800",
-          "1e999", "9" * 400, "walker-walk", "NaN", "[" * 50, "${oc.env:HOME}", "{x}", "%s")  # fmt: skip
+          "1e999", "9" * 400, "walker-walk", "NaN", "[" * 50,
+          "${oc.env:HOME}", "{x}", "%s")  # fmt: skip
 
 
 def bytes_changed(data: bytes, rng: random.Random, others: Sequence[bytes] = ()) -> bytes:
@@ -139,8 +142,10 @@ def _append(data: bytearray, rng: random.Random, others: Sequence[bytes]) -> byt
     return data + rng.randbytes(rng.choice((1, 7, 100)))
 
 
-_CHANGES = (_flip, _flip, _byte, _byte, _number, _number, _number, _cut, _end, _repeat, _blank, _noise,
-            _move, _splice, _append)  # fmt: skip
+_CHANGES = (
+    _flip, _flip, _byte, _byte, _number, _number, _number, _cut, _end, _repeat, _blank, _noise,
+    _move, _splice, _append,
+)  # fmt: skip
 
 
 def text_changed(data: bytes, rng: random.Random) -> bytes:
@@ -154,7 +159,7 @@ def text_changed(data: bytes, rng: random.Random) -> bytes:
         elif kind == 1 and len(lines) > 1:
             del lines[index]
         elif kind == 2:
-            lines[index], other = lines[rng.randrange(len(lines))], index
+            lines[index] = lines[rng.randrange(len(lines))]
         else:
             cut = rng.choice((",", ":", " ", "=", "."))
             words = lines[index].split(cut)

@@ -216,10 +216,11 @@ def _table(path: Path) -> object:
 
 
 _WORDS = (
-    "task=cheetah-run", "preset=cpu", "train.steps=40000", "learner.batch=128", "seed=3", "threads=2",
-    "learner.lr=3e-4", "planner.samples=64", "task=gym", "env_id=HalfCheetah-v4", "demos.path=set.h5",
-    "model=tiny", "learner=td", "train.overlap=sync", "task.terminates=false", "learner.discount=null",
-    "train.updates_per_step=0.25", "task.obs_keys=qpos,agent/qvel", "run_dir=runs/x",
+    "task=cheetah-run", "preset=cpu", "train.steps=40000", "learner.batch=128", "seed=3",
+    "threads=2", "learner.lr=3e-4", "planner.samples=64", "task=gym", "env_id=HalfCheetah-v4",
+    "demos.path=set.h5", "model=tiny", "learner=td", "train.overlap=sync", "task.terminates=false",
+    "learner.discount=null", "train.updates_per_step=0.25", "task.obs_keys=qpos,agent/qvel",
+    "run_dir=runs/x",
 )  # fmt: skip
 
 
@@ -230,10 +231,6 @@ def _words(folder: Path) -> list[Files]:
 def _composed(path: Path) -> object:
     text = path.read_bytes().decode("utf-8", "surrogateescape")  # as Python takes its arguments
     return iqmpc.compose([word for word in text.split("\n") if "\x00" not in word])
-
-
-def _npz_member(data: bytes, rng: random.Random) -> bytes:
-    return npy_changed(data, rng)
 
 
 def _sb3_member(data: bytes, rng: random.Random) -> bytes:
@@ -283,14 +280,16 @@ def _parquet_changed(data: bytes, rng: random.Random) -> bytes:
 
 _OPCODES = (
     b"cos\nsystem\n", b"cposix\nsystem\n(S'touch ../outside/ran'\ntR.", b"cbuiltins\neval\n",
-    b"\x93", b"R", b"b", b"o", b"\x81", b"\x92", b"i__main__\nX\n", b"P1\n", b"Q", b"\x82\x01", b"2",
-    b"0", b"1", b"(", b"t", b"l", b"d", b"s", b"u", b"e", b"a", b"h\x00", b"q\xff", b"r\xff\xff\xff\x7f",
-    b"j\xff\xff\xff\x7f", b"B\xff\xff\xff\x7f", b"\x8e" + b"\xff" * 8, b"\x95" + b"\xff" * 8,
+    b"\x93", b"R", b"b", b"o", b"\x81", b"\x92", b"i__main__\nX\n", b"P1\n", b"Q", b"\x82\x01",
+    b"2", b"0", b"1", b"(", b"t", b"l", b"d", b"s", b"u", b"e", b"a", b"h\x00", b"q\xff",
+    b"r\xff\xff\xff\x7f", b"j\xff\xff\xff\x7f", b"B\xff\xff\xff\x7f", b"\x8e" + b"\xff" * 8,
+    b"\x95" + b"\xff" * 8,
     b"L" + b"9" * 6000 + b"L\n", b"\x8b\xff\xff\xff\x7f", b"cnumpy\ndtype\n", b"cnumpy\nndarray\n",
     b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy.core.multiarray\nscalar\n",
     b"ccollections\nOrderedDict\n", b"c_codecs\nencode\n", b"ccollections\ndefaultdict\n", b".",
-    b"\x94", b"}", b"]", b")", b"\x85", b"\x86", b"\x87", b"N", b"\x88", b"K\x05", b"J\xff\xff\xff\xff",
-    b"G" + b"\x7f\xf0" + b"\0" * 6, b"U\x03abc", b"C\x03abc", b"X\x03\0\0\0abc",
+    b"\x94", b"}", b"]", b")", b"\x85", b"\x86", b"\x87", b"N", b"\x88", b"K\x05",
+    b"J\xff\xff\xff\xff", b"G" + b"\x7f\xf0" + b"\0" * 6, b"U\x03abc", b"C\x03abc",
+    b"X\x03\0\0\0abc",
 )  # fmt: skip
 
 
@@ -313,30 +312,77 @@ PARSERS = {
     parser.name: parser
     for parser in (
         _set("hdf5", samples.own, h5=contents_changed),
-        _set("npz", samples.npz, npz=lambda data, rng: zip_changed(data, rng, _npz_member)),
+        _set("npz", samples.npz, npz=lambda data, rng: zip_changed(data, rng, npy_changed)),
         _set("d4rl", samples.d4rl, hdf5=contents_changed),
         _set("robomimic", samples.robomimic, hdf5=contents_changed),
         _set("maniskill", samples.maniskill, h5=contents_changed, json=json_changed),
         _set("minari", samples.minari, "set", hdf5=contents_changed, json=json_changed),
-        _set("lerobot", samples.lerobot, "set", parquet=_parquet_changed, json=json_changed,
-             jsonl=text_changed),
+        _set(
+            "lerobot",
+            samples.lerobot,
+            "set",
+            parquet=_parquet_changed,
+            json=json_changed,
+            jsonl=text_changed,
+        ),
         _set("legacy", samples.legacy, pkl=_pickle_changed),
-        Parser("sb3", samples.sb3, lambda path: sb3.Sb3Policy(path, samples.OBS, samples.ACTIONS),
-               reshape={".zip": lambda data, rng: zip_changed(data, rng, _sb3_member)}),
+        Parser(
+            "sb3",
+            samples.sb3,
+            lambda path: sb3.Sb3Policy(path, samples.OBS, samples.ACTIONS),
+            reshape={".zip": lambda data, rng: zip_changed(data, rng, _sb3_member)},
+        ),
         Parser("npg", samples.npg, npg.load, reshape={".pickle": _pickle_changed}),
-        Parser("checkpoint", samples.run, checkpoint.load, reshape={".safetensors": _header_changed},
-               damaged=(".safetensors",)),
-        Parser("agent", samples.run, _agent, reshape={".safetensors": _checkpoint_damaged,
-               ".yaml": text_changed}, damaged=(".safetensors", ".yaml")),
-        Parser("resume", samples.run, _resumed, reshape={".safetensors": _checkpoint_changed,
-               ".yaml": text_changed, ".csv": text_changed}, damaged=(".safetensors", ".yaml", ".csv")),
-        Parser("config", samples.run, _settings, reshape={".yaml": text_changed},
-               entry="run/config.yaml", damaged=(".yaml",)),
-        Parser("metrics", samples.run, _metrics, reshape={".csv": text_changed},
-               entry="run/metrics.csv", damaged=(".csv",)),
-        Parser("summary", samples.run, _summary, reshape={".json": json_changed},
-               entry="run/summary.json", damaged=(".json",)),
+        Parser(
+            "checkpoint",
+            samples.run,
+            checkpoint.load,
+            reshape={".safetensors": _header_changed},
+            damaged=(".safetensors",),
+        ),
+        Parser(
+            "agent",
+            samples.run,
+            _agent,
+            reshape={".safetensors": _checkpoint_damaged, ".yaml": text_changed},
+            damaged=(".safetensors", ".yaml"),
+        ),
+        Parser(
+            "resume",
+            samples.run,
+            _resumed,
+            reshape={
+                ".safetensors": _checkpoint_changed,
+                ".yaml": text_changed,
+                ".csv": text_changed,
+            },
+            damaged=(".safetensors", ".yaml", ".csv"),
+        ),
+        Parser(
+            "config",
+            samples.run,
+            _settings,
+            reshape={".yaml": text_changed},
+            entry="run/config.yaml",
+            damaged=(".yaml",),
+        ),
+        Parser(
+            "metrics",
+            samples.run,
+            _metrics,
+            reshape={".csv": text_changed},
+            entry="run/metrics.csv",
+            damaged=(".csv",),
+        ),
+        Parser(
+            "summary",
+            samples.run,
+            _summary,
+            reshape={".json": json_changed},
+            entry="run/summary.json",
+            damaged=(".json",),
+        ),
         Parser("table", _records, _table, reshape={".json": json_changed}),
         Parser("overrides", _words, _composed, reshape={"words": text_changed}),
     )
-}  # fmt: skip
+}

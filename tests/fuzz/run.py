@@ -1,4 +1,4 @@
-"""Feeds damaged files to a reader in a process that may die of them, and judges what became of it."""
+"""Feeds damaged files to readers, in a process that may die of it, and judges what they do."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ FREE_BYTES, TIMES_SIZE = 2**29, 400
 FREE_S = 20.0
 _PROCESS_BYTES = 2**32
 _LONGEST_MESSAGE = 4000
-_SILENCE_S = (
-    300.0  # of a process, after which it is ended: more than its CPU seconds on a busy machine
-)
+# Of a process, after which it is ended: far more than its CPU seconds on a busy machine.
+_SILENCE_S = 1800.0
 
 GOOD = ("loaded", "refused", "contained")
 
@@ -287,7 +286,8 @@ def keep(parser_name: str, seed: int, index: int, to: Path) -> Path:
 def line(report: Report) -> str:
     r = report.as_dict()
     return (
-        f"{r['parser']:10}  {r['inputs']:8,} inputs: {r['loaded']:,} loaded, {r['refused']:,} refused, "
+        f"{r['parser']:10}  {r['inputs']:8,} inputs: {r['loaded']:,} loaded, "
+        f"{r['refused']:,} refused, "
         f"{r['contained']:,} contained, {r['faults']:,} faults; peak {r['peak_mib']:.0f} MiB "
         f"({100 * r['of_allowance']:.0f} % of the allowance), {r['cpu_s']:.1f} s at most"
     )

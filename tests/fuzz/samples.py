@@ -1,4 +1,4 @@
-"""Small sound files of every format that the program reads, from which the damaged ones are made."""
+"""Small sound files of every format that the program reads, of which damaged ones are made."""
 
 from __future__ import annotations
 
@@ -263,8 +263,12 @@ def sb3(folder: Path) -> list[Files]:
         **layer("action_net", ACTIONS, 4),
         **layer("value_net", 1, 4),
     }
-    space = {":type:": "<class 'gymnasium.spaces.box.Box'>", ":serialized:": "gASVAAAA", "low": "[-1. -1.]",
-             "high": "[1. 1.]"}  # fmt: skip
+    space = {
+        ":type:": "<class 'gymnasium.spaces.box.Box'>",
+        ":serialized:": "gASVAAAA",
+        "low": "[-1. -1.]",
+        "high": "[1. 1.]",
+    }
     files = []
     for weights, settings in (
         (sac, {"policy_kwargs": {}, "action_space": space}),

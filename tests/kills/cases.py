@@ -174,8 +174,11 @@ def _send(child: int, number: signal.Signals) -> None:
 
 
 def _left(case: Case, run: Path, saved: bool) -> str:
-    """What is wrong with a run folder; of a run that was `saved`, the last whole episode is there:
-    one that has all of its updates, as in the run that nothing ended."""
+    """What is wrong with a run folder.
+
+    Of a run that was `saved` the last whole episode is there: one that has all of its updates, as
+    in the run that nothing ended.
+    """
     if not checkpoint.exists(run):
         return ""
     with warnings.catch_warnings(record=True) as caught:
@@ -220,7 +223,7 @@ def _difference(expected: list[dict[str, str]], found: list[dict[str, str]]) -> 
 
 
 def _result(run: Path) -> tuple[str, list[dict[str, str]], dict[str, Any]]:
-    """(digest of the last checkpoint, rows of metrics.csv, summary), without what is a run's own."""
+    """(digest of the last checkpoint, rows of metrics.csv, summary) but for what is a run's own."""
     _, tensors, _ = checkpoint.newest(run)
     summary = json.loads((run / "summary.json").read_text())
     return (

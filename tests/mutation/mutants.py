@@ -91,8 +91,7 @@ layer(
     "random_pair",
     "order.topk(2).indices",
     "torch.arange(2, device=order.device)",
-    "test_learner.py",
-    "test_mppi_plan.py",
+    "test_model.py",
 )
 layer("mish", "(n / (n + 2))", "(n / (n + 1))")
 
@@ -145,7 +144,9 @@ replay(
 )
 replay("SliceReplay.add_episode", "if steps < self.horizon:", "if steps <= self.horizon:")
 replay(
-    "SliceReplay._make_room", "at + steps < first or at >= end", "at + steps <= first or at >= end"
+    "SliceReplay._make_room",
+    "at + steps < first or at >= end",
+    "at + steps < first or at >= end - 1",
 )
 replay(
     "SliceReplay._make_room",
@@ -342,7 +343,7 @@ trainer(
     "Agent.__init__",
     "discount=config.discount",
     "discount=0.5",
-    "test_trainer.py::planner_follows",
+    "test_model.py::discount",
     "test_planner.py",
 )
 trainer(
