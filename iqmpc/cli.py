@@ -66,7 +66,7 @@ def train(
     learner.mode, learner.precision, and the planner's backend, precision, mode, capture and
     threads).
     """
-    from iqmpc.compose import compose, parse
+    from iqmpc.composition import compose, parse
 
     words = parse(overrides or [])
     if "resume" in words:
@@ -334,7 +334,7 @@ def make_demonstrations(
     """Make demonstrations of any task: train or load who demonstrates, then record."""
     import iqmpc
     from iqmpc.agent import prepare_torch
-    from iqmpc.compose import compose
+    from iqmpc.composition import compose
     from iqmpc.demos import make
 
     _check_target(out, force)
@@ -637,7 +637,7 @@ def _task_facts(config: Any) -> Any:
 
 def _resumed(run: Path, changes: dict[str, Any]) -> Any:
     from iqmpc.checkpoint import load_config
-    from iqmpc.compose import GROUPS
+    from iqmpc.composition import GROUPS
     from iqmpc.config import may_change
 
     for key in changes:
