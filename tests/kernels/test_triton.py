@@ -28,7 +28,7 @@ from iqmpc.kernels.mppi_plan import PlanNoise, ReferencePlan
 from iqmpc.kernels.mppi_refit import mppi_refit
 from iqmpc.kernels.mppi_rollout import mppi_rollout, triton_jobs
 from iqmpc.kernels.triton_weights import TritonWeights
-from iqmpc.kernels.weights import Layer, Weights, map_layers, snapshot
+from iqmpc.kernels.weights import Layer, Weights, snapshot
 from tests.kernels.contract import BETA, GAMMA, TOLERANCE, assert_within, drawn, in_float64
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -53,12 +53,7 @@ def device() -> str:
 
 
 def to_device(weights: Weights) -> Weights:
-    return weights._replace(
-        **{
-            part: map_layers(lambda t: t.to(device()), getattr(weights, part))
-            for part in ("encoder", "dynamics", "policy", "critics")
-        }
-    )
+    return weights.map(lambda t: t.to(device()))
 
 
 def draw(*sizes: Any, **settings: Any) -> tuple[torch.Tensor, ...]:
@@ -723,15 +718,7 @@ def test_what_a_plan_cannot_take_is_named(make_weights):
     with pytest.raises(ValueError, match="encoder: the triton backend takes linear layers, each "):
         planner(bare)
     with pytest.raises(ValueError, match="takes weights on a c[a-z]+ device, got meta"):
-        planner(
-            weights._replace(
-                **{
-                    part: map_layers(lambda t: t.to("meta"), getattr(weights, part))
-                    for part in ("encoder", "dynamics", "policy", "critics")
-                }
-            ),
-            move=False,
-        )
+        planner(weights.map(lambda t: t.to("meta")), move=False)
     with pytest.raises(
         ValueError,
         match="for 1000000000 problems at once needs 57000000000 random "
