@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from iqmpc.compose import ablation
+from iqmpc.composition import ablation
 from iqmpc.errors import CheckpointError, IqmpcError
 from iqmpc.files import write_atomically
 from iqmpc.run_folder import RunFolder

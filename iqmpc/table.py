@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
-from iqmpc.compose import ablation
+from iqmpc.composition import ablation
 from iqmpc.errors import CheckpointError, IqmpcError, TaskError
 from iqmpc.evaluation import evaluate, mixed_correlation, open_run, ratio
 from iqmpc.files import write_atomically

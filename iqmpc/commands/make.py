@@ -69,7 +69,7 @@ def make_demonstrations(
 ) -> None:
     """Make demonstrations of any task: train or load who demonstrates, then record."""
     import iqmpc
-    from iqmpc.compose import compose
+    from iqmpc.composition import compose
     from iqmpc.demos import make
     from iqmpc.threads import prepare_torch
 

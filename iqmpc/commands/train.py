@@ -28,7 +28,7 @@ def train(
     learner.mode, learner.precision, and the planner's backend, precision, mode, capture and
     threads).
     """
-    from iqmpc.compose import compose, parse, resumed
+    from iqmpc.composition import compose, parse, resumed
     from iqmpc.run_folder import RunFolder
 
     words = parse(overrides or [])
