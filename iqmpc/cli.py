@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from iqmpc.demos.cli import app as demos_app
+from iqmpc.commands.demos import app as demos_app
 from iqmpc.errors import ConfigError, Interrupted, IqmpcError, printable
 from iqmpc.progress import RecordingDisplay, TrainingDisplay
 
@@ -241,7 +241,8 @@ def record(
     force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
 ) -> None:
     """Roll out a trained run and keep the episodes as demonstrations."""
-    from iqmpc.demos import DemonstrationError, make
+    from iqmpc import demonstrators
+    from iqmpc.demos import DemonstrationError
     from iqmpc.envs.pixels import FrameRecorder
     from iqmpc.evaluation import open_run
 
@@ -263,7 +264,7 @@ def record(
             )
         env = FrameRecorder(env)
     with RecordingDisplay(episodes, _console) as display:
-        demonstrations = make.record(
+        demonstrations = demonstrators.record(
             _run_demonstrator(run, agent, planner),
             env,
             task=task.name,
@@ -333,9 +334,9 @@ def make_demonstrations(
 ) -> None:
     """Make demonstrations of any task: train or load who demonstrates, then record."""
     import iqmpc
+    from iqmpc import demonstrators
     from iqmpc.agent import prepare_torch
     from iqmpc.compose import compose
-    from iqmpc.demos import make
 
     _check_target(out, force)
     words = [word if "=" in word else f"task={word}" for word in words]
@@ -351,7 +352,7 @@ def make_demonstrations(
         ("td", False),
     ):
         raise ConfigError(f"--policy must be sb3:ZIP, run:RUN or td, got {policy!r}")
-    if policy is None and task not in make.DEMONSTRATORS:
+    if policy is None and task not in demonstrators.DEMONSTRATORS:
         kind = "td"
     if kind == "td":
         path = run_dir or Path(f"runs/{task}/demonstrator-seed{seed}")
@@ -361,7 +362,7 @@ def make_demonstrations(
     env = iqmpc.make_env(config.task, seed=seed)
     demonstrator = _demonstrator(kind, path, env, config, seed, acting)
     with RecordingDisplay(episodes, _console) as display:
-        demonstrations = make.record(
+        demonstrations = demonstrators.record(
             demonstrator,
             env,
             task=task,
@@ -514,21 +515,21 @@ def _demonstrator(
 
     `acting` changes settings of an agent.
     """
-    from iqmpc.demos import make
+    from iqmpc import demonstrators
     from iqmpc.envs import check_spaces
 
     obs_shape, action_dim = check_spaces(env, config.task.name)
     if not kind:
-        return make.DEMONSTRATORS[config.task.name](env, seed)
+        return demonstrators.DEMONSTRATORS[config.task.name](env, seed)
     if kind == "sb3":
-        from iqmpc.demos.sb3 import Sb3Policy
+        from iqmpc.demonstrators.sb3 import Sb3Policy
 
         if len(obs_shape) > 1:
             raise ConfigError(
                 f"--policy sb3 acts on flat observations, {config.task.name} has images"
             )
         policy = Sb3Policy(path, *obs_shape, action_dim)
-        return make.Demonstrator(
+        return demonstrators.Demonstrator(
             policy,
             provenance={
                 "demonstrator": "Stable-Baselines3 policy, deterministic",
@@ -548,10 +549,10 @@ def _demonstrator(
 
 
 def _run_demonstrator(run: Path, agent: Any, planner: bool) -> Any:
-    from iqmpc.demos import make
+    from iqmpc import demonstrators
 
-    return make.Demonstrator(
-        make.AgentPolicy(agent),
+    return demonstrators.Demonstrator(
+        demonstrators.AgentPolicy(agent),
         provenance={
             "demonstrator": "iqmpc agent",
             "run": run.resolve().name,
