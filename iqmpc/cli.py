@@ -9,8 +9,8 @@ import warnings
 import typer
 
 from iqmpc.commands import doctor, evaluate, make, plot, record, table, train
+from iqmpc.commands.demos import app as demos_app
 from iqmpc.console import print_error, show_warning
-from iqmpc.demos.cli import app as demos_app
 from iqmpc.errors import IqmpcError
 
 app = typer.Typer(

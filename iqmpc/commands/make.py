@@ -69,8 +69,8 @@ def make_demonstrations(
 ) -> None:
     """Make demonstrations of any task: train or load who demonstrates, then record."""
     import iqmpc
+    from iqmpc import demonstrators
     from iqmpc.composition import compose
-    from iqmpc.demos import make
     from iqmpc.threads import prepare_torch
 
     check_target(out, force)
@@ -87,7 +87,7 @@ def make_demonstrations(
         ("td", False),
     ):
         raise ConfigError(f"--policy must be sb3:ZIP, run:RUN or td, got {policy!r}")
-    if policy is None and task not in make.DEMONSTRATORS:
+    if policy is None and task not in demonstrators.DEMONSTRATORS:
         kind = "td"
     if kind == "td":
         path = run_dir or Path(f"runs/{task}/demonstrator-seed{seed}")
@@ -97,7 +97,7 @@ def make_demonstrations(
     env = iqmpc.make_env(config.task, seed=seed)
     demonstrator = _demonstrator(kind, path, env, config, seed, changes)
     with RecordingDisplay(episodes, console) as display:
-        demonstrations = make.record(
+        demonstrations = demonstrators.record(
             demonstrator,
             env,
             task=task,
@@ -145,21 +145,21 @@ def _demonstrator(
 
     `changes` are settings of an agent that are replaced.
     """
-    from iqmpc.demos import make
+    from iqmpc import demonstrators
     from iqmpc.envs import check_spaces
 
     obs_shape, action_dim = check_spaces(env, config.task.name)
     if not kind:
-        return make.DEMONSTRATORS[config.task.name](env, seed)
+        return demonstrators.DEMONSTRATORS[config.task.name](env, seed)
     if kind == "sb3":
-        from iqmpc.demos.sb3 import Sb3Policy
+        from iqmpc.demonstrators.sb3 import Sb3Policy
 
         if len(obs_shape) > 1:
             raise ConfigError(
                 f"--policy sb3 acts on flat observations, {config.task.name} has images"
             )
         policy = Sb3Policy(path, *obs_shape, action_dim)
-        return make.Demonstrator(
+        return demonstrators.Demonstrator(
             policy,
             provenance={
                 "demonstrator": "Stable-Baselines3 policy, deterministic",

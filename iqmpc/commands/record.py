@@ -33,7 +33,8 @@ def record(
     force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
 ) -> None:
     """Roll out a trained run and keep the episodes as demonstrations."""
-    from iqmpc.demos import DemonstrationError, make
+    from iqmpc import demonstrators
+    from iqmpc.demos import DemonstrationError
     from iqmpc.envs.pixels import FrameRecorder
     from iqmpc.evaluation import open_run
 
@@ -55,7 +56,7 @@ def record(
             )
         env = FrameRecorder(env)
     with RecordingDisplay(episodes, console) as display:
-        demonstrations = make.record(
+        demonstrations = demonstrators.record(
             run_demonstrator(run, agent, planner),
             env,
             task=task.name,
@@ -72,10 +73,10 @@ def record(
 
 
 def run_demonstrator(run: Path, agent: Any, planner: bool) -> Any:
-    from iqmpc.demos import make
+    from iqmpc import demonstrators
 
-    return make.Demonstrator(
-        make.AgentPolicy(agent),
+    return demonstrators.Demonstrator(
+        demonstrators.AgentPolicy(agent),
         provenance={
             "demonstrator": "iqmpc agent",
             "run": run.resolve().name,

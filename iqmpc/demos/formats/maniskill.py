@@ -8,8 +8,8 @@ from pathlib import Path
 
 import h5py
 
-from iqmpc.demos import h5
-from iqmpc.demos.assembly import Assembly, last
+from iqmpc.demos.formats import safe_hdf5
+from iqmpc.demos.formats.assembly import Assembly, last
 from iqmpc.demos.types import Defect, Draft, Facts
 
 
@@ -19,20 +19,22 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
     The task is env_info.env_id of the JSON file of the same name. Success is that of the last
     step.
     """
-    return h5.read_file(path, partial(Defect, str(path)), partial(_read, path=path, facts=facts))
+    return safe_hdf5.read_file(
+        path, partial(Defect, str(path)), partial(_read, path=path, facts=facts)
+    )
 
 
 def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
     assembly = Assembly("maniskill", path, facts)
-    for name in h5.numbered(file, "traj_"):
+    for name in safe_hdf5.numbered(file, "traj_"):
         if assembly.full:
             break
         here = assembly.here()
-        group = h5.stored(file, name, h5py.Group, here)
+        group = safe_hdf5.stored(file, name, h5py.Group, here)
         if not isinstance(group, h5py.Group):
             assembly.add_defect(group or here(name, "nothing", "a trajectory's group"))
             continue
-        observations = h5.observations(group, "obs", facts.obs_keys, here)
+        observations = safe_hdf5.observations(group, "obs", facts.obs_keys, here)
         if observations is None:
             observations = here(
                 "obs",
@@ -40,13 +42,13 @@ def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
                 "observations: replay the trajectories with ManiSkill's replay_trajectory and "
                 "--save-traj --obs-mode state",
             )
-        ended = last(h5.flags(group, "terminated", here))
+        ended = last(safe_hdf5.flags(group, "terminated", here))
         assembly.add(
             observations,
-            h5.numbers(group, "actions", here),
-            rewards=h5.numbers(group, "rewards", here),
+            safe_hdf5.numbers(group, "actions", here),
+            rewards=safe_hdf5.numbers(group, "rewards", here),
             terminated=False if ended is None else ended,
-            success=last(h5.flags(group, "success", here)),
+            success=last(safe_hdf5.flags(group, "success", here)),
         )
     task, notes = _described(path.with_suffix(".json"), facts)
     return assembly.draft(task, **notes)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from iqmpc.demos import budget
 from iqmpc.demos.checks import describe
+from iqmpc.demos.formats import budget
 from iqmpc.demos.types import Defect, Draft, Facts
 
 # What a damaged archive raises from zipfile, zlib and numpy's header parser.

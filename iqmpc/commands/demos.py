@@ -18,7 +18,7 @@ from rich.text import Text
 from iqmpc.demos.checks import find_defects
 from iqmpc.demos.demonstrations import Demonstrations, packaged_path, packaged_tasks
 from iqmpc.demos.formats import FORMATS
-from iqmpc.demos.isolated import read
+from iqmpc.demos.formats.isolated import read
 from iqmpc.demos.types import DemonstrationError, Draft, Facts
 from iqmpc.errors import printable
 from iqmpc.files import strict_json

@@ -9,8 +9,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from iqmpc.demos import h5
-from iqmpc.demos.assembly import Assembly
+from iqmpc.demos.formats import safe_hdf5
+from iqmpc.demos.formats.assembly import Assembly
 from iqmpc.demos.types import Defect, Draft, Facts
 
 
@@ -20,7 +20,9 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
     An episode ends where `terminals` or `timeouts` is true, or with the file. Without `timeouts`,
     facts.episode_length says where the time limits were.
     """
-    return h5.read_file(path, partial(Defect, str(path)), partial(_read, path=path, facts=facts))
+    return safe_hdf5.read_file(
+        path, partial(Defect, str(path)), partial(_read, path=path, facts=facts)
+    )
 
 
 def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
@@ -28,16 +30,16 @@ def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
     terminals, ends = _ends(file, facts.episode_length, assembly)
     at = assembly.at
     columns = [
-        h5.rows(file, "observations", at, state=True),
-        h5.rows(file, "next_observations", at, state=True),
-        h5.rows(file, "actions", at),
-        h5.rows(file, "rewards", at),
+        safe_hdf5.rows(file, "observations", at, state=True),
+        safe_hdf5.rows(file, "next_observations", at, state=True),
+        safe_hdf5.rows(file, "actions", at),
+        safe_hdf5.rows(file, "rewards", at),
     ]
     for start, stop in pairwise([0, *ends]):
         if assembly.full:
             break
         observations, following, actions, rewards = (
-            column.take(start, stop) if isinstance(column, h5.Rows) else column
+            column.take(start, stop) if isinstance(column, safe_hdf5.Rows) else column
             for column in columns
         )
         if isinstance(observations, np.ndarray) and isinstance(following, np.ndarray):
@@ -58,19 +60,19 @@ def _ends(file: h5py.File, length: int | None, assembly: Assembly) -> tuple[np.n
     Where that cannot be told there are no ends, and the assembly has the defects.
     """
     at = assembly.at
-    terminals = h5.flags(file, "terminals", at)
+    terminals = safe_hdf5.flags(file, "terminals", at)
     if not isinstance(terminals, np.ndarray):
         assembly.add_defect(terminals or at("terminals", "nothing", "true or false per step"))
         return np.zeros(0, bool), []
     steps, defects = len(terminals), []
     for key in ("observations", "actions", "rewards", "next_observations", "timeouts"):
-        dataset = h5.stored(file, key, h5py.Dataset, at)
+        dataset = safe_hdf5.stored(file, key, h5py.Dataset, at)
         if isinstance(dataset, Defect):
             defects.append(dataset)
         elif dataset is not None and dataset.shape[:1] != (steps,):
             shape = f"shape {list(dataset.shape)}"
             defects.append(at(key, shape, f"{steps} rows, as terminals"))
-    timeouts = h5.flags(file, "timeouts", at)
+    timeouts = safe_hdf5.flags(file, "timeouts", at)
     if timeouts is None and length is None:
         expected = "true at time limits; give --episode-length instead"
         defects.append(at("timeouts", "nothing", expected))

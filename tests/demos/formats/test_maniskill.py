@@ -121,9 +121,11 @@ def test_without_its_description_the_task_is_asked_for(path):
 
 def test_a_listed_member_that_is_not_there_is_a_defect(path, monkeypatch):
     """As a damaged file's listing has one."""
-    from iqmpc.demos import h5
+    from iqmpc.demos.formats import safe_hdf5
 
-    numbered = h5.numbered
-    monkeypatch.setattr(h5, "numbered", lambda group, prefix: [*numbered(group, prefix), "traj_77"])
+    numbered = safe_hdf5.numbered
+    monkeypatch.setattr(
+        safe_hdf5, "numbered", lambda group, prefix: [*numbered(group, prefix), "traj_77"]
+    )
     found = [str(d) for d in find_defects(read(path))]
     assert any("traj_77: found nothing" in defect for defect in found)

@@ -9,9 +9,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from iqmpc.demos import h5
-from iqmpc.demos.assembly import Assembly, last
 from iqmpc.demos.checks import describe
+from iqmpc.demos.formats import safe_hdf5
+from iqmpc.demos.formats.assembly import Assembly, last
 from iqmpc.demos.types import Defect, Draft, Facts
 
 MAIN = "main_data.hdf5"
@@ -51,18 +51,18 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
     main = path if path.is_file() else place / MAIN
     if not main.is_file():
         return at(MAIN, "nothing", "the dataset's episodes")
-    return h5.read_file(main, at, partial(_read, path=path, metadata=metadata, facts=facts))
+    return safe_hdf5.read_file(main, at, partial(_read, path=path, metadata=metadata, facts=facts))
 
 
 def _read(file: h5py.File, path: Path, metadata: dict[str, object], facts: Facts) -> Draft | Defect:
     assembly = Assembly("minari", path, facts)
     at = assembly.at
-    metadata = {key: metadata.get(key, h5.text(file, key)) for key in _USED}
+    metadata = {key: metadata.get(key, safe_hdf5.text(file, key)) for key in _USED}
     action_range = _action_range(metadata["action_space"], at)
     if isinstance(action_range, Defect):
         assembly.add_defect(action_range)
         action_range = None
-    names, total = h5.numbered(file, "episode_"), metadata["total_episodes"]
+    names, total = safe_hdf5.numbered(file, "episode_"), metadata["total_episodes"]
     if total is not None and describe(total) != str(len(names)):
         expected = f"{describe(total)}, as total_episodes says"
         assembly.add_defect(at("", f"{len(names)} episodes", expected))
@@ -70,15 +70,15 @@ def _read(file: h5py.File, path: Path, metadata: dict[str, object], facts: Facts
         if assembly.full:
             break
         here = assembly.here()
-        group = h5.stored(file, name, h5py.Group, here)
+        group = safe_hdf5.stored(file, name, h5py.Group, here)
         if not isinstance(group, h5py.Group):
             assembly.add_defect(group or here(name, "nothing", "an episode's group"))
             continue
         assembly.add(
-            h5.observations(group, "observations", facts.obs_keys, here),
-            h5.numbers(group, "actions", here),
-            rewards=h5.numbers(group, "rewards", here),
-            terminated=last(h5.flags(group, "terminations", here)),
+            safe_hdf5.observations(group, "observations", facts.obs_keys, here),
+            safe_hdf5.numbers(group, "actions", here),
+            rewards=safe_hdf5.numbers(group, "rewards", here),
+            terminated=last(safe_hdf5.flags(group, "terminations", here)),
             success=_success(group, here),
         )
     dataset = metadata["dataset_id"]
@@ -116,9 +116,9 @@ def _action_range(
 
 def _success(group: h5py.Group, at: partial[Defect]) -> bool | None:
     """What the environment told; None where it is no truth value."""
-    infos = h5.stored(group, "infos", h5py.Group, at)
+    infos = safe_hdf5.stored(group, "infos", h5py.Group, at)
     for key in ("success", "is_success"):
         if isinstance(infos, h5py.Group) and key in infos:
-            found = last(h5.flags(infos, key, at))
+            found = last(safe_hdf5.flags(infos, key, at))
             return found if isinstance(found, bool) else None
     return None

@@ -14,7 +14,7 @@ import numpy as np
 
 import iqmpc
 from iqmpc.agent import Agent
-from iqmpc.demos import npg, scripted
+from iqmpc.demonstrators import npg, scripted
 from iqmpc.demos.demonstrations import Demonstrations
 from iqmpc.demos.types import DemonstrationError, Episode
 from iqmpc.envs import interface, maniskill, myosuite
@@ -75,7 +75,7 @@ def _scripted(task: str, env: gymnasium.Env, seed: int) -> Demonstrator:
         policy,
         successes_only=True,
         provenance={
-            "demonstrator": "controller by hand (iqmpc.demos.scripted)",
+            "demonstrator": "controller by hand (iqmpc.demonstrators.scripted)",
             "noise": f"{policy.noise} on actions, until the goal is reached",
         },
     )

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from iqmpc.demos import budget
+from iqmpc.demos.formats import budget
 from iqmpc.demos.types import Defect, DemonstrationError, Draft, Facts
 
 _IDLE_S = 10.0
@@ -48,7 +48,7 @@ class _Child:
         # Neither fork, which HDF5 and threads do not survive, nor multiprocessing's spawn, which
         # would import a script of the caller's again.
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from iqmpc.demos import isolated; "
+            f"import sys; sys.path[:] = {sys.path!r}; from iqmpc.demos.formats import isolated; "
             "isolated.serve()"
         )
         self._process = subprocess.Popen(

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from iqmpc.demos import budget as shared
-from iqmpc.demos.assembly import Assembly
+from iqmpc.demos.formats import budget as shared
+from iqmpc.demos.formats.assembly import Assembly
 from iqmpc.demos.types import Defect, DemonstrationError, Draft, Facts
 
 _SYNONYMS = {

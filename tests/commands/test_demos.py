@@ -319,7 +319,7 @@ def test_make_trains_a_demonstrator_where_there_is_none(iqmpc, tmp_path):
 
 
 def test_a_task_with_its_own_demonstrator(iqmpc, monkeypatch):
-    from iqmpc.demos import make
+    from iqmpc import demonstrators
 
     class Still:
         def reset(self, env):
@@ -332,9 +332,9 @@ def test_a_task_with_its_own_demonstrator(iqmpc, monkeypatch):
 
     def still(env, seed):
         asked.append(seed)
-        return make.Demonstrator(Still(), provenance={"demonstrator": "stands still"})
+        return demonstrators.Demonstrator(Still(), provenance={"demonstrator": "stands still"})
 
-    monkeypatch.setitem(make.DEMONSTRATORS, "gym-pendulum-v1", still)
+    monkeypatch.setitem(demonstrators.DEMONSTRATORS, "gym-pendulum-v1", still)
     code, _, err = iqmpc(
         "make", "task=gym", "env_id=Pendulum-v1", "--episodes", 1, "--seed", 7, "--out", "set.h5"
     )

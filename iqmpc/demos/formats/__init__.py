@@ -12,17 +12,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from iqmpc.demos import (
+from iqmpc.demos.formats import (
     budget,
     d4rl,
-    h5,
-    hdf5,
     legacy,
     lerobot,
     maniskill,
     minari,
+    native,
     npz,
     robomimic,
+    safe_hdf5,
 )
 from iqmpc.demos.types import Defect, DemonstrationError, Draft, Facts
 
@@ -41,7 +41,7 @@ class _Format:
 
 
 FORMATS = {
-    "hdf5": _Format(hdf5.read),
+    "hdf5": _Format(native.read),
     "npz": _Format(npz.read),
     "minari": _Format(minari.read, frozenset({"obs_keys"}), folder=True),
     "d4rl": _Format(d4rl.read, frozenset({"episode_length"})),
@@ -62,9 +62,9 @@ def read(
 ) -> Draft | Defect:
     """Read a file or folder for the checks, by its content unless a format is named.
 
-    `iqmpc.demos.isolated` does the same in a process of its own, for files that may hang or crash
-    their libraries. Raises DemonstrationError where there is no reader, where it cannot be opened,
-    and for facts that the format has no use for.
+    `isolated.read` does the same in a process of its own, for files that may hang or crash their
+    libraries. Raises DemonstrationError where there is no reader, where it cannot be opened, and
+    for facts that the format has no use for.
     """
     path, facts = Path(path), facts or Facts()
     try:
@@ -124,7 +124,7 @@ def detect(path: Path) -> str:
         if h5py.is_hdf5(path):
             with h5py.File(path, "r") as file:
                 return _hdf5_layout(file)
-    except h5.DAMAGE:
+    except safe_hdf5.DAMAGE:
         return "hdf5"  # whose reader says what is damaged
     if start == b"PK\x03\x04":
         if any(name.endswith(".pkl") for name in _members(path)):
@@ -161,9 +161,9 @@ def _hdf5_layout(file: h5py.File) -> str:
     if "data" in names and file.get("data", getlink=True).__class__ is h5py.HardLink:
         if isinstance(file["data"], h5py.Group):
             return "robomimic"
-    if h5.numbered(file, "traj_"):
+    if safe_hdf5.numbered(file, "traj_"):
         return "maniskill"
-    if h5.numbered(file, "episode_"):
+    if safe_hdf5.numbered(file, "episode_"):
         return "minari"
     if {"observations", "actions"} <= names:
         return "d4rl"

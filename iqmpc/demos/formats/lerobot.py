@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from iqmpc.demos import budget
-from iqmpc.demos.assembly import Assembly, last
 from iqmpc.demos.checks import describe
-from iqmpc.demos.h5 import MAX_RATIO
+from iqmpc.demos.formats import budget
+from iqmpc.demos.formats.assembly import Assembly, last
+from iqmpc.demos.formats.safe_hdf5 import MAX_RATIO
 from iqmpc.demos.types import Defect, DemonstrationError, Draft, Facts
 
 INFO = "meta/info.json"

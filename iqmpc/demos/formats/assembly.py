@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from iqmpc.demos import budget
-from iqmpc.demos.h5 import matrix
+from iqmpc.demos.formats import budget
+from iqmpc.demos.formats.safe_hdf5 import matrix
 from iqmpc.demos.types import Defect, Draft, Facts
 
 

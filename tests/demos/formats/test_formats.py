@@ -246,10 +246,10 @@ def test_a_group_linked_into_itself_ends(write):
 
 def test_a_flat_file_is_read_in_blocks_of_whole_chunks(write, monkeypatch, demos):
     """No array is read whole, but for the marks of the episodes' ends; no chunk more than twice."""
-    from iqmpc.demos import h5
+    from iqmpc.demos.formats import safe_hdf5
 
     seen = []
-    values = h5.values
+    values = safe_hdf5.values
 
     def spy(dataset, at, rows=()):
         seen.append((dataset.name, rows))
@@ -261,8 +261,8 @@ def test_a_flat_file_is_read_in_blocks_of_whole_chunks(write, monkeypatch, demos
             whole = file[key][()]
             del file[key]
             file.create_dataset(key, data=whole, chunks=(2, whole.shape[1]), compression="gzip")
-    monkeypatch.setattr(h5, "values", spy)
-    monkeypatch.setattr(h5, "_BLOCK_BYTES", 4 * 5)  # a row or two
+    monkeypatch.setattr(safe_hdf5, "values", spy)
+    monkeypatch.setattr(safe_hdf5, "_BLOCK_BYTES", 4 * 5)  # a row or two
     read(path, facts=Facts(task="t"))
     assert {name for name, rows in seen if rows == ()} == {"/terminals", "/timeouts"}
     parts = [rows for name, rows in seen if name == "/observations"]

@@ -480,7 +480,7 @@ def test_nothing_is_imported_by_a_pickle(tmp_path):
 
 def test_the_stand_ins_are_the_same_after_an_attack(load, demos):
     """A pickle that tried to change them has changed nothing for the next one."""
-    from iqmpc.demos import legacy
+    from iqmpc.demos.formats import legacy
 
     before = {name: vars(getattr(legacy, name)).copy() for name in ("_Array", "_Dtype", "_Call")}
     for data, _ in HOSTILE.values():

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from iqmpc import make_env
+from iqmpc.demonstrators import DEMONSTRATORS, Demonstrator, record
 from iqmpc.demos import DemonstrationError
-from iqmpc.demos.make import Demonstrator, record
 
 
 class Straight:
@@ -116,3 +117,23 @@ def test_actions_beyond_finite_numbers_are_not_saved(point_env):
 def test_a_plain_function_demonstrates(point_env):
     kept = record(lambda obs: -obs, point_env, task="point", episodes=2, max_tries=2)
     assert len(kept) == 2
+
+
+def test_a_task_with_a_demonstrator_of_its_own_is_made_by_it():
+    pytest.importorskip("myosuite")
+    env, seeds = make_env("myo-obj-hold"), (0, 0, 1)
+    made = [
+        record(
+            DEMONSTRATORS["myo-obj-hold"](env, seed),
+            env,
+            task="myo-obj-hold",
+            episodes=1,
+            max_tries=20,
+            seed=seed,
+        )
+        for seed in seeds
+    ]
+    assert made[0].success_rate == 1 and made[0].provenance["kept"].endswith("with success")
+    np.testing.assert_array_equal(made[0].episodes[0].actions, made[1].episodes[0].actions)
+    assert not np.array_equal(made[0].episodes[0].actions, made[2].episodes[0].actions)
+    assert set(DEMONSTRATORS) == {"myo-key-turn", "myo-obj-hold", "lift-cube", "pick-cube"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from iqmpc.demos import budget
+from iqmpc.demos.formats import budget
 from iqmpc.demos.types import Defect, Draft
 
 # h5py has no exception of its own: damaged structures surface as any of these.

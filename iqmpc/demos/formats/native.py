@@ -11,8 +11,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from iqmpc.demos import budget, h5
 from iqmpc.demos.checks import describe
+from iqmpc.demos.formats import budget, safe_hdf5
 from iqmpc.demos.types import Defect, Draft, Episode, Facts
 
 FORMAT = "iqmpc-demonstrations"
@@ -57,11 +57,11 @@ def encode(task: str, episodes: Sequence[Episode], provenance: Mapping[str, str]
 def read(path: Path, facts: Facts) -> Draft | Defect:
     """Read a file for the checks; a Defect when it is no readable file of this format."""
     at = partial(Defect, str(path))
-    return h5.read_file(path, at, partial(_read, at=at, wanted=facts.episodes))
+    return safe_hdf5.read_file(path, at, partial(_read, at=at, wanted=facts.episodes))
 
 
 def _read(file: h5py.File, at: partial[Defect], wanted: int | None) -> Draft | Defect:
-    kind, version = h5.text(file, "format"), file.attrs.get("version")
+    kind, version = safe_hdf5.text(file, "format"), file.attrs.get("version")
     if not isinstance(kind, str) or kind != FORMAT:
         return at(
             "format",
@@ -73,33 +73,33 @@ def _read(file: h5py.File, at: partial[Defect], wanted: int | None) -> Draft | D
     if version > VERSION:
         return at("version", str(version), f"at most {VERSION}; upgrade iqmpc to read this file")
 
-    provenance = h5.text(file, "provenance")
+    provenance = safe_hdf5.text(file, "provenance")
     try:
         provenance = {} if provenance is None else json.loads(provenance)
     except (ValueError, TypeError, RecursionError):
         provenance = at("provenance", describe(provenance), "a JSON object")
 
     episodes: list[dict[str, object] | Defect] = []
-    group = h5.stored(file, "episodes", h5py.Group, at)
+    group = safe_hdf5.stored(file, "episodes", h5py.Group, at)
     if isinstance(group, h5py.Group):
         for index in range(len(group) if wanted is None else min(wanted, len(group))):
             budget.spend_episode()
             episodes.append(_read_episode(group, index, partial(at, episode=index)))
     elif group is not None:
         episodes.append(group)
-    return Draft(file.filename, h5.text(file, "task"), episodes, provenance)
+    return Draft(file.filename, safe_hdf5.text(file, "task"), episodes, provenance)
 
 
 def _read_episode(group: h5py.Group, index: int, at: partial[Defect]) -> dict[str, object] | Defect:
     name = f"{index:06d}"
-    episode = h5.stored(group, name, h5py.Group, at)
+    episode = safe_hdf5.stored(group, name, h5py.Group, at)
     if not isinstance(episode, h5py.Group):
         return episode or at(name, "nothing", "a group for every episode, numbered from 000000")
     fields: dict[str, object] = {}
     for key in ("observations", "actions", "rewards"):
-        dataset = h5.stored(episode, key, h5py.Dataset, at)
+        dataset = safe_hdf5.stored(episode, key, h5py.Dataset, at)
         found = isinstance(dataset, h5py.Dataset)
-        fields[key] = h5.values(dataset, partial(at, key)) if found else dataset
+        fields[key] = safe_hdf5.values(dataset, partial(at, key)) if found else dataset
     for key in ("terminated", "success"):
         fields[key] = episode.attrs.get(key)
     return fields

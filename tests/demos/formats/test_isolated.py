@@ -12,7 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-from iqmpc.demos import DemonstrationError, Demonstrations, Facts, budget, formats, isolated
+from iqmpc.demos import DemonstrationError, Demonstrations, Facts, formats
+from iqmpc.demos.formats import budget, isolated
 
 pytestmark = pytest.mark.timeout(120)
 

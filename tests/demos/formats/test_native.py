@@ -6,7 +6,8 @@ import h5py
 import numpy as np
 import pytest
 
-from iqmpc.demos import DemonstrationError, Demonstrations, hdf5
+from iqmpc.demos import DemonstrationError, Demonstrations
+from iqmpc.demos.formats import native
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def test_a_plainly_written_file_is_read(tmp_path, demos, assert_same):
 
 
 def test_the_same_set_gives_the_same_bytes(demos):
-    first = hdf5.encode(demos.task, demos.episodes, demos.provenance)
-    assert first == hdf5.encode(demos.task, demos.episodes, demos.provenance)
+    first = native.encode(demos.task, demos.episodes, demos.provenance)
+    assert first == native.encode(demos.task, demos.episodes, demos.provenance)
 
 
 def test_no_hdf5_file(tmp_path):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from iqmpc.demonstrators.sb3 import Sb3Policy
 from iqmpc.demos import DemonstrationError
-from iqmpc.demos.sb3 import Sb3Policy
 
 sb3 = pytest.importorskip("stable_baselines3")
 contrib = pytest.importorskip("sb3_contrib")
