@@ -23,7 +23,6 @@ from iqmpc.progress import RecordingDisplay, TrainingDisplay
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Learn from demonstrations without rewards, act by planning in a latent world model.",
 )
@@ -53,6 +52,23 @@ def main() -> None:
     except (IqmpcError, OSError) as error:
         _print_error(error)
         sys.exit(2)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from iqmpc import __version__
+
+        print(f"iqmpc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """What is said before a command."""
 
 
 @app.command()
