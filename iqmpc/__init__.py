@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from iqmpc.planner import Planner
     from iqmpc.trainer import Trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Agent",
