@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from iqmpc import Agent, Config, Trainer, WorldModel, checkpoint, evaluate
+from iqmpc import Agent, Config, Trainer, WorldModel, evaluate
+from iqmpc.demos import DemonstrationError
 from iqmpc.envs.vector import VectorEnv
 from iqmpc.envs.workers import WorkerVectorEnv
 from iqmpc.errors import CheckpointError, ConfigError, Interrupted, TaskError, WorkerError
@@ -26,6 +27,7 @@ from iqmpc.evaluation import reward_correlation
 from iqmpc.frames import stacked
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import snapshot
+from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
 
 
@@ -228,7 +230,7 @@ def test_terminations_reach_the_replay(tmp_path, small_config, point_env, point_
 
 
 def tensors_of(run):
-    _, tensors, meta = checkpoint.newest(run)
+    _, tensors, meta = RunFolder(run).newest()
     del meta["wall_s"], meta["settings"]  # such as how updates overlap
     return tensors, meta
 
@@ -349,7 +351,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     discrete = gymnasium.make("CartPole-v1")
     with pytest.raises(TaskError, match="the action space must be a flat Box, got Discrete"):
         Trainer(small_config, discrete, point_demonstrations, run=run)
-    with pytest.raises(ConfigError, match="learns from demonstrations: none were given"):
+    with pytest.raises(DemonstrationError, match="no demonstrations ship for 'point'"):
         Trainer(small_config, point_env, None, run=run)
     other = gymnasium.make("Pendulum-v1")
     other = gymnasium.wrappers.RescaleAction(other, -1.0, 1.0)
@@ -504,7 +506,7 @@ def test_a_run_cut_before_its_first_checkpoint_starts_again(
 ):
     run = tmp_path / "run"
     run.mkdir()
-    checkpoint.save_config(run, small_config, new=True)
+    RunFolder(run).save_config(small_config, new=True)
     train(small_config, point_env, point_demonstrations, run, resume=True)
     train(small_config, point_env, point_demonstrations, tmp_path / "straight")
     assert_same_state(run, tmp_path / "straight")
@@ -544,8 +546,8 @@ def test_a_finished_run_resumed_says_the_same_again(
 
 def test_config_is_written(tmp_path, small_config, point_env, point_demonstrations):
     train(small_config, point_env, point_demonstrations, tmp_path / "run")
-    assert checkpoint.load_config(tmp_path / "run") == small_config
-    assert isinstance(checkpoint.load_config(tmp_path / "run"), Config)
+    assert RunFolder(tmp_path / "run").load_config() == small_config
+    assert isinstance(RunFolder(tmp_path / "run").load_config(), Config)
 
 
 class Watched(gymnasium.Wrapper):
@@ -681,9 +683,9 @@ def test_a_checkpoint_from_before_updates_were_skipped_is_continued(
     tmp_path, small_config, point_env, point_demonstrations
 ):
     train(small_config, point_env, point_demonstrations, tmp_path / "run")
-    path, tensors, meta = checkpoint.newest(tmp_path / "run")
+    path, tensors, meta = RunFolder(tmp_path / "run").newest()
     del tensors["learner.skipped_updates"]
-    checkpoint.save(tmp_path / "run", 100, tensors, meta)
+    RunFolder(tmp_path / "run").save(100, tensors, meta)
     trainer = Trainer(
         small_config, point_env, point_demonstrations, run=tmp_path / "run", resume=True
     )
@@ -947,7 +949,7 @@ def test_wrong_environments_are_refused(
         three.replace({"train.num_envs": 0})
     assert not run.exists()
     run.mkdir()
-    checkpoint.save_config(run, small_config, new=True)
+    RunFolder(run).save_config(small_config, new=True)
     with pytest.raises(
         ConfigError, match="num_envs cannot change when a run is resumed: it is 1, got 3"
     ):
@@ -1027,7 +1029,7 @@ def test_a_fraction_of_an_update_for_each_step(
         config = overlapping(small_config, schedule, **{"train.updates_per_step": rate})
         trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / schedule)
         tick, made, messages = trainer._tick, [], []
-        trainer._on_message = messages.append
+        trainer._reporter.message = messages.append
         trainer._tick = lambda tick=tick, made=made, trainer=trainer: (
             tick(),
             made.append(trainer.learner.updates),
@@ -1388,7 +1390,7 @@ def test_a_signal_ends_a_run_after_the_step_and_loses_nothing(
         trainer.train()
     assert caught.value.signal == number and trainer.env_steps == 76
     assert signal.getsignal(number) == before
-    assert checkpoint.newest(tmp_path / "cut")[2]["env_steps"] == 60
+    assert RunFolder(tmp_path / "cut").newest()[2]["env_steps"] == 60
     name = signal.Signals(number).name
     assert messages[-2].startswith(f"{name}: ending after this step")
     assert messages[-1] == "saved as of step 60, the end of the last whole episode"
@@ -1412,7 +1414,7 @@ def test_a_signal_during_an_evaluation_and_one_that_is_handled_elsewhere(
     )
     with pytest.raises(Interrupted):
         trainer.train()
-    assert checkpoint.newest(tmp_path / "run")[2]["env_steps"] == 40
+    assert RunFolder(tmp_path / "run").newest()[2]["env_steps"] == 40
     came = []
     before = signal.signal(signal.SIGTERM, lambda *_: came.append(1))
     try:
@@ -1442,7 +1444,7 @@ def test_an_error_of_the_environment_saves_the_last_whole_episode(
     config = small_config.replace({"train.checkpoint_every": 1000, "train.eval_every": 1000})
     with pytest.raises(TaskError, match="point, episode 4, step 5: the observation is nan at"):
         train(config, Once(point_env), point_demonstrations, tmp_path / "run")
-    path, tensors, meta = checkpoint.newest(tmp_path / "run")
+    path, tensors, meta = RunFolder(tmp_path / "run").newest()
     assert meta["env_steps"] == 80
     assert all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
     train(config, point_env, point_demonstrations, tmp_path / "run", resume=True)
@@ -1466,7 +1468,7 @@ def test_a_replay_that_was_overwritten_is_not_saved_as_it_was(
     trainer._keep = keeping
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert trainer.behaviour.overwritten == 1 and not checkpoint.exists(tmp_path / "run")
+    assert trainer.behaviour.overwritten == 1 and not RunFolder(tmp_path / "run").has_checkpoint
 
 
 def test_weights_that_are_not_finite_are_not_saved(
@@ -1484,11 +1486,11 @@ def test_weights_that_are_not_finite_are_not_saved(
 
     trainer.learner.update = spoil
     with (
-        pytest.raises(CheckpointError, match="step 80: .* tensors of the learner are not finite"),
+        pytest.raises(CheckpointError, match="step_000000080.*: .* tensors of the learner are not"),
         pytest.warns(RuntimeWarning, match="no trajectory of a plan"),
     ):
         trainer.train()
-    assert checkpoint.newest(tmp_path / "run")[2]["env_steps"] == 40
+    assert RunFolder(tmp_path / "run").newest()[2]["env_steps"] == 40
 
 
 def test_two_processes_do_not_resume_one_run(
@@ -1501,7 +1503,7 @@ def test_two_processes_do_not_resume_one_run(
         for _ in range(2)
     )
     with (
-        checkpoint.locked(run),
+        RunFolder(run).locked(),
         pytest.raises(ConfigError, match="run is being trained by another process"),
     ):
         one.train()
@@ -1533,7 +1535,7 @@ def test_what_a_kill_has_left_is_removed_at_resume(
         resume=True,
     )
     assert all(path.exists() for path in kept) and not any(path.exists() for path in left)
-    assert checkpoint.newest(run)[2]["env_steps"] == 120
+    assert RunFolder(run).newest()[2]["env_steps"] == 120
 
 
 def test_settings_that_differ_from_the_checkpoints_are_named(
@@ -1602,7 +1604,7 @@ def test_what_auto_comes_to_stands_in_the_checkpoint(
 ):
     config = small_config.replace({"learner.mode": mode, "train.steps": 60})
     train(config, point_env, point_demonstrations, tmp_path / "run")
-    assert checkpoint.newest(tmp_path / "run")[2]["mode"] == "fused"
+    assert RunFolder(tmp_path / "run").newest()[2]["mode"] == "fused"
     messages = []
     Trainer(
         config.replace({"learner.mode": "auto"}),
@@ -1620,14 +1622,14 @@ def test_a_run_of_another_device_goes_on_and_acts_here(
 ):
     run = tmp_path / "run"
     train(small_config.replace({"train.steps": 40}), point_env, point_demonstrations, run)
-    path, tensors, meta = checkpoint.newest(run)
+    path, tensors, meta = RunFolder(run).newest()
     meta["device"], meta["settings"]["device"] = "cuda", "cuda"
     meta["settings"]["planner"]["precision"] = "tf32"
     for name in ("learner.generator", "trainer.generator"):
         tensors[name] = torch.zeros(16, dtype=torch.uint8)
-    checkpoint.save(run, 40, tensors, meta)
+    RunFolder(run).save(40, tensors, meta)
     changed = small_config.replace({"device": "cuda", "planner.precision": "tf32"})
-    checkpoint.save_config(run, changed, new=False)
+    RunFolder(run).save_config(changed, new=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with (
         pytest.warns(RuntimeWarning, match="which is not here: acting on the CPU"),
