@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from iqmpc import __version__
 from iqmpc.commands import doctor, evaluate, make, plot, record, table, train
 from iqmpc.commands.demos import app as demos_app
 from iqmpc.console import print_error, show_warning
@@ -15,7 +17,6 @@ from iqmpc.errors import IqmpcError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Learn from demonstrations without rewards, act by planning in a latent world model.",
 )
@@ -27,6 +28,21 @@ app.add_typer(demos_app, name="demos", help="Inspect, check, convert and make de
 demos_app.command("record")(record.record)
 demos_app.command("make")(make.make_demonstrations)
 app.command("doctor")(doctor.doctor)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"iqmpc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """What is said before a command."""
 
 
 def main() -> None:

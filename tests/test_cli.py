@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from iqmpc import Config, Demonstrations
+from iqmpc import Config, Demonstrations, __version__
 from iqmpc.cli import main
 from iqmpc.commands import train as train_command
 from iqmpc.console import print_summary
@@ -177,6 +177,21 @@ def test_torchs_threads_do_not_keep_the_cores(monkeypatch, given, spins):
         monkeypatch.setenv(name, value)
     run_main(monkeypatch, "--help")
     assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+def test_the_version():
+    assert iqmpc("--version").stdout == f"iqmpc {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("iqmpc d", {"demos", "doctor"}), ("iqmpc eval runs --ba", {"--backend"})],
+)
+def test_a_shell_completes_commands_and_options(typed, offered):
+    words = typed.split()
+    asked = {"COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    done = iqmpc(env={"_IQMPC_COMPLETE": "complete_bash", **asked})
+    assert set(done.stdout.split()) == offered
 
 
 def test_the_command_line_loads_torch_after_that():
