@@ -211,7 +211,7 @@ def load_config(run: str | Path) -> Config:
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} cannot be read: {said}") from error
     try:
-        return Config.from_dict(values)
+        return Config.restored(values)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
