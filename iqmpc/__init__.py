@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from iqmpc.planner import Planner
     from iqmpc.trainer import Trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Each name comes when it is first asked for. A robot that imports `iqmpc.kernels` needs neither
 # Hydra nor gymnasium nor h5py, and a process that only steps an environment no torch, which would

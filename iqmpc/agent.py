@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from iqmpc import checkpoint
 from iqmpc.config import Config
 from iqmpc.errors import BackendError, CheckpointError, ConfigError
 from iqmpc.frames import is_image
@@ -18,8 +17,8 @@ from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Weights
 from iqmpc.model import WorldModel
 from iqmpc.planner import Planner
+from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
-from iqmpc.threads import set_threads
 
 # Settings that mean something to one backend alone, as they are where they are not given.
 _OF_A_BACKEND = {"planner.mode": "eager", "planner.capture": None, "planner.threads": None}
@@ -32,19 +31,6 @@ def resolve_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda was asked for, but torch sees no CUDA device")
     return name
-
-
-def prepare_torch(config: Config) -> None:
-    """Set the process to the run's `threads`, and torch to flush denormal numbers to zero."""
-    # Where the C++ library both plans and learns, torch has only trifles to do.
-    idle = (
-        (config.device == "cpu" or not torch.cuda.is_available())
-        and config.task.obs == "state"
-        and config.learner.mode in ("auto", "fused")
-        and config.planner.backend in ("auto", "cpu")
-    )
-    set_threads(config.threads, torch_idle=idle)
-    torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
 
 
 class Agent:
@@ -89,9 +75,10 @@ class Agent:
         device or with a backend that is not here acts on the CPU, in float32, with a warning.
         Raises `CheckpointError` where there is no checkpoint, `ConfigError` for wrong changes.
         """
-        found = checkpoint.load_config(run)
-        path, tensors, meta = checkpoint.newest(run)
-        checkpoint.check_settings(run, found, path, meta)
+        folder = RunFolder(run)
+        found = folder.load_config()
+        path, tensors, meta = folder.newest()
+        folder.check_settings(found, path, meta)
         changes = dict(changes or {})
         if "planner.backend" in changes:
             changes = _OF_A_BACKEND | changes

@@ -12,6 +12,13 @@ import torch
 from iqmpc import Config, Demonstrations, Episode
 from iqmpc.envs.pixels import FrameStack
 from iqmpc.frames import unstacked
+from tests.demonstration_sets import (  # noqa: F401 - fixtures
+    assert_same,
+    demos,
+    make_episode,
+    write_format,
+    write_npz,
+)
 
 # The tensors here are tiny: a second thread would only be waited for.
 torch.set_num_threads(1)
@@ -132,3 +139,8 @@ def point_demonstrations() -> Demonstrations:
 @pytest.fixture
 def image_demonstrations(image_point_env) -> Demonstrations:
     return straight_line(image_point_env, range(2))
+
+
+@pytest.fixture
+def three(small_config):
+    return small_config.replace({"train.num_envs": 3})

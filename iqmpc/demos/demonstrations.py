@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from iqmpc.demos import formats, hdf5, isolated
+from iqmpc.demos import formats
 from iqmpc.demos.checks import find_defects
+from iqmpc.demos.formats import isolated, native
 from iqmpc.demos.types import Defect, DemonstrationError, Draft, Episode, Facts
 from iqmpc.files import write_atomically
 from iqmpc.frames import STACK, is_image
@@ -138,7 +139,7 @@ class Demonstrations:
         path = Path(path)
         if path.suffix.lower() not in (".h5", ".hdf5"):
             raise DemonstrationError(f"{path}: demonstrations are saved as .h5 or .hdf5")
-        payload = hdf5.encode(self.task, self.episodes, self.provenance)
+        payload = native.encode(self.task, self.episodes, self.provenance)
         try:
             write_atomically(path, payload)
         except OSError as error:

@@ -8,7 +8,7 @@ import pytest
 from gymnasium import spaces
 
 from iqmpc import Agent, Config, WorldModel, evaluate
-from iqmpc.demos.make import Demonstrator, record
+from iqmpc.demonstrators import Demonstrator, record
 from iqmpc.envs import interface
 from iqmpc.envs.gym import ControlEnv
 from iqmpc.envs.vector import VectorEnv
