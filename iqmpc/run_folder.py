@@ -117,7 +117,7 @@ class RunFolder:
             said = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{self.config} cannot be read: {said}") from error
         try:
-            return Config.from_dict(values)
+            return Config.restored(values)
         except ConfigError as error:
             raise CheckpointError(f"{self.config}: {error}") from error
 

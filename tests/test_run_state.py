@@ -28,6 +28,7 @@ def test_resume_is_exact(tmp_path, small_config, point_env, point_demonstrations
     config = small_config.replace(
         {
             "planner.mode": "compile" if mode == "compile" else "eager",
+            "planner.backend": "reference" if mode == "compile" else "auto",
             "learner.mode": mode,
             "agent.average": "always",
         }
