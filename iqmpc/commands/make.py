@@ -161,11 +161,11 @@ def _demonstrator(
     if kind == "sb3":
         from iqmpc.demonstrators.sb3 import Sb3Policy
 
-        if len(obs_shape) > 1:
+        if len(obs_shape) != 1:
             raise ConfigError(
                 f"--policy sb3 acts on flat observations, {config.task.name} has images"
             )
-        policy = Sb3Policy(path, *obs_shape, action_dim)
+        policy = Sb3Policy(path, obs_shape[0], action_dim)
         return demonstrators.Demonstrator(
             policy,
             provenance={
