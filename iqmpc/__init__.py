@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from iqmpc.compose import compose
 from iqmpc.config import Config
-from iqmpc.demos import Demonstrations, Episode
+from iqmpc.demos import Demonstrations
 from iqmpc.envs import make_env
+from iqmpc.episode import Episode
 from iqmpc.errors import IqmpcError
 
 if TYPE_CHECKING:

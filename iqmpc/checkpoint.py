@@ -26,6 +26,7 @@ from torch import Tensor
 from iqmpc.config import Config, differences, may_change
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.files import remove_temporary, write_atomically
+from iqmpc.observation import ObservationSpec
 
 FORMAT, VERSION = "iqmpc-checkpoint", 1
 KEPT = 2
@@ -127,6 +128,13 @@ def newest(run: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
             break
     found = f"none of {len(paths)} can be used" if paths else "there is none"
     raise CheckpointError(f"no checkpoint in {folder}: {found}")
+
+
+def shapes(meta: Mapping[str, Any]) -> tuple[ObservationSpec, int]:
+    """What the agent of a checkpoint observes, and A."""
+    # "obs_dim" stands in checkpoints from before there were images
+    observed = meta.get("obs_shape") or int(meta["obs_dim"])
+    return ObservationSpec.of(observed), int(meta["action_dim"])
 
 
 def newer(run: str | Path, path: Path) -> list[Path]:

@@ -518,17 +518,17 @@ def _demonstrator(
     from iqmpc import demonstrators
     from iqmpc.envs import check_spaces
 
-    obs_shape, action_dim = check_spaces(env, config.task.name)
+    spec, action_dim = check_spaces(env, config.task.name)
     if not kind:
         return demonstrators.DEMONSTRATORS[config.task.name](env, seed)
     if kind == "sb3":
         from iqmpc.demonstrators.sb3 import Sb3Policy
 
-        if len(obs_shape) > 1:
+        if spec.images:
             raise ConfigError(
                 f"--policy sb3 acts on flat observations, {config.task.name} has images"
             )
-        policy = Sb3Policy(path, *obs_shape, action_dim)
+        policy = Sb3Policy(path, *spec.shape, action_dim)
         return demonstrators.Demonstrator(
             policy,
             provenance={
@@ -539,11 +539,11 @@ def _demonstrator(
     import iqmpc
 
     agent = iqmpc.Agent.load(path, changes=acting, seed=seed)
-    found = agent.model.obs_shape, agent.model.action_dim
-    if found != (obs_shape, action_dim):
+    found, found_dim = agent.model.observation_spec, agent.model.action_dim
+    if (found, found_dim) != (spec, action_dim):
         raise ConfigError(
-            f"{path}: the agent has observations {list(found[0])} and {found[1]} actions, the task "
-            f"{list(obs_shape)} and {action_dim}"
+            f"{path}: the agent has observations {list(found.shape)} and {found_dim} actions, the "
+            f"task {list(spec.shape)} and {action_dim}"
         )
     return _run_demonstrator(Path(path), agent, agent.config.planner.enabled)
 
@@ -592,16 +592,14 @@ def _drawn(task: Any, images: bool = False) -> dict[str, str]:
     return {"render": _rendering(task)} if images or task.obs == "pixels" else {}
 
 
-def _demonstrations(config: Any, obs_shape: tuple[int, ...], action_dim: int) -> Any:
+def _demonstrations(config: Any, spec: Any, action_dim: int) -> Any:
     from iqmpc.demos import Demonstrations
-    from iqmpc.frames import is_image
 
     task = config.task.name
-    images = is_image(obs_shape)
     if config.demos.path is None:
         if config.learner.objective == "td":
             return None
-        if images:
+        if spec.images:
             raise ConfigError(
                 "no demonstrations of images ship: give some with demos.path=FILE (iqmpc demos "
                 "record RUN FILE --obs pixels makes them from a run on the state)"
@@ -611,13 +609,13 @@ def _demonstrations(config: Any, obs_shape: tuple[int, ...], action_dim: int) ->
         found = Demonstrations.load(
             config.demos.path,
             task=task,
-            obs_dim=None if images else obs_shape[0],
+            obs_dim=None if spec.images else spec.shape[0],
             action_dim=action_dim,
             facts=_task_facts(config),
         )
     # Images drawn otherwise could be told apart by that alone.
     drawn = found.provenance.get("render")
-    if images and drawn not in (None, _rendering(config.task)):
+    if spec.images and drawn not in (None, _rendering(config.task)):
         raise ConfigError(
             f"{config.demos.path} holds {drawn} renderings, task.fast_render="
             f"{str(config.task.fast_render).lower()} asks for {_rendering(config.task)} ones"

@@ -14,12 +14,12 @@ from iqmpc import losses
 from iqmpc.capture import CapturedStep
 from iqmpc.config import Config
 from iqmpc.errors import ConfigError
-from iqmpc.frames import is_image
 from iqmpc.kernels import layers
 from iqmpc.kernels.iq_update import FusedUpdate, UpdateSettings, UpdateState
 from iqmpc.kernels.weights import Weights, frozen, layer_tensors, map_layers
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
 from iqmpc.model import WorldModel
+from iqmpc.observation import ObservationSpec
 from iqmpc.replay import SliceReplay, join
 from iqmpc.seeding import stream_seed
 from iqmpc.threads import threads
@@ -27,14 +27,14 @@ from iqmpc.threads import threads
 _SHIFT = 3  # pixels, of the random shift of images
 
 
-def update_mode(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str:
+def update_mode(config: Config, device: torch.device, spec: ObservationSpec) -> str:
     """What `learner.mode` comes to; `ConfigError` with the reason where it cannot be."""
     mode, precision = config.learner.mode, config.learner.precision
     unfit = None  # what keeps the C++ library from making the updates
     if device.type != "cpu":
         unfit = f"needs device=cpu, got {device.type}"
-    elif is_image(obs_shape):
-        unfit = f"takes flat observations, got images {list(obs_shape)}"
+    elif spec.images:
+        unfit = f"takes flat observations, got images {list(spec.shape)}"
     elif importlib.util.find_spec("iqmpc._C") is None:
         unfit = "needs the compiled extension iqmpc._C, which is missing"
     if mode == "auto":
@@ -77,7 +77,7 @@ class Learner:
 
     def __init__(
         self,
-        obs_shape: int | tuple[int, ...],
+        obs_shape: ObservationSpec | tuple[int, ...] | int,
         action_dim: int,
         config: Config,
         device: torch.device | str = "cpu",
@@ -91,7 +91,7 @@ class Learner:
             self.model = WorldModel(
                 obs_shape, action_dim, config.model, termination=config.termination
             ).to(self.device)
-        self.mode = update_mode(config, self.device, self.model.obs_shape)
+        self.mode = update_mode(config, self.device, self.model.observation_spec)
         self.weights = self.model.weights()
         self.targets = map_layers(lambda t: t.detach().clone(), self.weights.critics)
         self.average: WorldModel | None = None
@@ -342,7 +342,7 @@ class Learner:
             if self.penalise:
                 keep_penalty = self._keep(critics, horizon * batch.experts)
         shift = None
-        if is_image(self.model.obs_shape):
+        if self.model.observation_spec.images:
             shift = torch.randint(
                 -_SHIFT,
                 _SHIFT + 1,

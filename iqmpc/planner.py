@@ -9,10 +9,10 @@ from torch import Tensor
 
 from iqmpc.config import PlannerConfig
 from iqmpc.errors import BackendError
-from iqmpc.frames import is_image
 from iqmpc.kernels import mppi_plan, triton_weights
 from iqmpc.kernels.backends import interpreted, resolve_backend
 from iqmpc.kernels.weights import Weights
+from iqmpc.observation import ObservationSpec
 
 
 class Planner:
@@ -42,7 +42,7 @@ class Planner:
         Raises `BackendError` where no backend can serve the settings.
         """
         self.config = config = config or PlannerConfig()
-        self.obs_shape, self.num_envs = weights.obs_shape, num_envs
+        self.observation_spec, self.num_envs = ObservationSpec(weights.obs_shape), num_envs
         self.backend = _backend(config, weights)
         self._plan = mppi_plan.BACKENDS[self.backend](
             weights, config, discount=discount, beta=beta, num_envs=num_envs, seed=seed
@@ -62,11 +62,7 @@ class Planner:
 
         Raises `ValueError` for observations of another shape, and images of another type.
         """
-        expected = [self.num_envs, *self.obs_shape]
-        if list(obs.shape) != expected:
-            raise ValueError(f"obs must be {expected}, got {list(obs.shape)}")
-        if is_image(self.obs_shape) and obs.dtype != torch.uint8:
-            raise ValueError(f"images must be uint8, got {obs.dtype}")
+        self.observation_spec.check(obs, self.num_envs)
         plan = self._plan(obs, explore=explore)
         if plan.nonfinite:
             if not self.nonfinite_plans:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,14 @@ from iqmpc.agent import Agent, prepare_torch, resolve_device
 from iqmpc.compiler import check_compiler
 from iqmpc.config import Config, differences, may_change, names_task
 from iqmpc.demos import Demonstrations
-from iqmpc.envs.vector import Recording, VectorEnv, check_alike
+from iqmpc.envs.vector import VectorEnv, check_alike
 from iqmpc.envs.workers import WorkerVectorEnv
+from iqmpc.episode import Episode
 from iqmpc.errors import CheckpointError, ConfigError, TaskError
 from iqmpc.evaluation import Evaluation, evaluate, ratio
-from iqmpc.frames import is_image, unstacked
 from iqmpc.interrupts import Interrupts
 from iqmpc.learner import Learner
+from iqmpc.observation import ObservationSpec
 from iqmpc.provenance import commit, machine
 from iqmpc.replay import SliceReplay
 from iqmpc.runlog import RunLog, last_evaluations, write_summary
@@ -67,18 +69,18 @@ class _Watched(gymnasium.Wrapper):
 class Trainer:
     """Trains an agent on environments from demonstrations (none for `objective: td`).
 
-    `env` is any `gymnasium.Env` with flat Box observations, or images as `iqmpc.frames` says, and
-    actions in [-1, 1], or a sequence of `config.train.num_envs` of them with the same spaces. They
-    are stepped together, one tick after another, and their actions planned in one call. In place of
-    environments, functions that make them may be given: then `config.train.env_workers` can put
-    each into a process of its own (`iqmpc.envs.workers`). Evaluation takes `eval_env`, in this
-    process; where that is absent it is `env` itself, if that is one environment, or is made by the
-    first function. `run` is the folder that receives config, metrics and checkpoints; a folder that
-    holds a run already is refused unless `resume` continues it. `on_progress(values)` is called now
-    and then with the current figures (`return` is the last episode's), `on_message(text)` with
-    events in words. While steps wait for something long, `values` has its `phase`: its name
-    (`demo updates`, `initial updates`, `updates` that were missing, `evaluation`), how much of it
-    is done, and of how much.
+    `env` is any `gymnasium.Env` with flat Box observations, or images as `iqmpc.observation` says,
+    and actions in [-1, 1], or a sequence of `config.train.num_envs` of them with the same spaces.
+    They are stepped together, one tick after another, and their actions planned in one call. In
+    place of environments, functions that make them may be given: then `config.train.env_workers`
+    can put each into a process of its own (`iqmpc.envs.workers`). Evaluation takes `eval_env`, in
+    this process; where that is absent it is `env` itself, if that is one environment, or is made by
+    the first function. `run` is the folder that receives config, metrics and checkpoints; a folder
+    that holds a run already is refused unless `resume` continues it. `on_progress(values)` is
+    called now and then with the current figures (`return` is the last episode's),
+    `on_message(text)` with events in words. While steps wait for something long, `values` has its
+    `phase`: its name (`demo updates`, `initial updates`, `updates` that were missing,
+    `evaluation`), how much of it is done, and of how much.
 
     Evaluations and checkpoints come after ticks at which an episode ended. A checkpoint holds no
     unfinished episode: where other environments were inside theirs, a resumed run has lost those
@@ -128,14 +130,14 @@ class Trainer:
         self._on_progress = on_progress or (lambda values: None)
         self._on_message = on_message or (lambda text: None)
         self.envs, self.eval_env = _environments(config, env, eval_env, self._on_message)
-        obs_shape, action_dim, count = self.envs.obs_shape, self.envs.action_dim, len(self.envs)
+        spec, action_dim, count = self.envs.observation_spec, self.envs.action_dim, len(self.envs)
         self.device = resolve_device(config.device)
         prepare_torch(config)
         # Of the random actions, and later of the batches.
         self.generator = torch.Generator(self.device).manual_seed(
             stream_seed(config.seed, "trainer")
         )
-        self.learner = Learner(obs_shape, action_dim, config, self.device, sampler=self.generator)
+        self.learner = Learner(spec, action_dim, config, self.device, sampler=self.generator)
         check_compiler(config, self.device, self.learner.mode)
         self.agent = Agent(self.learner.model, config, seed=config.seed, num_envs=count)
         # Evaluation plans for one environment; a single agent does both (and is compiled once).
@@ -144,7 +146,7 @@ class Trainer:
         )
         horizon = config.learner.horizon
         self.behaviour = SliceReplay(
-            obs_shape,
+            spec,
             action_dim,
             horizon=horizon,
             capacity=config.train.capacity,
@@ -161,7 +163,7 @@ class Trainer:
                     "none were given"
                 )
             self.experts = _expert_replay(
-                demonstrations, config.task.name, obs_shape, action_dim, horizon, self.device
+                demonstrations, config.task.name, spec, action_dim, horizon, self.device
             )
         cuda = self.device.startswith("cuda")
         self.overlap = config.train.overlap or ("async" if cuda else "off")
@@ -264,23 +266,15 @@ class Trainer:
             self._report()
         for episode in ended:
             self.episodes += 1
-            self._last_return = float(np.sum(episode.rewards))
+            self._last_return = float(episode.rewards.sum(dtype=np.float64))
             self._log.write({**self._progress(), "return": self._last_return, **self._fetched()})
         if ended:
             self._metrics = None
         return bool(ended)
 
-    def _keep(self, episode: Recording) -> None:
+    def _keep(self, episode: Episode) -> None:
         """Put an episode into the replay, which leaves out what is shorter than the horizon."""
-        obs = np.asarray(episode.observations)
-        self.behaviour.add_episode(
-            torch.as_tensor(unstacked(obs) if is_image(obs.shape[1:]) else obs),
-            *(
-                torch.as_tensor(np.asarray(x, np.float32))
-                for x in (episode.actions, episode.rewards)
-            ),
-            terminated=episode.terminated,
-        )
+        self.behaviour.add(episode)
         steps, horizon = len(episode.actions), self.config.learner.horizon
         if steps >= horizon:
             return
@@ -516,7 +510,7 @@ class Trainer:
             "trainer.generator": self.generator.get_state(),
         }
         meta = {
-            "obs_shape": self.learner.model.obs_shape,
+            "obs_shape": self.learner.model.observation_spec.shape,
             "action_dim": self.learner.model.action_dim,
             **self._progress(),
             "started": self.envs.started,
@@ -730,7 +724,7 @@ def _environments(
 def _expert_replay(
     demonstrations: Demonstrations,
     task: str,
-    obs_shape: tuple[int, ...],
+    spec: ObservationSpec,
     action_dim: int,
     horizon: int,
     device: str,
@@ -740,18 +734,16 @@ def _expert_replay(
             f"the demonstrations are of task {demonstrations.task!r}, the run's is {task!r}: give "
             "task.name, or rename them (iqmpc demos convert --task)"
         )
-    given = (demonstrations.obs_shape, demonstrations.action_dim)
-    if given != (obs_shape, action_dim):
+    given, given_dim = demonstrations.observation_spec, demonstrations.action_dim
+    if (given, given_dim) != (spec, action_dim):
         raise ConfigError(
-            f"the demonstrations of {demonstrations.task!r} have observations {list(given[0])} and "
-            f"{given[1]} actions, the environment has {list(obs_shape)} and {action_dim}"
+            f"the demonstrations of {demonstrations.task!r} have observations {list(given.shape)} "
+            f"and {given_dim} actions, the environment has {list(spec.shape)} and {action_dim}"
         )
     rows = sum(len(e.actions) + 1 for e in demonstrations.episodes)
-    replay = SliceReplay(obs_shape, action_dim, horizon=horizon, capacity=rows, device=device)
+    replay = SliceReplay(spec, action_dim, horizon=horizon, capacity=rows, device=device)
     for e in demonstrations.episodes:
-        replay.add_episode(
-            torch.from_numpy(e.observations), torch.from_numpy(e.actions), terminated=e.terminated
-        )
+        replay.add(replace(e, rewards=None))  # which the method never sees
     if not replay.slices:
         raise ConfigError(f"no demonstration is as long as learner.horizon={horizon}")
     return replay

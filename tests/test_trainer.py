@@ -23,9 +23,9 @@ from iqmpc.envs.vector import VectorEnv
 from iqmpc.envs.workers import WorkerVectorEnv
 from iqmpc.errors import CheckpointError, ConfigError, Interrupted, TaskError, WorkerError
 from iqmpc.evaluation import reward_correlation
-from iqmpc.frames import stacked
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import snapshot
+from iqmpc.observation import stacked
 from iqmpc.seeding import stream_seed
 
 

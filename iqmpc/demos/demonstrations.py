@@ -12,9 +12,10 @@ import numpy as np
 from iqmpc.demos import formats
 from iqmpc.demos.checks import find_defects
 from iqmpc.demos.formats import isolated, native
-from iqmpc.demos.types import Defect, DemonstrationError, Draft, Episode, Facts
+from iqmpc.demos.types import Defect, DemonstrationError, Draft, Facts
+from iqmpc.episode import Episode
 from iqmpc.files import write_atomically
-from iqmpc.frames import STACK, is_image
+from iqmpc.observation import ObservationSpec
 
 _DATA = Path(__file__).parent / "data"
 
@@ -45,10 +46,14 @@ class Demonstrations:
         return len(self.episodes)
 
     @property
+    def observation_spec(self) -> ObservationSpec:
+        """What one observation is."""
+        return self.episodes[0].observation_spec
+
+    @property
     def obs_shape(self) -> tuple[int, ...]:
         """Of one observation: (O,), or (3C, 64, 64) where they are images."""
-        shape = self.episodes[0].observations.shape[1:]
-        return (STACK * shape[0], *shape[1:]) if is_image(shape) else shape
+        return self.observation_spec.shape
 
     @property
     def action_dim(self) -> int:
