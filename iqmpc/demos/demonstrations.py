@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,8 +38,21 @@ class Demonstrations:
         object.__setattr__(self, "episodes", tuple(self.episodes))
         object.__setattr__(self, "provenance", dict(self.provenance))
         episodes = [vars(episode) for episode in self.episodes]
-        draft = Draft(f"{self.task} (in memory)", self.task, episodes, self.provenance)
-        _raise_any(draft)
+        _check(Draft(f"{self.task} (in memory)", self.task, episodes, self.provenance))
+
+    @classmethod
+    def _checked(
+        cls, task: str, episodes: Sequence[Episode], provenance: Mapping[str, str]
+    ) -> Demonstrations:
+        """A set of what has passed the checks, which are not made again."""
+        demos = object.__new__(cls)
+        for name, value in (
+            ("task", task),
+            ("episodes", tuple(episodes)),
+            ("provenance", dict(provenance)),
+        ):
+            object.__setattr__(demos, name, value)
+        return demos
 
     def __len__(self) -> int:
         """The number of episodes."""
@@ -88,7 +101,7 @@ class Demonstrations:
         """The set of the first n episodes; DemonstrationError unless 1 <= n <= len(self)."""
         if not 1 <= n <= len(self):
             raise DemonstrationError(f"{n} episodes asked of {self.task}, which has {len(self)}")
-        return Demonstrations(self.task, self.episodes[:n], self.provenance)
+        return self._checked(self.task, self.episodes[:n], self.provenance)
 
     @classmethod
     def load(
@@ -123,12 +136,12 @@ class Demonstrations:
         action_dim: int | None = None,
     ) -> Demonstrations:
         """What a reader returned, checked as `load` says."""
-        _raise_any(draft, task=task, obs_dim=obs_dim, action_dim=action_dim)
+        _check(draft, task=task, obs_dim=obs_dim, action_dim=action_dim)
         episodes = [
             Episode(**{k: bool(v) if isinstance(v, np.bool_) else v for k, v in episode.items()})
             for episode in draft.episodes
         ]
-        return cls(draft.task, tuple(episodes), draft.provenance)
+        return cls._checked(draft.task, episodes, draft.provenance)
 
     @classmethod
     def packaged(cls, task: str) -> Demonstrations:
@@ -167,7 +180,7 @@ def packaged_path(task: str) -> Path:
     return _DATA / f"{task}.h5"
 
 
-def _raise_any(draft: Draft | Defect, **expected: str | int | None) -> None:
+def _check(draft: Draft | Defect, **expected: str | int | None) -> None:
     defects = list(find_defects(draft, **expected))
     if defects:
         raise DemonstrationError.of(defects)
