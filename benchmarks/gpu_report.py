@@ -42,7 +42,7 @@ from iqmpc.episode import Episode
 from iqmpc.files import write_atomically
 from iqmpc.kernels.mppi_plan import BACKENDS, PlanNoise, ReferencePlan
 from iqmpc.kernels.mppi_refit import mppi_refit
-from iqmpc.kernels.weights import Weights, map_layers, snapshot
+from iqmpc.kernels.weights import Weights, snapshot
 from iqmpc.learner import Learner
 from iqmpc.replay import SliceReplay
 
@@ -171,12 +171,7 @@ class Group:
 
 
 def on(weights: Weights, device: str) -> Weights:
-    return weights._replace(
-        **{
-            part: map_layers(lambda t: t.detach().to(device), getattr(weights, part))
-            for part in ("encoder", "dynamics", "policy", "critics")
-        }
-    )
+    return weights.map(lambda t: t.detach().to(device))
 
 
 def eager_unrolled(s: Settings, case: PlanCase, *, compiled: bool) -> Callable[[], object]:

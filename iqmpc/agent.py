@@ -17,8 +17,8 @@ from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Weights
 from iqmpc.model import WorldModel
 from iqmpc.planner import Planner
+from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
-from iqmpc.threads import set_threads
 
 
 def resolve_device(name: str) -> str:
@@ -28,19 +28,6 @@ def resolve_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda was asked for, but torch sees no CUDA device")
     return name
-
-
-def prepare_torch(config: Config) -> None:
-    """Set the process to the run's `threads`, and torch to flush denormal numbers to zero."""
-    # Where the C++ library both plans and learns, torch has only trifles to do.
-    idle = (
-        (config.device == "cpu" or not torch.cuda.is_available())
-        and config.task.obs == "state"
-        and config.learner.mode in ("auto", "fused")
-        and config.planner.backend in ("auto", "cpu")
-    )
-    set_threads(config.threads, torch_idle=idle)
-    torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
 
 
 class Agent:
@@ -84,9 +71,10 @@ class Agent:
         device or with a backend that is not here acts on the CPU, in float32, with a warning.
         Raises `CheckpointError` where there is no checkpoint, `ConfigError` for wrong changes.
         """
-        found = checkpoint.load_config(run)
-        path, tensors, meta = checkpoint.newest(run)
-        checkpoint.check_settings(run, found, path, meta)
+        folder = RunFolder(run)
+        found = folder.load_config()
+        path, tensors, meta = folder.newest()
+        folder.check_settings(found, path, meta)
         changes = dict(changes or {})
         if found.device == "cuda" and "device" not in changes and not torch.cuda.is_available():
             warnings.warn(

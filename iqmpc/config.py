@@ -1,6 +1,6 @@
 """The settings of a run: frozen dataclasses, the only schema.
 
-Hydra fills them at the command line's edge (`iqmpc.compose`); nothing below sees Hydra.
+Hydra fills them at the command line's edge (`iqmpc.composition`); nothing below sees Hydra.
 `Config.from_dict` is strict: an unknown key or a value of the wrong type is a `ConfigError`
 that names the key, the nearest valid one and what was expected.
 """

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from iqmpc.compiler import cpp_compiler
-from iqmpc.kernels import mppi_plan, mppi_refit, mppi_rollout, normed_linear
+from iqmpc.kernels import mppi_plan, mppi_refit, mppi_rollout
 from iqmpc.kernels.backends import available_backends
 
 _PACKAGES = (
@@ -32,7 +32,6 @@ _OPERATIONS = {
     "mppi_plan": mppi_plan.BACKENDS,
     "mppi_rollout": mppi_rollout.BACKENDS,
     "mppi_refit": mppi_refit.BACKENDS,
-    "normed_linear": normed_linear.BACKENDS,
 }
 
 

@@ -34,6 +34,11 @@ class Episode:
         """What one observation is."""
         return ObservationSpec.of_rows(self.observations)
 
+    @property
+    def undiscounted_return(self) -> float:
+        """The sum of the rewards, in float64; NaN where they were not recorded."""
+        return float("nan") if self.rewards is None else float(self.rewards.sum(dtype=np.float64))
+
     def observed(self) -> np.ndarray:
         """What was seen at each row, float32 [T+1, O] or uint8 [T+1, 3C, 64, 64]."""
         return self.observation_spec.observed(self.observations)

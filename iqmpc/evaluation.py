@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
-from iqmpc.agent import Agent, prepare_torch
-from iqmpc.checkpoint import load_config
+from iqmpc.agent import Agent
 from iqmpc.envs import interface, make_env
 from iqmpc.episode import Episode, EpisodeBuffer
+from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
+from iqmpc.threads import prepare_torch
 
 # Standard deviations of the noise in `mixed_episodes`: little, much, and hardly the agent any more.
 NOISES = (0.25, 0.5, 1.0)
@@ -70,7 +71,7 @@ def open_run(
     Raises `CheckpointError` for what is no run or has no checkpoint, `TaskError` where the
     environment cannot be made here.
     """
-    config = load_config(run).replace(changes)
+    config = RunFolder(run).load_config().replace(changes)
     prepare_torch(config)
     env = make_env(config.task, render_mode="rgb_array" if render else None)
     return Agent.load(run, changes=changes, seed=seed), env
@@ -108,6 +109,18 @@ class Evaluation:
     def success_any_rate(self) -> float | None:
         """Share of episodes solved at any step; None where the task defines none."""
         return _share(self.solved)
+
+    def summary(self, demonstrator_return: float | None) -> dict[str, Any]:
+        """The figures as summary.json and `iqmpc eval` name them."""
+        return {
+            "episodes": len(self.episodes),
+            "return_mean": self.return_mean,
+            "return_std": self.return_std,
+            "success_rate": self.success_rate,
+            "success_any_rate": self.success_any_rate,
+            "demonstrator_return": demonstrator_return,
+            "ratio": ratio(self.return_mean, demonstrator_return),
+        }
 
 
 def _share(outcomes: Sequence[bool | None]) -> float | None:

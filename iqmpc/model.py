@@ -131,12 +131,12 @@ class WorldModel(nn.Module):
 def _encoder(spec: ObservationSpec, config: ModelConfig) -> list[nn.Module]:
     """MLP for flat observations; for images convolutions, and a Linear if Z is not their size."""
     latent = config.latent_dim
+    encoder: list[nn.Module] = []
     if not spec.images:
-        return [
-            Linear(*spec.shape, config.encoder_dim, normed=True),
-            Linear(config.encoder_dim, latent, normed=True),
-        ]
-    (channels, side, _), encoder = spec.shape, []
+        encoder.append(Linear(spec.shape[0], config.encoder_dim, normed=True))
+        encoder.append(Linear(config.encoder_dim, latent, normed=True))
+        return encoder
+    channels, side, _ = spec.shape
     for kernel, stride in layers.CONVOLUTIONS:
         encoder.append(Convolution(channels, layers.CHANNELS, kernel))
         channels, side = layers.CHANNELS, (side - kernel) // stride + 1

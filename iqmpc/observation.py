@@ -59,7 +59,7 @@ class ObservationSpec:
         return len(self.shape) == 3
 
     @property
-    def dtype(self) -> type[np.generic]:
+    def dtype(self) -> type[np.uint8] | type[np.float32]:
         """The type of an observation's values: uint8 of images, else float32."""
         return np.uint8 if self.images else np.float32
 

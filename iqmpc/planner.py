@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from iqmpc.kernels import mppi_plan, triton_weights
 from iqmpc.kernels.backends import interpreted, resolve_backend
 from iqmpc.kernels.weights import Weights
 from iqmpc.observation import ObservationSpec
+
+COUNTS = ("nonfinite_plans", "missed_plans")
 
 
 class Planner:
@@ -90,19 +95,39 @@ class Planner:
     def step(self, value: int) -> None:
         self._plan.step = value
 
+    @contextlib.contextmanager
+    def untraced(self) -> Iterator[dict[str, int]]:
+        """Plan from step 0 on, and be afterwards as if nothing had been planned.
+
+        Yields what is filled at the end: how many plans were counted, by `COUNTS`.
+        """
+        before, counted = self.state_dict(), dict[str, int]()
+        self.step = 0
+        yield counted
+        counted.update({name: getattr(self, name) - int(before[name]) for name in COUNTS})
+        self.load_state_dict(before)
+
+    def count(self, counted: dict[str, int]) -> None:
+        """Add to the counts, by `COUNTS`."""
+        for name, number in counted.items():
+            setattr(self, name, getattr(self, name) + number)
+
+    def summary(self) -> dict[str, Any]:
+        """The backend and the counts, as summary.json and `iqmpc eval` name them."""
+        return {"backend": self.backend, **{name: getattr(self, name) for name in COUNTS}}
+
     def state_dict(self) -> dict[str, Tensor]:
         return {
             "mean": self.mean.clone(),
             "step": torch.tensor(self.step),
-            "nonfinite_plans": torch.tensor(self.nonfinite_plans),
-            "missed_plans": torch.tensor(self.missed_plans),
+            **{name: torch.tensor(getattr(self, name)) for name in COUNTS},
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.mean.copy_(state["mean"])
         self.step = int(state["step"])
-        self.nonfinite_plans = int(state["nonfinite_plans"])
-        self.missed_plans = int(state["missed_plans"])
+        for name in COUNTS:
+            setattr(self, name, int(state[name]))
 
 
 def _backend(config: PlannerConfig, weights: Weights) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from iqmpc.observation import SIZE
 
+PARTS = ("encoder", "dynamics", "policy", "critics", "termination")  # of `Weights`: the networks
+
 
 class Layer(NamedTuple):
     """One linear layer, followed by a LayerNorm where `gamma` and `beta` are present.
@@ -68,8 +70,11 @@ class Weights(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""
-        parts = (self.encoder, self.dynamics, self.policy, self.critics, self.termination)
-        return [t for part in parts for t in layer_tensors(part)]
+        return [t for part in PARTS for t in layer_tensors(getattr(self, part))]
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Weights:
+        """The same model with `f` applied to every tensor of every part."""
+        return self._replace(**{part: map_layers(f, getattr(self, part)) for part in PARTS})
 
 
 def layer_tensors(layers: tuple[Layer, ...]) -> list[Tensor]:
@@ -90,15 +95,7 @@ def frozen(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
 def snapshot(weights: Weights, dtype: torch.dtype = torch.float32) -> Weights:
     """A detached copy in `dtype`, for the planner. Refresh it in place with `refresh`."""
 
-    def copy(t: Tensor) -> Tensor:
-        return t.detach().to(dtype, copy=True)
-
-    return weights._replace(
-        **{
-            part: map_layers(copy, getattr(weights, part))
-            for part in ("encoder", "dynamics", "policy", "critics", "termination")
-        }
-    )
+    return weights.map(lambda t: t.detach().to(dtype, copy=True))
 
 
 @torch.no_grad()

@@ -128,3 +128,8 @@ def point_demonstrations() -> Demonstrations:
 @pytest.fixture
 def image_demonstrations(image_point_env) -> Demonstrations:
     return straight_line(image_point_env, range(2))
+
+
+@pytest.fixture
+def three(small_config):
+    return small_config.replace({"train.num_envs": 3})

@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import iqmpc.learner
-from iqmpc import Episode, Learner, Trainer, capture, checkpoint
+from iqmpc import Episode, Learner, Trainer, capture
 from iqmpc.capture import WARM_UPS, CapturedStep
 from iqmpc.errors import ConfigError
 from iqmpc.kernels.weights import refresh, snapshot
 from iqmpc.replay import SliceReplay
+from iqmpc.run_folder import RunFolder
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
@@ -352,7 +353,7 @@ def test_a_run_on_recorded_updates_is_the_eager_run(
     go("graph", "graph")
     go("parts", "graph", 60)
     go("parts", "graph", resume=True)
-    one, *others = (checkpoint.newest(tmp_path / n)[1] for n in ("eager", "graph", "parts"))
+    one, *others = (RunFolder(tmp_path / n).newest()[1] for n in ("eager", "graph", "parts"))
     for other in others:
         assert all(torch.equal(one[k], other[k]) for k in one) and one.keys() == other.keys()
     one, two = (

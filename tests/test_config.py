@@ -4,7 +4,7 @@ import math
 import pytest
 import yaml
 
-from iqmpc.compose import SUITES, ablation, compose, departures, options, parse
+from iqmpc.composition import SUITES, ablation, compose, departures, options, parse
 from iqmpc.config import Config, all_keys, names_task
 from iqmpc.envs import TASKS
 from iqmpc.errors import ConfigError

@@ -49,3 +49,10 @@ def test_images_are_kept_once_and_seen_stacked():
 def test_what_was_not_recorded_is_none():
     episode = Episode(np.zeros((3, 2), np.float32), np.zeros((2, 1), np.float32))
     assert (episode.rewards, episode.terminated, episode.success) == (None, False, None)
+    assert np.isnan(episode.undiscounted_return)
+
+
+def test_a_return_is_summed_in_float64():
+    rewards = np.float32([2**24, 1, 1])
+    episode = Episode(np.zeros((4, 2), np.float32), np.zeros((3, 1), np.float32), rewards)
+    assert rewards[:2].sum() == 2**24 and episode.undiscounted_return == 2**24 + 2

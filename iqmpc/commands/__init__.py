@@ -1,1 +1,1 @@
-"""The command line, a module a group of commands."""
+"""The commands of `iqmpc`, one file each; `iqmpc.cli` puts them together."""

@@ -20,7 +20,7 @@ from iqmpc.demos.formats import FORMATS
 from iqmpc.demos.formats.isolated import read
 from iqmpc.demos.types import DemonstrationError, Draft, Facts
 from iqmpc.errors import printable
-from iqmpc.runlog import strict_json
+from iqmpc.files import strict_json
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check and convert demonstrations.")
 

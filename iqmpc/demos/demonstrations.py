@@ -82,7 +82,7 @@ class Demonstrations:
         """Undiscounted return of every episode, float64 [N]; None where rewards are absent."""
         if self.episodes[0].rewards is None:
             return None
-        return np.array([episode.rewards.sum(dtype=np.float64) for episode in self.episodes])
+        return np.array([episode.undiscounted_return for episode in self.episodes])
 
     @property
     def return_mean(self) -> float | None:

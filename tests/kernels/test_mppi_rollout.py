@@ -131,14 +131,7 @@ def test_scores_differ_by_one_constant_per_problem(horizon, ends):
 def test_float32_is_within_the_contract():
     weights, *draws = problem(3, 3, 64, 5, 24, "advantage")
     exact = mppi_rollout(weights, *draws, GAMMA, backend="reference")
-    single = weights._replace(
-        **{
-            part: tuple(
-                type(x)(*(t if t is None else t.float() for t in x)) for x in getattr(weights, part)
-            )
-            for part in ("encoder", "dynamics", "policy", "critics")
-        }
-    )
+    single = weights.map(torch.Tensor.float)
     z0, actions, noise, pair = draws
     close = mppi_rollout(
         single, z0.float(), actions.float(), noise.float(), pair, GAMMA, backend="reference"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -105,7 +106,7 @@ def _task(metadata: dict[str, object], facts: Facts, at: partial[Defect]) -> obj
         return at("env_spec", describe(spec), "a JSON object with the environment's id")
 
 
-def _members(space: object, at: partial[Defect]) -> tuple[str, ...] | Defect | None:
+def _members(space: Any, at: partial[Defect]) -> tuple[str, ...] | Defect | None:
     """The members of a serialised space, in the order in which an environment's are observed.
 
     None where no space is given or it is neither a Dict nor a Tuple.
@@ -119,7 +120,7 @@ def _members(space: object, at: partial[Defect]) -> tuple[str, ...] | Defect | N
         return at("observation_space", describe(space), "a serialised space")
 
 
-def _leaves(space: dict[str, object], path: str = "") -> Iterator[str]:
+def _leaves(space: dict[str, Any], path: str = "") -> Iterator[str]:
     if space["type"] not in _COMPOSED:
         yield path
         return

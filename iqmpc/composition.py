@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from operator import attrgetter
@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from iqmpc.config import Config, all_keys, shortened, text_keys
+from iqmpc.config import Config, all_keys, may_change, shortened, text_keys
 from iqmpc.errors import ConfigError
 
 SUITES = ("dmcontrol", "myosuite", "maniskill", "gym")  # whose environments are made here
@@ -105,6 +105,20 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             {"task.action_repeat": 1, "task.gradient_penalty": False, "task.terminates": False}
         )
     return config.replace(keys)
+
+
+def resumed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The settings of a run that goes on with `changes`, by dotted key.
+
+    Raises `ConfigError` for what a continuation may not change (`iqmpc.config.may_change`).
+    """
+    for key in changes:
+        if key in GROUPS or not may_change(key):
+            raise ConfigError(
+                f"{key} cannot change when a run is resumed (only train.* and what iqmpc train "
+                "--help names)"
+            )
+    return config.replace(changes)
 
 
 def departures(config: Config) -> dict[str, Any]:
