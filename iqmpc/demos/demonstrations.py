@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,9 +63,8 @@ class Demonstrations:
 
     def returns(self) -> np.ndarray | None:
         """Undiscounted return of every episode, float64 [N]; None where rewards are absent."""
-        if self.episodes[0].rewards is None:
-            return None
-        return np.array([episode.rewards.sum(dtype=np.float64) for episode in self.episodes])
+        rewards = [episode.rewards for episode in self.episodes if episode.rewards is not None]
+        return np.array([r.sum(dtype=np.float64) for r in rewards]) if rewards else None
 
     @property
     def return_mean(self) -> float | None:
@@ -75,9 +75,8 @@ class Demonstrations:
     @property
     def success_rate(self) -> float | None:
         """Share of episodes that ended in success, in [0, 1]; None where the task defines none."""
-        if self.episodes[0].success is None:
-            return None
-        return float(np.mean([episode.success for episode in self.episodes]))
+        known = [episode.success for episode in self.episodes if episode.success is not None]
+        return float(np.mean(known)) if known else None
 
     def select(self, n: int) -> Demonstrations:
         """The set of the first n episodes; DemonstrationError unless 1 <= n <= len(self)."""
@@ -162,7 +161,7 @@ def packaged_path(task: str) -> Path:
     return _DATA / f"{task}.h5"
 
 
-def _raise_any(draft: Draft | Defect, **expected: str | int | None) -> None:
+def _raise_any(draft: Draft | Defect, **expected: Any) -> None:
     defects = list(find_defects(draft, **expected))
     if defects:
         raise DemonstrationError.of(defects)

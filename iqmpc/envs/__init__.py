@@ -11,6 +11,7 @@ import numpy as np
 
 from iqmpc.config import TaskConfig
 from iqmpc.envs import dmcontrol, gym, maniskill, myosuite
+from iqmpc.envs.interface import HasSpaces
 from iqmpc.envs.noise import TransitionNoise
 from iqmpc.errors import TaskError
 from iqmpc.frames import SIZE, STACK, is_image
@@ -23,20 +24,17 @@ _SUITES = {
 }
 
 # The same values as in configs/task, which a test compares.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "dmcontrol": {},
+    "myosuite": dict(episode_length=100, action_repeat=1, gradient_penalty=True),
+    "maniskill": dict(episode_length=100, action_repeat=2, gradient_penalty=True),
+}
 TASKS: dict[str, TaskConfig] = {
-    name: TaskConfig(name=name, suite=suite, **how)
-    for suite, names, how in (
-        ("dmcontrol", dmcontrol.TASKS, {}),
-        (
-            "myosuite",
-            myosuite.TASKS,
-            dict(episode_length=100, action_repeat=1, gradient_penalty=True),
-        ),
-        (
-            "maniskill",
-            maniskill.TASKS,
-            dict(episode_length=100, action_repeat=2, gradient_penalty=True),
-        ),
+    name: TaskConfig(name=name, suite=suite, **_SETTINGS[suite])
+    for suite, names in (
+        ("dmcontrol", dmcontrol.TASKS),
+        ("myosuite", myosuite.TASKS),
+        ("maniskill", maniskill.TASKS),
     )
     for name in names
 }
@@ -78,7 +76,7 @@ def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any)
     return TransitionNoise(env, task.transition_noise) if task.transition_noise else env
 
 
-def check_spaces(env: gymnasium.Env, name: str) -> tuple[tuple[int, ...], int]:
+def check_spaces(env: HasSpaces, name: str) -> tuple[tuple[int, ...], int]:
     """The shape of observations, (O,) or (3C, 64, 64), and A; `TaskError` where they do not fit."""
     obs, action = env.observation_space, env.action_space
     images = (
