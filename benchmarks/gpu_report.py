@@ -201,7 +201,7 @@ def package(
 ) -> Callable[[], object]:
     config = s.plan_config(case, **changes)
     weights, obs = on(case.world_model().weights(), s.device), case.observations()
-    settings = dict(discount=case.config.discount, beta=case.entropy, num_envs=case.envs)
+    settings = dict(discount=case.config.discount, entropy_coef=case.entropy, problems=case.envs)
     if schedule is not None:
         settings["schedule"] = schedule
     plan = BACKENDS[backend](weights, config, **settings)
@@ -239,18 +239,18 @@ def check_plan(
     noise = PlanNoise(*(t.double() for t in drawn), pair)
     exact = snapshot(weights, torch.float64)
     wide = dataclasses.replace(config, precision="float64", score="advantage", capture=None)
-    reference = ReferencePlan(exact, wide, discount=discount, num_envs=len(obs))
+    reference = ReferencePlan(exact, wide, discount=discount, problems=len(obs))
     mean = torch.zeros_like(plan.mean, dtype=torch.float64)
-    z0 = reference._begin(exact, obs.to(mean), mean, noise)[0]
-    prior = reference._policy_trajectories(exact, z0, noise.prior)
+    z0 = reference.begin(exact, obs.to(mean), mean, noise)[0]
+    prior = reference.policy_trajectories(exact, z0, noise.policy_noise)
     tolerance, count = TOLERANCE[config.precision], config.policy_trajectories
     actions = plan.actions.double()
     scores = torch.cat(
         [
-            reference._returns(exact, z0, part, draws, noise.root, pair)
+            reference.returns(exact, z0, part, draws, noise.root, pair)
             for part, draws in (
-                (actions[:, :, :count], noise.prior_score),
-                (actions[:, :, count:], noise.score[-1]),
+                (actions[:, :, :count], noise.policy_score_noise),
+                (actions[:, :, count:], noise.score_noise[-1]),
             )
         ],
         dim=1,

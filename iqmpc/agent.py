@@ -20,6 +20,9 @@ from iqmpc.planner import Planner
 from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
 
+# Settings that mean something to one backend alone, as they are where they are not given.
+_OF_A_BACKEND = {"planner.mode": "eager", "planner.capture": None, "planner.threads": None}
+
 
 def resolve_device(name: str) -> str:
     """`auto` as cuda or cpu; `ConfigError` where cuda is asked for and absent."""
@@ -41,16 +44,16 @@ class Agent:
         self.model, self.config = model, config
         self.weights = model.weights()  # what decodes rewards; the planner has a snapshot of them
         self.device = next(model.parameters()).device
-        self.beta = config.entropy_coefficient(model.action_dim)
+        self.entropy_coef = config.entropy_coefficient(model.action_dim)
         self.planner = Planner(
             self.weights,
             config.planner,
             discount=config.discount,
-            beta=self.beta,
-            num_envs=num_envs,
+            entropy_coef=self.entropy_coef,
+            problems=num_envs,
             seed=stream_seed(seed, "planner"),
         )
-        # What training says of the checkpoint: env_steps, updates, wall_s, demonstrator_return.
+        # What training says of it: checkpoint, env_steps, updates, wall_s, demonstrator_return.
         self.facts: dict[str, Any] = {}
 
     @classmethod
@@ -58,24 +61,30 @@ class Agent:
         cls,
         run: str | Path,
         *,
+        checkpoint: str = "newest",
         changes: Mapping[str, Any] | None = None,
         seed: int | None = None,
         num_envs: int = 1,
     ) -> Agent:
-        """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there:
-        with the average of the weights, unless `agent.average` is off.
+        """The agent of a run folder, acting as it was evaluated there: with the average of the
+        weights, unless `agent.average` is off.
 
+        `checkpoint` is `newest` (the newest whole one), `best` (of the best evaluation on the way,
+        by success, then return) or a number of steps whose checkpoint is there.
         `changes` replaces settings, such as {"planner.enabled": False} to act with the policy
-        prior or {"device": "cpu"}. `seed` is the run's own by default. It acts on `num_envs`
-        environments at once, whatever it was trained on. A run that was made on a
+        prior or {"device": "cpu"}; another backend leaves behind the run's `planner.mode`,
+        `capture` and `threads`, which were for its own. `seed` is the run's own by default. It acts
+        on `num_envs` environments at once, whatever it was trained on. A run that was made on a
         device or with a backend that is not here acts on the CPU, in float32, with a warning.
         Raises `CheckpointError` where there is no checkpoint, `ConfigError` for wrong changes.
         """
         folder = RunFolder(run)
         found = folder.load_config()
-        path, tensors, meta = folder.newest()
+        path, tensors, meta = folder.checkpoint(checkpoint)
         folder.check_settings(found, path, meta)
         changes = dict(changes or {})
+        if "planner.backend" in changes:
+            changes = _OF_A_BACKEND | changes
         if found.device == "cuda" and "device" not in changes and not torch.cuda.is_available():
             warnings.warn(
                 f"{run} was made with device=cuda, which is not here: acting on the CPU",
@@ -119,14 +128,15 @@ class Agent:
                     {
                         "planner.backend": "auto",
                         "planner.precision": "float32",
-                        "planner.capture": None,
+                        **_OF_A_BACKEND,
                     }
                 ),
                 seed=seed,
                 num_envs=num_envs,
             )
         agent.facts = {
-            k: meta[k] for k in ("env_steps", "updates", "wall_s", "demonstrator_return")
+            "checkpoint": path.name,
+            **{k: meta[k] for k in ("env_steps", "updates", "wall_s", "demonstrator_return")},
         }
         return agent
 
@@ -188,10 +198,12 @@ class Agent:
         noise = torch.randn(
             samples, 1, self.model.action_dim, generator=generator, device=self.device
         )
-        prior, log_prob = layers.policy_sample(
+        policy_action, log_prob = layers.policy_sample(
             w, z, noise.expand(-1, n, -1), self.config.learner.entropy
         )
-        value = (layers.critics(w.critics, z, prior).mean(0) - self.beta * log_prob).mean(0)
+        value = (
+            layers.critics(w.critics, z, policy_action).mean(0) - self.entropy_coef * log_prob
+        ).mean(0)
         q = layers.critics(w.critics, layers.encode(w, obs_), action_).mean(0)
         alive = 1 - torch.as_tensor(terminated, dtype=torch.float32, device=self.device)
         reward = (q - self.config.discount * alive * value).cpu().numpy()

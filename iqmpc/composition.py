@@ -40,6 +40,8 @@ _NO_DEPARTURES = {
     "train.eval_episodes",
     "train.final_episodes",
     "train.checkpoint_every",
+    "train.keep",
+    "train.stop_at",
     "train.env_workers",
     "train.env_restarts",
     "train.env_timeout_s",

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import iqmpc.learner
+import iqmpc.update_backends
 from iqmpc import Learner, Trainer, capture
 from iqmpc.capture import WARM_UPS, CapturedStep
 from iqmpc.errors import ConfigError
@@ -98,11 +98,13 @@ def learner_of(config, mode, monkeypatch, device="cpu", obs_shape=2):
     """`graph` on a CPU is the eager losses, recorded."""
     if mode != "graph" or device != "cpu":
         return Learner(obs_shape, 2, config.replace({"learner.mode": mode}), device)
-    monkeypatch.setattr(iqmpc.learner, "update_mode", lambda config, *_: config.learner.mode)
-    monkeypatch.setattr(iqmpc.learner, "CapturedStep", RecordedStep)
+    monkeypatch.setattr(
+        iqmpc.update_backends, "resolve_update", lambda config, *_: config.learner.mode
+    )
+    monkeypatch.setattr(iqmpc.update_backends, "CapturedStep", RecordedStep)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     learner = Learner(obs_shape, 2, config.replace({"learner.mode": "graph"}))
-    learner._captured.learner = learner
+    learner.backend.captured.learner = learner
     return learner
 
 
@@ -189,7 +191,7 @@ def test_a_recorded_update_is_the_eager_one(small_config, monkeypatch, changes):
         assert one == values(graph.learn(experts, behaviour))
         assert same_state(eager, graph)
         seen.append(one["critic_loss"])
-    assert graph._captured.captures == 1 and graph.updates == WARM_UPS + 9
+    assert graph.backend.captured.captures == 1 and graph.updates == WARM_UPS + 9
     assert len(set(seen)) == len(seen)
 
 
@@ -207,7 +209,9 @@ def test_a_recorded_update_that_is_not_finite_is_left_out(small_config, monkeypa
         skipped.append(graph.skipped_updates)
     assert all(t.isfinite().all() for t in graph.weights.tensors())
     assert 0 < skipped[-1] < graph.updates == len(skipped) and skipped[-1] > skipped[WARM_UPS]
-    assert one["skipped_updates"] == float(skipped[-1]).hex() and graph._captured.captures == 1
+    assert (
+        one["skipped_updates"] == float(skipped[-1]).hex() and graph.backend.captured.captures == 1
+    )
 
 
 def test_a_recorded_update_from_images_is_the_eager_one(small_config, monkeypatch):
@@ -225,7 +229,7 @@ def test_a_recorded_update_from_images_is_the_eager_one(small_config, monkeypatc
             graph.learn(behaviour, behaviour)
         )
         assert same_state(eager, graph)
-    assert graph._captured.captures == 1
+    assert graph.backend.captured.captures == 1
 
 
 def test_a_recorded_update_follows_its_replay(small_config, monkeypatch):
@@ -241,11 +245,11 @@ def test_a_recorded_update_follows_its_replay(small_config, monkeypatch):
             )
         add(behaviour, number, 800)
     assert behaviour._line.data_ptr() != one and behaviour.allocations == 3
-    assert graph._captured.captures == 3  # one for each place where the rows were
+    assert graph.backend.captured.captures == 3  # one for each place where the rows were
     # demonstrations on both sides is another graph
     for _ in range(WARM_UPS + 2):
         assert values(eager.learn(experts, experts)) == values(graph.learn(experts, experts))
-    assert graph._captured.captures == 4
+    assert graph.backend.captured.captures == 4
 
 
 def test_static_tensors_stay_where_they_are(small_config, monkeypatch):
@@ -276,7 +280,7 @@ def test_static_tensors_stay_where_they_are(small_config, monkeypatch):
         assert learner.updates == WARM_UPS
         learner.learn(experts, behaviour)
     assert same_state(eager, graph) and addresses(graph) == where
-    assert graph._captured.captures == 1
+    assert graph.backend.captured.captures == 1
 
 
 def test_loading_a_state_without_moments_is_a_fresh_start(small_config, monkeypatch):
@@ -298,7 +302,9 @@ def test_host_work_in_an_update_would_be_seen(small_config, monkeypatch):
     graph = learner_of(small_config, "graph", monkeypatch)
     experts, behaviour = replays()
     with pytest.raises(RuntimeError, match="_local_scalar_dense.* makes the host wait"), Recorder():
-        graph._update_on_device(graph._batch(experts, behaviour))["critic_loss"].item()
+        graph.backend.update_on_device(graph.backend.batch(experts, behaviour))[
+            "critic_loss"
+        ].item()
     eager = learner_of(small_config, "eager", monkeypatch)
     graph = learner_of(small_config, "graph", monkeypatch)
     behaviour._range_on_device = False
@@ -335,13 +341,15 @@ def test_a_run_on_recorded_updates_is_the_eager_run(
         trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / name, **options)
         trainer.behaviour._range_on_device = trainer.experts._range_on_device = True
         if mode == "graph":
-            trainer.learner._captured.learner = trainer.learner
+            trainer.learner.backend.captured.learner = trainer.learner
         trainer.train()
         if mode == "graph":
-            assert trainer.learner._captured.captures == 1
+            assert trainer.learner.backend.captured.captures == 1
 
-    monkeypatch.setattr(iqmpc.learner, "update_mode", lambda config, *_: config.learner.mode)
-    monkeypatch.setattr(iqmpc.learner, "CapturedStep", RecordedStep)
+    monkeypatch.setattr(
+        iqmpc.update_backends, "resolve_update", lambda config, *_: config.learner.mode
+    )
+    monkeypatch.setattr(iqmpc.update_backends, "CapturedStep", RecordedStep)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     go("eager", "eager")
     go("graph", "graph")
@@ -405,7 +413,7 @@ def test_captured_updates_are_the_uncaptured_ones(small_config, monkeypatch, pen
         assert values(plain.learn(experts, behaviour)) == values(graph.learn(experts, behaviour))
         assert same_state(plain, graph)
         add(behaviour, number, 20 if number != 20 else 5000)
-    assert graph._captured.captures == 2
+    assert graph.backend.captured.captures == 2
     where = addresses(graph)
     state = {k: v.clone() for k, v in plain.state_dict().items()}
     sampler = plain.sampler.get_state()
@@ -431,7 +439,7 @@ def test_captured_updates_draw_anew(small_config, monkeypatch):
         for _ in range(20):
             metrics = values(graph.learn(experts, behaviour))
             seen.add((metrics["policy_loss"], metrics["consistency"], metrics["target_value"]))
-        assert graph._captured.captures == 1
+        assert graph.backend.captured.captures == 1
     assert len(seen) == 40
 
 

@@ -298,7 +298,7 @@ def test_video_is_written_or_says_what_is_missing(run, tmp_path):
 def test_doctor_names_backends_and_reasons():
     done = iqmpc("doctor", env={"COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
-    for word in ("torch", "reference", "cpu", "triton", "cuda", "avx"):
+    for word in ("torch", "reference", "cpu", "triton", "cuda", "avx", "fused", "graph"):
         assert word in done.stdout
     assert "not implemented" in done.stdout  # not every operation has every backend
     assert "sees no CUDA device" in " ".join(done.stdout.split()) or "sm_" in done.stdout
@@ -320,7 +320,14 @@ def test_doctor_names_backends_and_reasons():
             "torch sees no CUDA device",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
         ),
-        (["train", "planner.backend=cuda"], "backend 'cuda' cannot run"),
+        (
+            ["train", "planner.backend=cuda"],
+            "planner.backend must be one of auto, reference, cpu, triton, got 'cuda'",
+        ),
+        (
+            ["train", "planner.backend=cpu", "planner.mode=compile"],
+            "planner.backend=cpu compiles nothing, got planner.mode=compile",
+        ),
         (["train", "resume=nowhere"], "nowhere is no run folder"),
         (["train", "seed=-1"], "seed must lie in [0, 2**32), got -1"),
         (["train", "task.episode_length=0"], "task.episode_length must be at least 1, got 0"),

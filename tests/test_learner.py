@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import math
 
 import pytest
@@ -7,10 +6,11 @@ import torch
 
 from iqmpc import Learner, losses
 from iqmpc.errors import ConfigError
+from iqmpc.kernels import backends
 from iqmpc.kernels.weights import map_layers, snapshot
-from iqmpc.learner import update_mode
 from iqmpc.losses import Batch
 from iqmpc.replay import SliceReplay, join
+from iqmpc.update_backends import resolve_update
 
 
 def batch(experts=8, seed=0):
@@ -540,13 +540,13 @@ def image_batch(experts=4):
 
 def test_images_are_shifted_anew_in_every_update(small_config):
     learner, data = Learner((9, 64, 64), 2, small_config), image_batch()
-    shift = learner._model_noise(data).shift
+    shift = learner.backend.model_noise(data).shift
     assert shift.shape == (4, 8, 2) and shift.dtype == torch.int64
-    other = learner._model_noise(data).shift
+    other = learner.backend.model_noise(data).shift
     assert not torch.equal(shift, other)
     assert set(torch.cat([shift, other]).flatten().tolist()) == set(range(-3, 4))
     assert not torch.equal(shift[0], shift[1])  # s_t and s_{t+1} are moved independently
-    assert Learner(2, 2, small_config)._model_noise(batch(4)).shift is None
+    assert Learner(2, 2, small_config).backend.model_noise(batch(4)).shift is None
 
 
 def test_updates_on_images_repeat_and_change_the_encoder(small_config):
@@ -603,7 +603,7 @@ def fused_and_eager(config, monkeypatch):
 
     def drawn():
         experts = 0 if config.learner.objective == "td" else 8
-        draws = fused._fused.native.draws(eager.updates, 16, experts)
+        draws = fused.backend.fused.native.draws(eager.updates, 16, experts)
         return {k: torch.tensor(v) for k, v in draws.items()}
 
     def model_noise(data):
@@ -625,8 +625,8 @@ def fused_and_eager(config, monkeypatch):
         keep = d["keep_policy"] if config.learner.dropout == "always" else None
         return losses.PolicyNoise(d["policy"], d["policy_pair"], keep)
 
-    monkeypatch.setattr(eager, "_model_noise", model_noise)
-    monkeypatch.setattr(eager, "_policy_noise", policy_noise)
+    monkeypatch.setattr(eager.backend, "model_noise", model_noise)
+    monkeypatch.setattr(eager.backend, "policy_noise", policy_noise)
     return fused, eager
 
 
@@ -693,7 +693,7 @@ def test_fused_counts_and_leaves_out_what_is_not_finite(small_config):
 
 def test_what_learns_where(small_config, monkeypatch):
     def mode(obs_shape=(2,), device="cpu", **settings):
-        return update_mode(with_(small_config, **settings), torch.device(device), obs_shape)
+        return resolve_update(with_(small_config, **settings), torch.device(device), obs_shape)
 
     images = (9, 64, 64)
     assert mode(mode="auto") == mode(mode="auto", precision="bf16") == "fused"
@@ -706,13 +706,17 @@ def test_what_learns_where(small_config, monkeypatch):
         mode(mode="fused", device="cuda")
     with pytest.raises(ConfigError, match="mode=graph needs a CUDA device, got cpu"):
         mode(mode="graph")
-    with pytest.raises(ConfigError, match="precision=bf16 needs learner.mode=fused, got eager"):
+    with pytest.raises(
+        ConfigError, match="mode=eager computes in float32, got learner.precision=b"
+    ):
         mode(mode="eager", precision="bf16")
-    with pytest.raises(ConfigError, match="got compile .fused takes flat observations"):
+    with pytest.raises(
+        ConfigError, match="no learner.mode can serve: fused takes flat observations"
+    ):
         mode(mode="auto", precision="bf16", obs_shape=images)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "_availability", lambda: {"cpu": "iqmpc._C is not built"})
     assert mode(mode="auto") == "compile"
-    with pytest.raises(ConfigError, match="mode=fused needs the compiled extension iqmpc._C"):
+    with pytest.raises(ConfigError, match="mode=fused cannot run: iqmpc._C is not built"):
         mode(mode="fused")
 
 

@@ -87,7 +87,8 @@ class FusedUpdate:
             precision=precision,
             threads=threads,
             isa=isa,
-            **settings._asdict(),
+            beta=settings.entropy_coef,
+            **{k: v for k, v in settings._asdict().items() if k != "entropy_coef"},
         )
 
     def learn(

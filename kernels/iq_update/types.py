@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class UpdateSettings(NamedTuple):
-    """Symbols as in `LearnerConfig`. `beta` is the entropy coefficient in force, `c_gp` is 0 where
-    there is no gradient penalty, `average_rate` is read where an average is kept."""
+    """Symbols as in `LearnerConfig`. `entropy_coef` is β·A or β, the one in force, `c_gp` is 0
+    where there is no gradient penalty, `average_rate` is read where an average is kept."""
 
     objective: str
     entropy: str
@@ -23,7 +23,7 @@ class UpdateSettings(NamedTuple):
     rho: float
     discount: float
     alpha: float
-    beta: float
+    entropy_coef: float
     c_cons: float
     c_iq: float
     c_gp: float
@@ -46,7 +46,7 @@ class UpdateSettings(NamedTuple):
             **given
             | dict(
                 discount=config.discount,
-                beta=config.entropy_coefficient(action_dim),
+                entropy_coef=config.entropy_coefficient(action_dim),
                 c_gp=s.c_gp if config.gradient_penalty and s.objective != "td" else 0.0,
                 dropout=config.model.dropout,
                 dropout_always=s.dropout == "always",

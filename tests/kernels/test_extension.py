@@ -37,7 +37,7 @@ CLASSES = ["ModelView", "WorldModel", "Planner", "Learner"]
 for name in CLASSES:
     setattr(_C, name, Spy(name))
 learner = Learner(3, 2, config)
-plan = BACKENDS["cpu"](learner.weights, config.planner, discount=0.9, beta=0.0, num_envs=1, seed=0)
+plan = BACKENDS["cpu"](learner.weights, config.planner, discount=0.9, problems=1)
 for name in CLASSES:
     setattr(_C, name, getattr(_C, name).made)
 f = lambda *shape: np.zeros(shape, np.float32)
