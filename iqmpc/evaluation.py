@@ -30,6 +30,7 @@ class Actor(Protocol):
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """obs [O] -> action [A] in [-1, 1]."""
+        ...
 
 
 class Noisy:
@@ -149,11 +150,11 @@ class _Watched(gymnasium.Wrapper):
         return self.env.reset(**how)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        *result, info = interface.step(self.env, action)
+        obs, reward, terminated, truncated, info = interface.step(self.env, action)
         success = interface.success(info)
         if success is not None:
             self.solved = bool(self.solved) or success
-        return (*result, info)
+        return obs, reward, terminated, truncated, info
 
 
 def rollout(
@@ -235,7 +236,7 @@ def mixed_episodes(
     of a stream of their own under `seed`, and noise follows from it too.
     `progress(done, return)` is called after each.
     """
-    action_dim, task = env.action_space.shape[0], agent.config.task
+    action_dim, task = agent.model.action_dim, agent.config.task
     episodes = []
     for index in range(3 * each):
         draws = stream_seed(seed, "correlation-actions", index)

@@ -6,6 +6,8 @@ A `WorldModel` only holds parameters; what it computes is `iqmpc.kernels.layers`
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,17 @@ class Convolution(nn.Module):
 
     def layer(self) -> Layer:
         return Layer(self.weight, self.bias)
+
+
+def _zeroed(linear: Linear) -> Linear:
+    """The same, whose outputs are its bias's zeros until it is trained."""
+    nn.init.zeros_(linear.weight)
+    return linear
+
+
+def _layers(part: nn.ModuleList) -> tuple[Layer, ...]:
+    """A live view of a part's parameters."""
+    return tuple(cast("Linear | Convolution", module).layer() for module in part)
 
 
 class WorldModel(nn.Module):
@@ -87,29 +100,32 @@ class WorldModel(nn.Module):
             [
                 Linear(latent + action_dim, hidden, normed=True, members=members),
                 Linear(hidden, hidden, normed=True, members=members),
-                Linear(hidden, 1, normed=False, members=members),
+                _zeroed(Linear(hidden, 1, normed=False, members=members)),
             ]
         )
-        nn.init.zeros_(self.critics[-1].weight)
         self.termination = nn.ModuleList()
         if config.termination if termination is None else termination:
             self.termination.extend(
                 [
                     Linear(latent, hidden, normed=True),
                     Linear(hidden, hidden, normed=True),
-                    Linear(hidden, 1, normed=False),
+                    _zeroed(Linear(hidden, 1, normed=False)),  # nothing is terminal at first
                 ]
             )
-            nn.init.zeros_(self.termination[-1].weight)  # nothing is terminal before it is learnt
 
     def weights(self) -> Weights:
         """A live view of the parameters, for `iqmpc.kernels`."""
-        stacks = (
-            tuple(m.layer() for m in part)
-            for part in (self.encoder, self.dynamics, self.policy, self.critics)
+        c = self.config
+        return Weights(
+            encoder=_layers(self.encoder),
+            dynamics=_layers(self.dynamics),
+            policy=_layers(self.policy),
+            critics=_layers(self.critics),
+            simnorm_dim=c.simnorm_dim,
+            log_std_min=c.log_std_min,
+            log_std_max=c.log_std_max,
+            termination=_layers(self.termination),
         )
-        c, termination = self.config, tuple(m.layer() for m in self.termination)
-        return Weights(*stacks, c.simnorm_dim, c.log_std_min, c.log_std_max, termination)
 
     def encode(self, obs: Tensor) -> Tensor:
         """obs [..., O], or uint8 [..., 3C, 64, 64] -> z [..., Z]."""

@@ -6,7 +6,7 @@ changes in place: a checkpoint does not know which one made it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -122,7 +122,7 @@ class EagerBackend:
         self,
         loss: Tensor,
         optimiser: torch.optim.Optimizer,
-        parameters: list[Tensor],
+        parameters: Sequence[Tensor],
         allowed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A step, if `allowed` (bool, 0-dim) and finite: the gradient's norm and whether it was."""
@@ -134,8 +134,10 @@ class EagerBackend:
         if allowed is not None:
             made = made & allowed
         # Fused Adam looks at this where the gradients are, so that the host need not wait: where it
-        # is 1, parameters, moments and step counts stay (what gradient scaling uses it for).
-        optimiser.found_inf = (~made).to(torch.float32)
+        # is 1, parameters, moments and step counts stay (what gradient scaling uses it for, which
+        # sets it from outside too).
+        found_inf = (~made).to(torch.float32)
+        optimiser.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue]
         optimiser.step()
         return norm, made
 
@@ -333,4 +335,7 @@ def resolve_update(config: Config, device: torch.device, spec: ObservationSpec) 
 @torch.no_grad()
 def _move(old: list[Tensor], new: list[Tensor], rate: Tensor) -> None:
     """old ← old + rate (new - old) in place; rate, 0-dim, on their device."""
-    torch._foreach_lerp_(old, new, [rate] * len(old))
+    # The public lerp_ goes tensor by tensor.
+    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+        old, new, [rate] * len(old)
+    )

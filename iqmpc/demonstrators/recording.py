@@ -36,6 +36,9 @@ _PACKAGES = {
 }
 
 
+Function = Callable[[np.ndarray], np.ndarray]  # obs -> action
+
+
 class Policy(Protocol):
     """Acts in one environment, from step to step of an episode; a plain function is one too."""
 
@@ -44,6 +47,7 @@ class Policy(Protocol):
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """obs float32 [O] -> action [A] in [-1, 1]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Demonstrator:
     provenance: who it is, as text by name.
     """
 
-    policy: Policy
+    policy: Policy | Function
     successes_only: bool = False
     noise: float = 0.0
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -104,7 +108,7 @@ class AgentPolicy:
 
 
 def record(
-    demonstrator: Demonstrator | Policy | Callable[[np.ndarray], np.ndarray],
+    demonstrator: Demonstrator | Policy | Function,
     env: gymnasium.Env,
     *,
     task: str,
@@ -182,12 +186,13 @@ def record(
 class _Actor:
     """A policy as `rollout` takes it."""
 
-    def __init__(self, policy: Policy, env: gymnasium.Env) -> None:
+    def __init__(self, policy: Policy | Function, env: gymnasium.Env) -> None:
         self._policy, self._env = policy, env
+        self._begin: Callable[[gymnasium.Env], None] | None = getattr(policy, "reset", None)
 
     def reset(self) -> None:
-        if hasattr(self._policy, "reset"):
-            self._policy.reset(self._env)
+        if self._begin is not None:
+            self._begin(self._env)
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         action = np.asarray(self._policy(obs.copy()), np.float32)  # it may change what it is given

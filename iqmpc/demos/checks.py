@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +113,7 @@ def _is_frames(value: object) -> bool:
 
 def _episode_defects(
     at: Callable[..., Defect],
-    episode: Mapping[str, object],
+    episode: Mapping[str, Any],
     layout: tuple[str, tuple[int | None, ...], type],
     action_dim: int | None,
     range_hint: str,

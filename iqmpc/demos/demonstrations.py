@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,9 +81,8 @@ class Demonstrations:
 
     def returns(self) -> np.ndarray | None:
         """Undiscounted return of every episode, float64 [N]; None where rewards are absent."""
-        if self.episodes[0].rewards is None:
-            return None
-        return np.array([episode.undiscounted_return for episode in self.episodes])
+        returns = [e.undiscounted_return for e in self.episodes if e.rewards is not None]
+        return np.array(returns) if returns else None
 
     @property
     def return_mean(self) -> float | None:
@@ -93,9 +93,8 @@ class Demonstrations:
     @property
     def success_rate(self) -> float | None:
         """Share of episodes that ended in success, in [0, 1]; None where the task defines none."""
-        if self.episodes[0].success is None:
-            return None
-        return float(np.mean([episode.success for episode in self.episodes]))
+        known = [episode.success for episode in self.episodes if episode.success is not None]
+        return float(np.mean(known)) if known else None
 
     def select(self, n: int) -> Demonstrations:
         """The set of the first n episodes; DemonstrationError unless 1 <= n <= len(self)."""
@@ -180,7 +179,7 @@ def packaged_path(task: str) -> Path:
     return _DATA / f"{task}.h5"
 
 
-def _check(draft: Draft | Defect, **expected: str | int | None) -> None:
+def _check(draft: Draft | Defect, **expected: Any) -> None:
     defects = list(find_defects(draft, **expected))
     if defects:
         raise DemonstrationError.of(defects)

@@ -12,6 +12,7 @@ from gymnasium.spaces import Box, Dict
 
 from iqmpc.config import TaskConfig
 from iqmpc.envs import dmcontrol, gym, maniskill, myosuite
+from iqmpc.envs.interface import HasSpaces
 from iqmpc.envs.noise import TransitionNoise
 from iqmpc.errors import TaskError
 from iqmpc.observation import SIZE, STACK, ObservationSpec
@@ -24,20 +25,17 @@ _SUITES = {
 }
 
 # The same values as in configs/task, which a test compares.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "dmcontrol": {},
+    "myosuite": dict(episode_length=100, action_repeat=1, gradient_penalty=True),
+    "maniskill": dict(episode_length=100, action_repeat=2, gradient_penalty=True),
+}
 TASKS: dict[str, TaskConfig] = {
-    name: TaskConfig(name=name, suite=suite, **how)
-    for suite, names, how in (
-        ("dmcontrol", dmcontrol.TASKS, {}),
-        (
-            "myosuite",
-            myosuite.TASKS,
-            dict(episode_length=100, action_repeat=1, gradient_penalty=True),
-        ),
-        (
-            "maniskill",
-            maniskill.TASKS,
-            dict(episode_length=100, action_repeat=2, gradient_penalty=True),
-        ),
+    name: TaskConfig(name=name, suite=suite, **_SETTINGS[suite])
+    for suite, names in (
+        ("dmcontrol", dmcontrol.TASKS),
+        ("myosuite", myosuite.TASKS),
+        ("maniskill", maniskill.TASKS),
     )
     for name in names
 }
@@ -79,7 +77,7 @@ def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any)
     return TransitionNoise(env, task.transition_noise) if task.transition_noise else env
 
 
-def check_spaces(env: gymnasium.Env, name: str) -> tuple[ObservationSpec, int]:
+def check_spaces(env: HasSpaces, name: str) -> tuple[ObservationSpec, int]:
     """What is observed, and A; `TaskError` where an environment's spaces do not fit the method."""
     obs, action = env.observation_space, env.action_space
     spec = _observation_spec(obs)

@@ -67,7 +67,7 @@ class FlatObservation(gymnasium.ObservationWrapper):
         return parts[0] if self._image else np.concatenate([np.ravel(part) for part in parts])
 
 
-def _members(space: Dict, prefix: str = "") -> list[tuple[str, gymnasium.Space]]:
+def _members(space: Dict, prefix: str = "") -> list[tuple[str, Any]]:
     found = []
     for key in sorted(space.spaces):
         member = space.spaces[key]
@@ -102,7 +102,8 @@ class ControlEnv(gymnasium.Wrapper):
         terminates: bool = True,
     ):
         _check_box(env.action_space, f"{task.name}: the action space")
-        low, high = env.action_space.low, env.action_space.high
+        actions: Any = env.action_space
+        low, high = actions.low, actions.high
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise TaskError(
                 f"{task.name}: the action space must be bounded, got {env.action_space}"

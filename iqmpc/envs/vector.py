@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import gymnasium
 import numpy as np
 
 from iqmpc.envs import check_spaces, interface
+from iqmpc.envs.interface import HasSpaces
 from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.errors import TaskError
 from iqmpc.seeding import stream_seed
@@ -29,7 +30,7 @@ class VectorEnv:
 
     def __init__(
         self,
-        envs: Sequence[gymnasium.Env],
+        envs: Sequence[HasSpaces],
         name: str,
         *,
         seed: int = 0,
@@ -41,7 +42,8 @@ class VectorEnv:
             raise ValueError("no environment was given")
         if len({id(env) for env in envs}) < len(envs):
             raise TaskError(f"{name}: each of the {len(envs)} environments must be another object")
-        self.envs, self.name, self.seed, self.started = list(envs), name, seed, 0
+        self.envs: list[Any] = list(envs)  # of a `WorkerVectorEnv` its workers
+        self.name, self.seed, self.started = name, seed, 0
         self._episode_length, self._cut_before = episode_length, False
         self._on_message = on_message or (lambda text: None)
         self.observation_spec, self.action_dim = check_spaces(envs[0], name)
@@ -149,7 +151,7 @@ class VectorEnv:
         return episode
 
 
-def check_alike(env: gymnasium.Env, other: gymnasium.Env, name: str, other_name: str) -> None:
+def check_alike(env: HasSpaces, other: HasSpaces, name: str, other_name: str) -> None:
     """`TaskError` where `env`'s spaces do not fit the method or are not those of `other`."""
     check_spaces(env, name)
     for space in ("observation_space", "action_space"):

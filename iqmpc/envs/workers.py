@@ -156,8 +156,8 @@ class WorkerVectorEnv(VectorEnv):
 
 
 class _Spaces(NamedTuple):
-    observation_space: gymnasium.spaces.Box
-    action_space: gymnasium.spaces.Box
+    observation_space: Any  # flat Boxes or one of images, as `check_spaces` has seen to
+    action_space: Any
 
 
 class _Failure(Exception):
@@ -293,7 +293,8 @@ def _serve(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are the parent's, which closes the pipe
     faulthandler.enable()  # where a simulator crashes, the last words are Python's
-    env, observation, action = None, observations.array[index], actions.array[index]
+    env: gymnasium.Env | None = None
+    observation, action = observations.array[index], actions.array[index]
 
     def make() -> tuple:
         nonlocal env
@@ -302,6 +303,7 @@ def _serve(
         return ()
 
     def act(seed: int | None) -> tuple:
+        assert env is not None  # made before anything is asked of it
         if seed is None:
             obs, *answer, _ = interface.step(env, action)
         else:
