@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from iqmpc import checkpoint
 from iqmpc.config import Config
 from iqmpc.errors import BackendError, CheckpointError, ConfigError
-from iqmpc.frames import is_image
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Weights
 from iqmpc.model import WorldModel
 from iqmpc.planner import Planner
+from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
-from iqmpc.threads import set_threads
+
+# Settings that mean something to one backend alone, as they are where they are not given.
+_OF_A_BACKEND = {"planner.mode": "eager", "planner.capture": None, "planner.threads": None}
 
 
 def resolve_device(name: str) -> str:
@@ -29,19 +30,6 @@ def resolve_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda was asked for, but torch sees no CUDA device")
     return name
-
-
-def prepare_torch(config: Config) -> None:
-    """Set the process to the run's `threads`, and torch to flush denormal numbers to zero."""
-    # Where the C++ library both plans and learns, torch has only trifles to do.
-    idle = (
-        (config.device == "cpu" or not torch.cuda.is_available())
-        and config.task.obs == "state"
-        and config.learner.mode in ("auto", "fused")
-        and config.planner.backend in ("auto", "cpu")
-    )
-    set_threads(config.threads, torch_idle=idle)
-    torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
 
 
 class Agent:
@@ -55,16 +43,16 @@ class Agent:
         self.model, self.config = model, config
         self.weights = model.weights()  # what decodes rewards; the planner has a snapshot of them
         self.device = next(model.parameters()).device
-        self.beta = config.entropy_coefficient(model.action_dim)
+        self.entropy_coef = config.entropy_coefficient(model.action_dim)
         self.planner = Planner(
             self.weights,
             config.planner,
             discount=config.discount,
-            beta=self.beta,
-            num_envs=num_envs,
+            entropy_coef=self.entropy_coef,
+            problems=num_envs,
             seed=stream_seed(seed, "planner"),
         )
-        # What training says of the checkpoint: env_steps, updates, wall_s, demonstrator_return.
+        # What training says of it: checkpoint, env_steps, updates, wall_s, demonstrator_return.
         self.facts: dict[str, Any] = {}
 
     @classmethod
@@ -72,23 +60,30 @@ class Agent:
         cls,
         run: str | Path,
         *,
+        checkpoint: str = "newest",
         changes: Mapping[str, Any] | None = None,
         seed: int | None = None,
         num_envs: int = 1,
     ) -> Agent:
-        """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there:
-        with the average of the weights, unless `agent.average` is off.
+        """The agent of a run folder, acting as it was evaluated there: with the average of the
+        weights, unless `agent.average` is off.
 
+        `checkpoint` is `newest` (the newest whole one), `best` (of the best evaluation on the way,
+        by success, then return) or a number of steps whose checkpoint is there.
         `changes` replaces settings, such as {"planner.enabled": False} to act with the policy
-        prior or {"device": "cpu"}. `seed` is the run's own by default. It acts on `num_envs`
-        environments at once, whatever it was trained on. A run that was made on a
+        prior or {"device": "cpu"}; another backend leaves behind the run's `planner.mode`,
+        `capture` and `threads`, which were for its own. `seed` is the run's own by default. It acts
+        on `num_envs` environments at once, whatever it was trained on. A run that was made on a
         device or with a backend that is not here acts on the CPU, in float32, with a warning.
         Raises `CheckpointError` where there is no checkpoint, `ConfigError` for wrong changes.
         """
-        found = checkpoint.load_config(run)
-        path, tensors, meta = checkpoint.newest(run)
-        checkpoint.check_settings(run, found, path, meta)
+        folder = RunFolder(run)
+        found = folder.load_config()
+        path, tensors, meta = folder.checkpoint(checkpoint)
+        folder.check_settings(found, path, meta)
         changes = dict(changes or {})
+        if "planner.backend" in changes:
+            changes = _OF_A_BACKEND | changes
         if found.device == "cuda" and "device" not in changes and not torch.cuda.is_available():
             warnings.warn(
                 f"{run} was made with device=cuda, which is not here: acting on the CPU",
@@ -98,13 +93,7 @@ class Agent:
             changes["device"] = "cpu"
         config = found.replace(changes)
         device = resolve_device(config.device)
-        # "obs_dim" stands in checkpoints from before there were images
-        model = WorldModel(
-            meta.get("obs_shape") or int(meta["obs_dim"]),
-            int(meta["action_dim"]),
-            config.model,
-            termination=config.termination,
-        )
+        model = WorldModel(*checkpoint.shapes(meta), config.model, termination=config.termination)
         prefix = "learner.model." if config.agent.average == "off" else "learner.average."
         held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if not held:
@@ -132,14 +121,15 @@ class Agent:
                     {
                         "planner.backend": "auto",
                         "planner.precision": "float32",
-                        "planner.capture": None,
+                        **_OF_A_BACKEND,
                     }
                 ),
                 seed=seed,
                 num_envs=num_envs,
             )
         agent.facts = {
-            k: meta[k] for k in ("env_steps", "updates", "wall_s", "demonstrator_return")
+            "checkpoint": path.name,
+            **{k: meta[k] for k in ("env_steps", "updates", "wall_s", "demonstrator_return")},
         }
         return agent
 
@@ -159,7 +149,7 @@ class Agent:
         Raises `ValueError` for another shape, and for images of another type.
         """
         obs = self._tensor(obs, device="cpu")  # the planner moves it
-        single = obs.ndim == len(self.model.obs_shape)
+        single = obs.ndim == len(self.model.observation_spec.shape)
         action = self.planner.plan(obs.unsqueeze(0) if single else obs, explore=explore)
         return (action[0] if single else action).numpy()
 
@@ -181,40 +171,36 @@ class Agent:
         Q is the mean over the ensemble; V averages `samples` draws of the prior, the same for every
         row and call. Raises `ValueError` for shapes that do not fit.
         """
-        shape = self.model.obs_shape
-        given = [self._tensor(obs), self._tensor(action, np.float32), self._tensor(next_obs)]
-        single = given[0].ndim == len(shape)
+        spec, action_dim = self.model.observation_spec, self.model.action_dim
+        given = [
+            self._tensor(obs),
+            torch.as_tensor(np.asarray(action, np.float32), device=self.device),
+            self._tensor(next_obs),
+        ]
+        single = given[0].ndim == len(spec.shape)
         obs_, action_, next_ = (x[None] if single else x for x in given)
         n = len(obs_)
-        for name, tensor, expected in (
-            ("obs", obs_, [n, *shape]),
-            ("action", action_, [n, self.model.action_dim]),
-            ("next_obs", next_, [n, *shape]),
-        ):
-            if list(tensor.shape) != expected:
-                raise ValueError(f"{name} must be {expected}, got {list(tensor.shape)}")
-            if is_image(shape) and tensor is not action_ and tensor.dtype != torch.uint8:
-                raise ValueError(f"{name} must be uint8, got {tensor.dtype}")
+        for name, tensor in (("obs", obs_), ("next_obs", next_)):
+            spec.check(tensor, n, name=name, images=name)
+        if list(action_.shape) != [n, action_dim]:
+            raise ValueError(f"action must be {[n, action_dim]}, got {list(action_.shape)}")
         w = self.weights
         z = layers.encode(w, next_).expand(samples, -1, -1)
         generator = torch.Generator(self.device).manual_seed(0)
         noise = torch.randn(
             samples, 1, self.model.action_dim, generator=generator, device=self.device
         )
-        prior, log_prob = layers.policy_sample(
+        policy_action, log_prob = layers.policy_sample(
             w, z, noise.expand(-1, n, -1), self.config.learner.entropy
         )
-        value = (layers.critics(w.critics, z, prior).mean(0) - self.beta * log_prob).mean(0)
+        value = (
+            layers.critics(w.critics, z, policy_action).mean(0) - self.entropy_coef * log_prob
+        ).mean(0)
         q = layers.critics(w.critics, layers.encode(w, obs_), action_).mean(0)
         alive = 1 - torch.as_tensor(terminated, dtype=torch.float32, device=self.device)
         reward = (q - self.config.discount * alive * value).cpu().numpy()
         return reward[0] if single else reward
 
-    def _tensor(
-        self, x: np.ndarray, dtype: type | None = None, *, device: str | None = None
-    ) -> torch.Tensor:
-        """On `device` or the agent's; of `dtype`, by default float32 for flat observations and as
-        it is else."""
-        if dtype is None and not is_image(self.model.obs_shape):
-            dtype = np.float32
-        return torch.as_tensor(np.asarray(x, dtype=dtype), device=device or self.device)
+    def _tensor(self, obs: np.ndarray, *, device: str | None = None) -> torch.Tensor:
+        """Observations on `device` or the agent's."""
+        return torch.as_tensor(self.model.observation_spec.cast(obs), device=device or self.device)

@@ -15,23 +15,20 @@ from typing import Any
 
 from rich.table import Table
 
-from iqmpc import checkpoint
-from iqmpc.compose import ablation
-from iqmpc.config import shortened
+from iqmpc.composition import ablation
 from iqmpc.errors import CheckpointError, IqmpcError, TaskError
 from iqmpc.evaluation import evaluate, mixed_correlation, open_run, ratio
 from iqmpc.files import write_atomically
+from iqmpc.run_folder import RunFolder
 from iqmpc.runlog import last_evaluations
 
 EPISODES = 20
 # Evaluations in training use the run's own seed: these episodes are ones it was never looked at in.
 _SEED_OFFSET = 10_000
-_DIGITS, _LARGEST = 4, 1e300
+_DIGITS = 4
 # What is taken from a summary.json: of the training, and of an evaluation.
 _TOLD = {"env_steps", "wall_s", "demonstrator_return"}
 _REACHED = {"episodes", "return_mean", "return_std", "success_rate"}
-# Null where there is none, or one that is not finite.
-_ABSENT = {*_REACHED, "demonstrator_return", "reward_correlation"} - {"episodes"}
 
 Record = dict[str, Any]
 
@@ -56,7 +53,7 @@ def measure(run: Path, *, episodes: int, planner: bool = True) -> dict[str, Any]
     Returns the checkpoint's facts and the figures as `iqmpc eval` names them. Episodes follow from
     the run's seed + 10,000. Raises as `open_run` does.
     """
-    seed = checkpoint.load_config(run).seed + _SEED_OFFSET
+    seed = RunFolder(run).load_config().seed + _SEED_OFFSET
     agent, env = open_run(run, {"planner.enabled": planner}, seed=seed)
     try:
         figures = {**agent.facts, "episodes": episodes, "seed": seed}
@@ -88,16 +85,17 @@ def record(
     acts with the policy prior.
     Raises `CheckpointError` where `run` is no run or has no checkpoint, and as `measure` does.
     """
-    config = checkpoint.load_config(run)
-    if not checkpoint.exists(run):
+    folder = RunFolder(run)
+    config = folder.load_config()
+    if not folder.has_checkpoint:
         raise CheckpointError(f"{run} has no checkpoint")
-    summary = _figures(run / "summary.json", _TOLD | _REACHED)
+    summary = folder.load_figures(folder.summary, _TOLD | _REACHED)
     agent = "planner" if planner and config.planner.enabled else "prior"
     enough = summary.get("episodes", 0) >= episodes and (
         agent == "planner" or not config.planner.enabled
     )
-    kept = run / f"evaluation-{agent}.json"
-    measured = _figures(kept, {"env_steps", "reward_correlation"})
+    kept = folder.evaluation(agent)
+    measured = folder.load_figures(kept, {"env_steps", "reward_correlation"})
     if (
         not summary
         or measured.get("env_steps") != summary["env_steps"]
@@ -122,7 +120,7 @@ def record(
     told = summary or measured
     reached = summary if enough else measured
     steps, demonstrator = told["env_steps"], told["demonstrator_return"]
-    last = last_evaluations(run, before=steps if summary else steps + 1)
+    last = last_evaluations(folder, before=steps if summary else steps + 1)
     of = "return" if reached["success_rate"] is None else "success"
     return _finite(
         {
@@ -285,23 +283,3 @@ def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
         k: v if not isinstance(v, float) else round(v, _DIGITS) if math.isfinite(v) else None
         for k, v in figures.items()
     }
-
-
-def _figures(path: Path, names: set[str]) -> dict[str, Any]:
-    """The figures of a JSON file of a run folder, `names` at least; none where there is no file."""
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} cannot be read: it holds no figures by name")
-    for name in sorted(names):
-        value = found.get(name)
-        number = isinstance(value, (int, float)) and not abs(value) > _LARGEST
-        if not number and not (value is None and name in _ABSENT):
-            raise CheckpointError(
-                f"{path} cannot be read: {name} is {shortened(value)}, expected a number"
-            )
-    return dict.fromkeys(names & _ABSENT) | found

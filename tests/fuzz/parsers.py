@@ -17,8 +17,10 @@ import safetensors.torch
 
 import iqmpc
 from iqmpc import checkpoint, plot, runlog, table
-from iqmpc.demos import Facts, formats, npg, sb3
+from iqmpc.demonstrators import npg, sb3
+from iqmpc.demos import Facts, formats
 from iqmpc.errors import IqmpcError, TaskError
+from iqmpc.run_folder import RunFolder
 from tests.fuzz import samples
 from tests.fuzz.damage import (
     Files,
@@ -171,21 +173,22 @@ def _agent(path: Path) -> object:
 
 
 def _resumed(path: Path) -> object:
-    config = checkpoint.load_config(path.parent.parent)
+    config = RunFolder(path.parent.parent).load_config()
     return iqmpc.Trainer(
         config, samples.Point(), samples.demonstrations(), run=path.parent.parent, resume=True
     )
 
 
 def _settings(path: Path) -> object:
-    return checkpoint.load_config(path.parent)
+    return RunFolder(path.parent).load_config()
 
 
 def _metrics(path: Path) -> object:
     """As `resume`, `plot` and the summary read it."""
-    runlog.last_evaluations(path.parent, before=48)
+    folder = RunFolder(path.parent)
+    runlog.last_evaluations(folder, before=48)
     plot.read_curve(path.parent)
-    log = runlog.RunLog(path.parent, since=24, evaluated=24)
+    log = runlog.RunLog(folder, since=24, evaluated=24)
     log.close()
     return runlog.read_rows(path)
 

@@ -23,6 +23,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no processes that
 import iqmpc
 from iqmpc import checkpoint
 from iqmpc.errors import Interrupted
+from iqmpc.run_folder import RunFolder
 from iqmpc.threads import set_threads
 from tests.fuzz import samples
 
@@ -179,11 +180,11 @@ def _left(case: Case, run: Path, saved: bool) -> str:
     Of a run that was `saved` the last whole episode is there: one that has all of its updates, as
     in the run that nothing ended.
     """
-    if not checkpoint.exists(run):
+    if not RunFolder(run).has_checkpoint:
         return ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        path, tensors, meta = checkpoint.newest(run)
+        path, tensors, meta = RunFolder(run).newest()
     if caught:
         return f"a damaged checkpoint: {caught[0].message}"
     bad = [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
@@ -224,7 +225,7 @@ def _difference(expected: list[dict[str, str]], found: list[dict[str, str]]) -> 
 
 def _result(run: Path) -> tuple[str, list[dict[str, str]], dict[str, Any]]:
     """(digest of the last checkpoint, rows of metrics.csv, summary) but for what is a run's own."""
-    _, tensors, _ = checkpoint.newest(run)
+    _, tensors, _ = RunFolder(run).newest()
     summary = json.loads((run / "summary.json").read_text())
     return (
         checkpoint.digest(tensors),
