@@ -38,6 +38,7 @@ from benchmarks.cases import PlanCase, UpdateCase
 from benchmarks.eager_unrolled import EagerUnrolled
 from iqmpc.capture import WARM_UPS
 from iqmpc.config import PlannerConfig
+from iqmpc.episode import Episode
 from iqmpc.files import write_atomically
 from iqmpc.kernels.mppi_plan import BACKENDS, PlanNoise, ReferencePlan
 from iqmpc.kernels.mppi_refit import mppi_refit
@@ -301,10 +302,9 @@ def learn(s: Settings, mode: str) -> Callable[[], object]:
                 device=s.device,
             )
             for _ in range(100):
-                replay.add_episode(
-                    torch.randn(101, case.obs_dim, generator=draw),
-                    torch.rand(100, case.action_dim, generator=draw) * 2 - 1,
-                )
+                obs = torch.randn(101, case.obs_dim, generator=draw)
+                action = torch.rand(100, case.action_dim, generator=draw) * 2 - 1
+                replay.add(Episode(obs.numpy(), action.numpy()))
             replays.append(replay)
         return learner, lambda: learner.learn(*replays)
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from iqmpc.config import ModelConfig
-from iqmpc.frames import SIZE, is_image
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Layer, Weights
+from iqmpc.observation import ObservationSpec
 
 
 class Linear(nn.Module):
@@ -61,7 +61,7 @@ def _layers(part: nn.ModuleList) -> tuple[Layer, ...]:
 class WorldModel(nn.Module):
     """h, d, π and Q_1..Q_K for observations of shape `obs_shape` and actions of size `action_dim`.
 
-    `obs_shape` is (O,), or O for short, or (3C, 64, 64) for stacked frames (`iqmpc.frames`).
+    `obs_shape` is (O,), or O for short, or (3C, 64, 64) for images, or an `ObservationSpec`.
     `termination` adds the head d̂ (null: as `config.termination` says, false where that is null).
     With the default (paper) sizes, 91 observations and 39 actions it has 4,274,259 parameters.
     Raises `ValueError` for another shape.
@@ -69,7 +69,7 @@ class WorldModel(nn.Module):
 
     def __init__(
         self,
-        obs_shape: int | tuple[int, ...],
+        obs_shape: ObservationSpec | tuple[int, ...] | int,
         action_dim: int,
         config: ModelConfig | None = None,
         *,
@@ -77,10 +77,10 @@ class WorldModel(nn.Module):
     ):
         super().__init__()
         config = config or ModelConfig()
-        self.obs_shape = (obs_shape,) if isinstance(obs_shape, int) else tuple(obs_shape)
+        self.observation_spec = ObservationSpec.of(obs_shape)
         self.action_dim, self.config = action_dim, config
         latent, hidden = config.latent_dim, config.hidden_dim
-        self.encoder = nn.ModuleList(_encoder(self.obs_shape, config))
+        self.encoder = nn.ModuleList(_encoder(self.observation_spec, config))
         self.dynamics = nn.ModuleList(
             [
                 Linear(latent + action_dim, hidden, normed=True),
@@ -144,17 +144,15 @@ class WorldModel(nn.Module):
         return layers.critics(self.weights().critics, z, action)
 
 
-def _encoder(obs_shape: tuple[int, ...], config: ModelConfig) -> list[nn.Module]:
+def _encoder(spec: ObservationSpec, config: ModelConfig) -> list[nn.Module]:
     """MLP for flat observations; for images convolutions, and a Linear if Z is not their size."""
     latent = config.latent_dim
-    if len(obs_shape) == 1:
-        return [
-            Linear(*obs_shape, config.encoder_dim, normed=True),
-            Linear(config.encoder_dim, latent, normed=True),
-        ]
-    if not is_image(obs_shape) or obs_shape[1:] != (SIZE, SIZE):
-        raise ValueError(f"obs_shape must be (O,) or (3C, {SIZE}, {SIZE}), got {obs_shape}")
-    channels, side, encoder = obs_shape[0], SIZE, []
+    encoder: list[nn.Module] = []
+    if not spec.images:
+        encoder.append(Linear(spec.shape[0], config.encoder_dim, normed=True))
+        encoder.append(Linear(config.encoder_dim, latent, normed=True))
+        return encoder
+    channels, side, _ = spec.shape
     for kernel, stride in layers.CONVOLUTIONS:
         encoder.append(Convolution(channels, layers.CHANNELS, kernel))
         channels, side = layers.CHANNELS, (side - kernel) // stride + 1

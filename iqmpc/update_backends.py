@@ -16,12 +16,12 @@ from iqmpc import losses
 from iqmpc.capture import CapturedStep
 from iqmpc.config import Config
 from iqmpc.errors import ConfigError
-from iqmpc.frames import is_image
 from iqmpc.kernels import layers
 from iqmpc.kernels.backends import cannot_run, resolve
 from iqmpc.kernels.iq_update import FusedUpdate, UpdateSettings, UpdateState
 from iqmpc.kernels.weights import frozen, layer_tensors
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
+from iqmpc.observation import ObservationSpec
 from iqmpc.replay import SliceReplay, join
 from iqmpc.seeding import stream_seed
 from iqmpc.threads import threads
@@ -40,7 +40,7 @@ class UpdateBackend(Protocol):
     def __init__(self, learner: Learner): ...
 
     @staticmethod
-    def unfit(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str | None:
+    def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:
         """Why it cannot make a run's updates, or None: a predicate that follows its name."""
         ...
 
@@ -64,7 +64,7 @@ class EagerBackend:
         self._policy_loss: Callable[..., Any] = losses.policy_loss
 
     @staticmethod
-    def unfit(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str | None:
+    def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:
         precision = config.learner.precision
         if precision == "float32":
             return None
@@ -159,7 +159,7 @@ class EagerBackend:
             if x.penalise:
                 keep_penalty = self._keep(critics, horizon * batch.experts)
         shift = None
-        if is_image(x.model.obs_shape):
+        if x.model.observation_spec.images:
             shift = torch.randint(
                 -_SHIFT,
                 _SHIFT + 1,
@@ -223,10 +223,10 @@ class GraphBackend(CompiledBackend):
         self.captured = CapturedStep(learner.device, (learner.generator, learner.sampler))
 
     @staticmethod
-    def unfit(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str | None:
+    def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:
         if device.type != "cuda":
             return f"needs a CUDA device, got {device.type}"
-        return EagerBackend.unfit(config, device, obs_shape)
+        return EagerBackend.unfit(config, device, spec)
 
     def learn(self, experts: SliceReplay | None, behaviour: SliceReplay) -> dict[str, Tensor]:
         replays = tuple(r for r in (experts, behaviour) if r is not None)
@@ -275,11 +275,11 @@ class FusedBackend:
         )
 
     @staticmethod
-    def unfit(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str | None:
+    def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:
         if device.type != "cpu":
             return f"needs device=cpu, got {device.type}"
-        if is_image(obs_shape):
-            return f"takes flat observations, got images {list(obs_shape)}"
+        if spec.images:
+            return f"takes flat observations, got images {list(spec.shape)}"
         return cannot_run("cpu", "fused")
 
     def learn(self, experts: SliceReplay | None, behaviour: SliceReplay) -> dict[str, Tensor]:
@@ -322,12 +322,12 @@ BACKENDS: dict[str, type[UpdateBackend]] = {
 AUTO = ("fused", "graph", "compile")
 
 
-def resolve_update(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str:
+def resolve_update(config: Config, device: torch.device, spec: ObservationSpec) -> str:
     """The backend that `learner.mode` comes to, by name.
 
     Raises `ConfigError` with what keeps the named one, or all of them, from serving.
     """
-    unfit = {name: x.unfit(config, device, obs_shape) for name, x in BACKENDS.items()}
+    unfit = {name: x.unfit(config, device, spec) for name, x in BACKENDS.items()}
     mode = config.learner.mode
     return resolve(mode, unfit, order=AUTO, setting="learner.mode", error=ConfigError)
 

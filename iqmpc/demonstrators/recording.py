@@ -16,9 +16,10 @@ import iqmpc
 from iqmpc.agent import Agent
 from iqmpc.demonstrators import npg, scripted
 from iqmpc.demos.demonstrations import Demonstrations
-from iqmpc.demos.types import DemonstrationError, Episode
+from iqmpc.demos.types import DemonstrationError
 from iqmpc.envs import interface, maniskill, myosuite
 from iqmpc.envs.pixels import FrameRecorder
+from iqmpc.episode import Episode
 from iqmpc.evaluation import Noisy, rollout
 from iqmpc.seeding import stream_seed
 
@@ -148,7 +149,7 @@ def record(
                 actor, env, seed=stream_seed(seed, "record", tried), episode_length=episode_length
             )
         if isinstance(env, FrameRecorder):
-            episode = replace(episode, observations=np.stack(env.frames))
+            episode = replace(episode, observations=env.frames)
         if successes_only and episode.success is None:
             raise DemonstrationError(f"{task} tells no success, so none can be selected by it")
         total = float(episode.rewards.sum())

@@ -11,7 +11,7 @@ import numpy as np
 
 from iqmpc.config import names_task
 from iqmpc.demos.types import Defect, Draft
-from iqmpc.frames import LARGEST, SIZE
+from iqmpc.observation import LARGEST, SIZE, ObservationSpec
 
 
 def find_defects(
@@ -82,7 +82,8 @@ def _find(
     layout = ("[T+1, O]", (widths["observations"],), np.float32)
     if 2 * len(frames) > len(episodes):
         channels = Counter(array.shape[1] for array in frames).most_common(1)[0][0]
-        layout = (f"[T+1, C, {SIZE}, {SIZE}]", (channels, SIZE, SIZE), np.uint8)
+        spec = ObservationSpec.of_frames(channels)
+        layout = (f"[T+1, C, {SIZE}, {SIZE}]", spec.row_shape, spec.dtype)
         if channels == 0:
             yield at("observations", "images without channels", "at least 1")
         if obs_dim is not None:

@@ -61,12 +61,11 @@ class WorkerVectorEnv(VectorEnv):
         episode_length: int | None = None,
         on_message: Callable[[str], None] | None = None,
     ):
-        check_spaces(like, name)
+        spec, _ = check_spaces(like, name)
         spaces = _Spaces(like.observation_space, like.action_space)
-        kind = np.uint8 if spaces.observation_space.dtype == np.uint8 else np.float32
         rows = len(factories)
         self._actions = _Shared(rows, spaces.action_space.shape, np.float32)
-        self._observations = _Shared(rows, spaces.observation_space.shape, kind)
+        self._observations = _Shared(rows, spec.shape, spec.dtype)
         workers = [
             _Worker(index, factory, name, spaces, self._observations, self._actions, timeout_s)
             for index, factory in enumerate(factories)
