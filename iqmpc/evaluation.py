@@ -96,7 +96,7 @@ class Evaluation:
 
     @property
     def returns(self) -> np.ndarray:
-        return np.array([e.rewards.sum() for e in self.episodes], dtype=np.float64)
+        return np.array([e.undiscounted_return for e in self.episodes])
 
     @property
     def return_mean(self) -> float:
@@ -216,7 +216,7 @@ def evaluate(
             )
         solved.append(watched.solved)
         if progress is not None:
-            progress(index + 1, float(done[-1].rewards.sum()))
+            progress(index + 1, done[-1].undiscounted_return)
     return Evaluation(tuple(done), tuple(solved))
 
 
@@ -255,7 +255,7 @@ def mixed_episodes(
                 )
             )
         if progress is not None:
-            progress(index + 1, float(episodes[-1].rewards.sum()))
+            progress(index + 1, episodes[-1].undiscounted_return)
     return episodes
 
 
@@ -275,7 +275,8 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
     """Pearson correlation of the decoded reward with the true one, over all steps (paper, Table 7).
 
     Good episodes alone say little, since the true reward hardly varies in them: take those of
-    `mixed_episodes`. None where either does not vary or is not finite.
+    `mixed_episodes`. None where either does not vary or is not finite. Raises `ValueError` for an
+    episode without rewards.
     """
 
     def decoded_rewards(e: Episode) -> np.ndarray:
@@ -287,8 +288,13 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
             terminated=e.terminated & (np.arange(len(e.actions)) == len(e.actions) - 1),
         )
 
+    def true_rewards(e: Episode) -> np.ndarray:
+        if e.rewards is None:
+            raise ValueError("the correlation is of episodes with rewards")
+        return e.rewards
+
     decoded = np.concatenate([decoded_rewards(e) for e in episodes]).astype(np.float64)
-    true = np.concatenate([e.rewards for e in episodes]).astype(np.float64)
+    true = np.concatenate([true_rewards(e) for e in episodes]).astype(np.float64)
     if not (np.isfinite(decoded).all() and np.isfinite(true).all()):
         return None
     if not decoded.std() or not true.std():
