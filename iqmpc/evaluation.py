@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 
 from iqmpc.agent import Agent
-from iqmpc.envs import interface, make_env
+from iqmpc.envs import check_spaces, interface, make_env
 from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
@@ -236,7 +236,8 @@ def mixed_episodes(
     of a stream of their own under `seed`, and noise follows from it too.
     `progress(done, return)` is called after each.
     """
-    action_dim, task = agent.model.action_dim, agent.config.task
+    task = agent.config.task
+    _, action_dim = check_spaces(env, task.name)
     episodes = []
     for index in range(3 * each):
         draws = stream_seed(seed, "correlation-actions", index)
