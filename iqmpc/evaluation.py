@@ -135,6 +135,12 @@ class Evaluation:
         }
 
 
+def no_evaluation(demonstrator_return: float | None) -> dict[str, Any]:
+    """What `Evaluation.summary` gives, where nothing was evaluated."""
+    names = ("return_mean", "return_std", "success_rate", "success_any_rate", "ratio")
+    return {"episodes": 0, "demonstrator_return": demonstrator_return, **dict.fromkeys(names)}
+
+
 def _share(outcomes: Sequence[bool | None]) -> float | None:
     known = [outcome for outcome in outcomes if outcome is not None]
     return float(np.mean(known)) if known else None
