@@ -537,17 +537,17 @@ def test_plan_is_the_reference(
 @unlikely
 def test_the_report_tells_a_wrong_plan(make_weights):
     """What benchmarks/gpu_report.py times is right: its check takes this plan and no other."""
-    from benchmarks.gpu_report import Wrong, check_plan
+    from benchmarks import checks
 
     config = dataclasses.replace(SMALL, samples=8)
     weights, obs = to_device(make_weights(5, 3)), torch.randn(1, 5)
     other = to_device(make_weights(5, 3, seed=1))
     plan = planner(weights, config, schedule="throughput")
-    check_plan(plan, config, weights, obs, GAMMA, elites=0.95)
-    with pytest.raises(Wrong, match="from the float64 reference, allowed 1e-04"):
-        check_plan(plan, config, other, obs, GAMMA)
-    with pytest.raises(Wrong, match="returns: "):
-        check_plan(plan, config, weights._replace(critics=other.critics), obs, GAMMA)
+    checks.plan(plan, config, weights, obs, GAMMA, elites=0.95)
+    with pytest.raises(checks.Wrong, match="from the float64 reference, allowed 1e-04"):
+        checks.plan(plan, config, other, obs, GAMMA)
+    with pytest.raises(checks.Wrong, match="returns: "):
+        checks.plan(plan, config, weights._replace(critics=other.critics), obs, GAMMA)
 
 
 @needs_triton
