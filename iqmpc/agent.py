@@ -53,7 +53,7 @@ class Agent:
             problems=num_envs,
             seed=stream_seed(seed, "planner"),
         )
-        # What training says of the checkpoint: env_steps, updates, wall_s, demonstrator_return.
+        # What training says of it: checkpoint, env_steps, updates, wall_s, demonstrator_return.
         self.facts: dict[str, Any] = {}
 
     @classmethod
@@ -61,13 +61,16 @@ class Agent:
         cls,
         run: str | Path,
         *,
+        checkpoint: str = "newest",
         changes: Mapping[str, Any] | None = None,
         seed: int | None = None,
         num_envs: int = 1,
     ) -> Agent:
-        """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there:
-        with the average of the weights, unless `agent.average` is off.
+        """The agent of a run folder, acting as it was evaluated there: with the average of the
+        weights, unless `agent.average` is off.
 
+        `checkpoint` is `newest` (the newest whole one), `best` (of the best evaluation on the way,
+        by success, then return) or a number of steps whose checkpoint is there.
         `changes` replaces settings, such as {"planner.enabled": False} to act with the policy
         prior or {"device": "cpu"}; another backend leaves behind the run's `planner.mode`,
         `capture` and `threads`, which were for its own. `seed` is the run's own by default. It acts
@@ -77,7 +80,7 @@ class Agent:
         """
         folder = RunFolder(run)
         found = folder.load_config()
-        path, tensors, meta = folder.newest()
+        path, tensors, meta = folder.checkpoint(checkpoint)
         folder.check_settings(found, path, meta)
         changes = dict(changes or {})
         if "planner.backend" in changes:
@@ -132,7 +135,8 @@ class Agent:
                 num_envs=num_envs,
             )
         agent.facts = {
-            k: meta[k] for k in ("env_steps", "updates", "wall_s", "demonstrator_return")
+            "checkpoint": path.name,
+            **{k: meta[k] for k in ("env_steps", "updates", "wall_s", "demonstrator_return")},
         }
         return agent
 

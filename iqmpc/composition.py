@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib import resources
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
@@ -40,6 +40,8 @@ _NO_DEPARTURES = {
     "train.eval_episodes",
     "train.final_episodes",
     "train.checkpoint_every",
+    "train.keep",
+    "train.stop_at",
     "train.env_workers",
     "train.env_restarts",
     "train.env_timeout_s",
@@ -99,7 +101,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         _check_option(group, value)
     with _own_hydra(), initialize_config_module("iqmpc.configs", version_base="1.3"):
         node = hydra_compose("config", [f"{k}={v}" for k, v in groups.items()])
-    config = Config.from_dict(OmegaConf.to_container(node))
+    config = Config.from_dict(cast("dict[str, Any]", OmegaConf.to_container(node)))
     if keys.get("task.suite", config.task.suite) not in SUITES:  # nothing of the default task's
         config = config.replace(
             {"task.action_repeat": 1, "task.gradient_penalty": False, "task.terminates": False}

@@ -250,6 +250,8 @@ class TrainConfig:
     `env_workers` puts each environment into a process of its own (null: where there are several);
     one that fails, or gives no answer for `env_timeout_s` seconds (two minutes more to start), is
     replaced, `env_restarts` times at most over all of them.
+    `keep` newest checkpoints stay, and the agent of the best evaluation beside them. `stop_at`
+    ends a run at the first evaluation with this share of the demonstrator's return.
     """
 
     steps: int = 100_000
@@ -266,6 +268,8 @@ class TrainConfig:
     eval_episodes: int = 3
     final_episodes: int = 10
     checkpoint_every: int = 10_000
+    keep: int = 2
+    stop_at: float | None = None
     overlap: Literal["off", "sync", "async"] | None = None
 
     def __post_init__(self) -> None:
@@ -280,9 +284,12 @@ class TrainConfig:
             "eval_episodes",
             "final_episodes",
             "checkpoint_every",
+            "keep",
         )
         _at_least("train", self, 0, "demo_updates", "env_restarts")
         _positive("train", self, "env_timeout_s", "updates_per_step")
+        if self.stop_at is not None:
+            _positive("train", self, "stop_at")
         for key in ("random_steps", "initial_updates"):
             if getattr(self, key) is not None:
                 _at_least("train", self, 0, key)

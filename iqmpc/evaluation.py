@@ -64,7 +64,12 @@ class Random:
 
 
 def open_run(
-    run: str | Path, changes: Mapping[str, Any], *, seed: int | None = None, render: bool = False
+    run: str | Path,
+    changes: Mapping[str, Any],
+    *,
+    checkpoint: str = "newest",
+    seed: int | None = None,
+    render: bool = False,
 ) -> tuple[Agent, gymnasium.Env]:
     """The agent of a run folder, as `Agent.load` gives it, and an environment of its task.
 
@@ -75,7 +80,7 @@ def open_run(
     config = RunFolder(run).load_config().replace(changes)
     prepare_torch(config)
     env = make_env(config.task, render_mode="rgb_array" if render else None)
-    return Agent.load(run, changes=changes, seed=seed), env
+    return Agent.load(run, checkpoint=checkpoint, changes=changes, seed=seed), env
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,12 @@ class Evaluation:
     def success_any_rate(self) -> float | None:
         """Share of episodes solved at any step; None where the task defines none."""
         return _share(self.solved)
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """What agents are compared by: success where the task has it, then return."""
+        mean = self.return_mean
+        return self.success_rate or 0.0, mean if math.isfinite(mean) else -math.inf
 
     def summary(self, demonstrator_return: float | None) -> dict[str, Any]:
         """The figures as summary.json and `iqmpc eval` name them."""

@@ -1,6 +1,7 @@
 """A run's folder: the only place that spells the names of its files.
 
-RUN/config.yaml  metrics.csv  summary.json  tensorboard/  checkpoints/step_000010000.safetensors
+RUN/config.yaml  metrics.csv  summary.json  tensorboard/
+RUN/checkpoints/step_000010000.safetensors  best.safetensors
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from iqmpc.config import Config, differences, may_change
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.files import remove_temporary, strict_json, write_atomically
 
-KEPT = 2  # checkpoints
 _NAME = re.compile(r"step_(\d+)\.safetensors")
 # What file systems say that lock nothing, or (NFS) nothing that is not open for writing.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF, errno.EISDIR}
@@ -154,17 +154,54 @@ class RunFolder:
             raise CheckpointError(f"{path} cannot be read: it holds no figures by name")
         return found
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of `step` and keep the newest two. Returns its path.
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, keep: int = 2
+    ) -> Path:
+        """Write the checkpoint of `step` and keep the newest `keep`. Returns its path.
 
         Raises as `checkpoint.save` does, and leaves those that are there then.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         path = self.checkpoints / f"step_{step:09d}.safetensors"
         checkpoint.save(path, tensors, meta)
-        for old in [other for other in self._steps() if other != path][KEPT - 1 :]:
+        for old in [other for other in self._steps() if other != path][keep - 1 :]:
             old.unlink(missing_ok=True)
         return path
+
+    @property
+    def best(self) -> Path:
+        """Where the agent of the best evaluation lies: its weights alone, nothing to go on from."""
+        return self.checkpoints / "best.safetensors"
+
+    def save_best(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Write the agent of the best evaluation in the place of the one before."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(self.best, tensors, meta)
+
+    def checkpoint(self, which: str = "newest") -> Checkpoint:
+        """The `newest` whole checkpoint, the `best` agent, or the checkpoint of a step.
+
+        Raises `CheckpointError` where there is none, with those that are there.
+        """
+        if which == "newest":
+            return self.newest()
+        if which == "best":
+            path = self.best
+        else:
+            steps = {str(_step(path)): path for path in self._steps()}
+            if which not in steps:
+                kept = ", ".join([*reversed(steps), *(["best"] if self.best.exists() else [])])
+                raise CheckpointError(
+                    f"{self} has no checkpoint {which!r}: it has {kept or 'none'} "
+                    "(newest, best or a number of steps)"
+                )
+            path = steps[which]
+        if not path.exists():
+            raise CheckpointError(
+                f"{self} has no best agent: none was evaluated on the way, or the run was made "
+                "before they were kept"
+            )
+        return path, *checkpoint.load(path)
 
     @property
     def has_checkpoint(self) -> bool:
@@ -198,11 +235,11 @@ class RunFolder:
         """The run's checkpoints of more steps than `path`."""
         return [other for other in self._steps() if _step(other) > _step(path)]
 
-    def tidy(self) -> None:
-        """Remove what a run that was killed has left: parts of files, a checkpoint too many."""
+    def tidy(self, *, keep: int = 2) -> None:
+        """Remove what a run that was killed has left: parts of files, checkpoints too many."""
         for place in (self.path, self.checkpoints):
             remove_temporary(place)
-        for old in self._steps()[KEPT:]:
+        for old in self._steps()[keep:]:
             old.unlink(missing_ok=True)
 
     @contextlib.contextmanager

@@ -65,19 +65,21 @@ class RunState:
             **{f"behaviour.{k}": v for k, v in self._behaviour.state_dict().items()},
             "trainer.generator": self._generator.get_state(),
         }
-        meta = {
-            "obs_shape": self._learner.model.obs_shape,
-            "action_dim": self._learner.model.action_dim,
-            **meta,
-            "demonstrations": self._experts,
-            "device": self._device,
-            "mode": self._learner.mode,
-            "settings": self._config.to_dict(),
-        }
-        return Snapshot(step, tensors, meta, self._behaviour.overwritten)
+        return Snapshot(step, tensors, self._described(meta), self._behaviour.overwritten)
 
     def save(self, snapshot: Snapshot) -> None:
-        self.folder.save(snapshot.step, snapshot.tensors, snapshot.meta)
+        """Write the checkpoint."""
+        keep = self._config.train.keep
+        self.folder.save(snapshot.step, snapshot.tensors, snapshot.meta, keep=keep)
+
+    def save_best(self, meta: dict[str, Any]) -> None:
+        """Write the weights as they are now as the best agent's, with what `meta` says of it."""
+        weights = {
+            f"learner.{name}": tensor
+            for name, tensor in self._learner.state_dict().items()
+            if name.startswith(("model.", "average."))
+        }
+        self.folder.save_best(weights, self._described(meta))
 
     def restore(self) -> dict[str, Any] | None:
         """Take over the newest whole checkpoint; its meta, or None where the run has none yet.
@@ -129,7 +131,19 @@ class RunState:
             set_aside(newer)
         elif self.folder.has_checkpoint:
             raise ConfigError(f"{self.folder} was continued by another process: resume it again")
-        self.folder.tidy()
+        self.folder.tidy(keep=self._config.train.keep)
+
+    def _described(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """`meta` with what every checkpoint says of what it holds and was made with."""
+        return {
+            "obs_shape": self._learner.model.obs_shape,
+            "action_dim": self._learner.model.action_dim,
+            **meta,
+            "demonstrations": self._experts,
+            "device": self._device,
+            "mode": self._learner.mode,
+            "settings": self._config.to_dict(),
+        }
 
     def _load(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         def part(name: str) -> dict[str, torch.Tensor]:

@@ -36,7 +36,7 @@ LEARNING = (
     "termination_recall",
     "termination_precision",
 )
-COLUMNS = PROGRESS + RESULTS + LEARNING
+COLUMNS: tuple[str, ...] = PROGRESS + RESULTS + LEARNING
 _LAST = 5
 
 

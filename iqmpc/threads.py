@@ -10,9 +10,9 @@ import torch
 
 from iqmpc.config import Config
 
-_threads: int | None = None
-_torchs: int | None = None  # as they were set here
-_default: int | None = None  # as torch, or who uses it, had set them before
+_threads = 0  # 0: not set yet
+_torchs = 0  # as they were set here
+_default = 0  # as torch, or who uses it, had set them before
 
 
 def set_threads(count: int | None, *, torch_idle: bool = False) -> None:

@@ -185,6 +185,7 @@ class Trainer:
         self.env_steps = self.episodes = 0
         self._wall_before, self._started = 0.0, time.monotonic()
         self._evaluated_at = self._saved_at = 0
+        self._best: tuple[float, float] | None = None  # the best evaluation's score
         self._short = 0  # episodes of fewer steps than the horizon, since this process began
         self._whole: Snapshot | None = None  # at the last tick at which an episode ended
 
@@ -225,13 +226,14 @@ class Trainer:
     def _train(self) -> None:
         c = self.config.train
         self.updates.on_demonstrations_alone()
-        while self.env_steps < c.steps:
+        enough = False
+        while self.env_steps < c.steps and not enough:
             ended = self._tick()
             self._interrupts.check()
             if ended and self.env_steps < c.steps:
                 self._whole = self._snapshot()
                 if self.env_steps - self._evaluated_at >= c.eval_every:
-                    self._evaluate(c.eval_episodes)
+                    enough = self._is_enough(self._evaluate(c.eval_episodes))
                     self._whole = self._snapshot()
                 if self.env_steps - self._saved_at >= c.checkpoint_every:
                     self._save()
@@ -337,7 +339,19 @@ class Trainer:
             else f" ({100 * share:.0f} % of the demonstrator's {self.demonstrator_return:.0f})"
         )
         reporter.message(f"step {step}: return {result.return_mean:.1f}{beside}")
+        if self._best is None or result.score > self._best:
+            self._best = result.score
+            self._state.save_best({**at, **result.summary(self.demonstrator_return)})
         return result
+
+    def _is_enough(self, result: Evaluation) -> bool:
+        """Whether `train.stop_at` is reached, which is said."""
+        share = ratio(result.return_mean, self.demonstrator_return)
+        wanted = self.config.train.stop_at
+        if wanted is None or share is None or share < wanted:
+            return False
+        self._reporter.message(f"ending here: train.stop_at={wanted:g} is reached")
+        return True
 
     def _finish(self) -> dict[str, Any]:
         trained_s, episodes = self.wall_s, self.config.train.final_episodes
@@ -349,6 +363,7 @@ class Trainer:
             "updates": self.learner.updates,
             "skipped_updates": self.learner.skipped_updates,
             "wall_s": round(trained_s, 1),
+            "checkpoint": "newest",
             **self._evaluate(episodes).summary(self.demonstrator_return),
             **last_evaluations(self.folder, before=self.env_steps),
             **self.agent.planner.summary(),
@@ -394,6 +409,7 @@ class Trainer:
                 "env_restarts": self.envs.restarts,
                 "evaluated_at": self._evaluated_at,
                 "demonstrator_return": self.demonstrator_return,
+                "best": self._best,
             },
         )
 
@@ -407,6 +423,7 @@ class Trainer:
         self.envs.started = meta.get("started", self.episodes)  # absent: of one environment
         self.envs.restarts = meta.get("env_restarts", 0)
         self._wall_before, self._evaluated_at = meta["wall_s"], meta["evaluated_at"]
+        self._best = None if meta.get("best") is None else tuple(meta["best"])
         self._saved_at = self.env_steps
 
     def _save(self) -> None:

@@ -152,10 +152,11 @@ class Updates:
                 latest = learner.learn(self._experts, behaviour)
                 self._any = True
                 last = learner.updates == updates
-                shown = phase is not None and (last or self._reporter.is_due(learner.updates, 1))
-                if shown or last:  # a copy: the next update may overwrite them
+                due = last or self._reporter.is_due(learner.updates, 1)
+                shown = phase if due else None
+                if shown is not None or last:  # a copy: the next update may overwrite them
                     metrics = tuple(latest), torch.stack(list(latest.values()))
-                if shown:
+                if shown is not None:
                     self._reporter.metrics = metrics
-                    self._reporter.progress((phase, learner.updates - first, updates - first))
+                    self._reporter.progress((shown, learner.updates - first, updates - first))
         return metrics

@@ -29,6 +29,11 @@ class Layer(NamedTuple):
     gamma: Tensor | None = None
     beta: Tensor | None = None
 
+    def map(self, f: Callable[[Tensor], Tensor]) -> Layer:
+        """The same layer with `f` applied to every tensor."""
+        gamma, beta = (None if t is None else f(t) for t in (self.gamma, self.beta))
+        return Layer(f(self.weight), f(self.bias), gamma, beta)
+
 
 class Weights(NamedTuple):
     """A world model: its stacks of layers and the constants of its activations.
@@ -84,7 +89,7 @@ def layer_tensors(layers: tuple[Layer, ...]) -> list[Tensor]:
 
 def map_layers(f: Callable[[Tensor], Tensor], layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     """Apply `f` to every tensor of a stack of layers."""
-    return tuple(Layer(*(t if t is None else f(t) for t in layer)) for layer in layers)
+    return tuple(layer.map(f) for layer in layers)
 
 
 def frozen(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
@@ -101,4 +106,7 @@ def snapshot(weights: Weights, dtype: torch.dtype = torch.float32) -> Weights:
 @torch.no_grad()
 def refresh(target: Weights, source: Weights) -> None:
     """Copy `source` into the snapshot `target`, keeping its storage and what was compiled on it."""
-    torch._foreach_copy_(target.tensors(), [t.detach() for t in source.tensors()])
+    # The public copies go tensor by tensor.
+    torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+        target.tensors(), [t.detach() for t in source.tensors()]
+    )

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from iqmpc import Agent, Trainer, evaluate
+from iqmpc.demos import Episode
 from iqmpc.errors import CheckpointError, ConfigError
-from iqmpc.evaluation import reward_correlation
+from iqmpc.evaluation import Evaluation, reward_correlation
 from iqmpc.frames import stacked
 from iqmpc.run_folder import RunFolder
 from tests.runs import assert_same_state, marked, tensors_of, train
@@ -507,3 +508,93 @@ def test_a_run_of_another_device_goes_on_and_acts_here(
         small_config, point_env, point_demonstrations, run, resume=True, on_message=messages.append
     )
     assert any("made on cuda and goes on on cpu: not bit for bit" in m for m in messages)
+
+
+def scripted(monkeypatch, returns):
+    """Evaluations with these returns, success being that of the last 0.5; and what they saw."""
+    seen, left = [], iter(returns)
+
+    def evaluate(agent, env, **_):
+        value = next(left)
+        seen.append({k: v.clone() for k, v in agent.model.state_dict().items()})
+        episode = Episode(
+            np.zeros((2, 2), np.float32),
+            np.zeros((1, 2), np.float32),
+            np.array([value], np.float32),
+            False,
+            None,
+        )
+        return Evaluation((episode,), (None,))
+
+    monkeypatch.setattr("iqmpc.trainer.evaluate", evaluate)
+    return seen
+
+
+def test_the_best_agent_is_kept(
+    tmp_path, small_config, point_env, point_demonstrations, monkeypatch
+):
+    """Evaluations at 40, 60, 80 and the end; the second is the best, and survives a resumption."""
+    config = small_config.replace({"train.eval_every": 20, "train.checkpoint_every": 20})
+    run = tmp_path / "run"
+    seen = scripted(monkeypatch, [1.0, 2.0, 5.0, 4.0, 3.0])
+    train(config, point_env, point_demonstrations, run)
+    best = Agent.load(run, checkpoint="best")
+    assert best.facts["checkpoint"] == "best.safetensors" and best.facts["env_steps"] == 60
+    assert all(torch.equal(v, seen[2][k]) for k, v in best.model.state_dict().items())
+    newest = Agent.load(run)
+    assert newest.facts["env_steps"] == 100
+    assert not all(torch.equal(v, seen[2][k]) for k, v in newest.model.state_dict().items())
+    assert Agent.load(run, checkpoint="80").facts["env_steps"] == 80
+    with pytest.raises(CheckpointError, match=r"no checkpoint '70': it has 80, 100, best \(newest"):
+        Agent.load(run, checkpoint="70")
+    # 4.5 is no better than what the run had before it was continued; 6 is.
+    scripted(monkeypatch, [4.5, 4.5])
+    longer = config.replace({"train.steps": 120})
+    train(longer, point_env, point_demonstrations, run, resume=True)
+    assert Agent.load(run, checkpoint="best").facts["env_steps"] == 60
+    scripted(monkeypatch, [6.0, 6.0])
+    longer = config.replace({"train.steps": 140})
+    train(longer, point_env, point_demonstrations, run, resume=True)
+    assert Agent.load(run, checkpoint="best").facts["env_steps"] == 140
+    RunFolder(run).best.unlink()
+    with pytest.raises(CheckpointError, match="has no best agent"):
+        Agent.load(run, checkpoint="best")
+
+
+def test_success_comes_before_return_in_what_is_best():
+    def of(success, value):
+        episode = Episode(
+            np.zeros((2, 2), np.float32),
+            np.zeros((1, 2), np.float32),
+            np.array([value], np.float32),
+            False,
+            success,
+        )
+        return Evaluation((episode,), (success,)).score
+
+    assert of(True, -50.0) > of(False, 900.0) > of(False, 1.0) > of(False, np.nan)
+    assert of(None, 2.0) > of(None, 1.0)
+
+
+def test_a_run_stops_at_a_share_of_the_demonstrator(
+    tmp_path, small_config, point_env, point_demonstrations, monkeypatch
+):
+    mean = point_demonstrations.return_mean
+    scripted(monkeypatch, [0.5 * mean, 0.91 * mean, 0.8 * mean])
+    config = small_config.replace({"train.eval_every": 20, "train.stop_at": 0.9})
+    messages = []
+    summary = train(
+        config, point_env, point_demonstrations, tmp_path / "run", on_message=messages.append
+    )
+    assert summary["env_steps"] == 40 and summary["ratio"] == pytest.approx(0.8)
+    assert "ending here: train.stop_at=0.9 is reached" in messages
+    assert RunFolder(tmp_path / "run").newest()[2]["env_steps"] == 40
+
+
+def test_as_many_checkpoints_as_asked_for_are_kept(
+    tmp_path, small_config, point_env, point_demonstrations
+):
+    config = small_config.replace({"train.keep": 3, "train.checkpoint_every": 20})
+    train(config, point_env, point_demonstrations, tmp_path / "run")
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert [int(name[5:14]) for name in names] == [60, 80, 100]

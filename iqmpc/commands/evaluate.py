@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from iqmpc.commands.options import Backend, Device, acting
+from iqmpc.commands.options import Backend, Checkpoint, Device, acting
 from iqmpc.console import console, print_summary
 
 
@@ -28,6 +28,7 @@ def evaluate_run(
             "the agent, the agent with noise, random actions.",
         ),
     ] = False,
+    checkpoint: Checkpoint = "newest",
     device: Device = None,
     backend: Backend = None,
 ) -> None:
@@ -40,7 +41,7 @@ def evaluate_run(
         recorder = Recorder(video)
     from iqmpc.evaluation import evaluate, mixed_correlation, open_run
 
-    agent, env = open_run(run, changes, seed=seed, render=video is not None)
+    agent, env = open_run(run, changes, checkpoint=checkpoint, seed=seed, render=video is not None)
     seed = agent.config.seed if seed is None else seed
     with console.status("evaluating") as status:
         result = evaluate(

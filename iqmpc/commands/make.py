@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from iqmpc.commands.options import Backend, Device, MinReturn, acting, check_target
+from iqmpc.commands.options import Backend, Checkpoint, Device, MinReturn, acting, check_target
 from iqmpc.commands.record import drawn, run_demonstrator, save
 from iqmpc.commands.train import train_run
 from iqmpc.console import console
@@ -63,6 +63,7 @@ def make_demonstrations(
         typer.Option(min=1, help="Give up after so many episodes. Default: ten times --episodes."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the episodes, and of training.")] = 0,
+    checkpoint: Checkpoint = "newest",
     device: Device = None,
     backend: Backend = None,
     force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
@@ -95,7 +96,7 @@ def make_demonstrations(
             compose([f"train.steps={train_steps}", *words, "learner=td", f"seed={seed}"]), path
         )
     env = iqmpc.make_env(config.task, seed=seed)
-    demonstrator = _demonstrator(kind, path, env, config, seed, changes)
+    demonstrator = _demonstrator(kind, path, checkpoint, env, config, seed, changes)
     with RecordingDisplay(episodes, console) as display:
         demonstrations = demonstrators.record(
             demonstrator,
@@ -139,7 +140,13 @@ def _train_demonstrator(config: Any, run: Path) -> None:
 
 
 def _demonstrator(
-    kind: str, path: str | Path, env: Any, config: Any, seed: int, changes: dict[str, Any]
+    kind: str,
+    path: str | Path,
+    checkpoint: str,
+    env: Any,
+    config: Any,
+    seed: int,
+    changes: dict[str, Any],
 ) -> Any:
     """Who acts in `env`: kind is sb3, run or td with its path, or "" for the task's own.
 
@@ -154,11 +161,11 @@ def _demonstrator(
     if kind == "sb3":
         from iqmpc.demonstrators.sb3 import Sb3Policy
 
-        if len(obs_shape) > 1:
+        if len(obs_shape) != 1:
             raise ConfigError(
                 f"--policy sb3 acts on flat observations, {config.task.name} has images"
             )
-        policy = Sb3Policy(path, *obs_shape, action_dim)
+        policy = Sb3Policy(path, obs_shape[0], action_dim)
         return demonstrators.Demonstrator(
             policy,
             provenance={
@@ -168,7 +175,7 @@ def _demonstrator(
         )
     import iqmpc
 
-    agent = iqmpc.Agent.load(path, changes=changes, seed=seed)
+    agent = iqmpc.Agent.load(path, checkpoint=checkpoint, changes=changes, seed=seed)
     found = agent.model.obs_shape, agent.model.action_dim
     if found != (obs_shape, action_dim):
         raise ConfigError(

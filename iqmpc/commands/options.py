@@ -11,6 +11,13 @@ MinReturn = Annotated[
     float | None, typer.Option(help="Keep only episodes with at least this return.")
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda; the run's own by default.")]
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        metavar="newest|best|STEP",
+        help="Which of the run's: best is of the best evaluation on the way.",
+    ),
+]
 Backend = Annotated[str | None, typer.Option(help="The planner's kernel backend.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from iqmpc.commands.options import Backend, Device, MinReturn, acting, check_target
+from iqmpc.commands.options import Backend, Checkpoint, Device, MinReturn, acting, check_target
 from iqmpc.console import console
 from iqmpc.progress import RecordingDisplay
 
@@ -28,6 +28,7 @@ def record(
     fast_render: Annotated[
         bool, typer.Option("--fast-render", help="Frames of task.fast_render=true.")
     ] = False,
+    checkpoint: Checkpoint = "newest",
     device: Device = None,
     backend: Backend = None,
     force: Annotated[bool, typer.Option(help="Overwrite OUT.")] = False,
@@ -46,7 +47,7 @@ def record(
     changes = acting(planner, device, backend)
     if fast_render:
         changes["task.fast_render"] = True
-    agent, env = open_run(run, changes, seed=seed, render=obs is not None)
+    agent, env = open_run(run, changes, checkpoint=checkpoint, seed=seed, render=obs is not None)
     task = agent.config.task
     if obs is not None:
         if task.suite != "dmcontrol" or task.obs == "pixels":

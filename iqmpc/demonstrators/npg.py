@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class GaussianPolicy:
 
     def __init__(
         self,
-        layers: list[tuple[np.ndarray, np.ndarray]],
+        layers: Sequence[tuple[np.ndarray, ...]],
         shift: np.ndarray,
         scale: np.ndarray,
         out_shift: np.ndarray,
@@ -72,7 +73,7 @@ def packaged(
         )
     seed, noise = CHOICES[env_id]
     found = importlib.util.find_spec("myosuite")
-    if found is None:
+    if found is None or not found.submodule_search_locations:
         raise DemonstrationError(
             "MyoSuite's policies need the extra 'myosuite': pip install 'iqmpc[myosuite]'"
         )
@@ -120,7 +121,7 @@ def load(path: Path) -> GaussianPolicy:
         IndexError,
     ) as error:
         raise DemonstrationError(f"{path}: not an mjrl policy: {error}") from error
-    return GaussianPolicy(layers, *affine, log_std)
+    return GaussianPolicy(layers, *affine, log_std=log_std)
 
 
 class _Object:

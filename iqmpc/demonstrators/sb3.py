@@ -150,7 +150,7 @@ def _actor(
                 "a pickle, which is not read"
             )
         layers = _mlp(weights, _PPO, _activation(options, "Tanh"), used)
-        clip = _action_range(settings, layers[-1].out_features)
+        clip = _action_range(settings, len(weights["action_net.weight"]))
     elif any(name.startswith("actor.log_std") for name in weights):
         layers = _mlp(weights, _SAC, _activation(options, "ReLU"), used)
         if "actor.mu.0.weight" in weights:  # generalised state-dependent exploration
@@ -189,14 +189,20 @@ def _mlp(
         }
         prefixes += [f"{start}{i}." for i in sorted(found) if f"{start}{i}." != output]
     layers: list[nn.Module] = []
+    width = None
     for prefix in [*prefixes, output]:
         weight, bias = weights.get(f"{prefix}weight"), weights.get(f"{prefix}bias")
-        fits = weight is not None and bias is not None and weight.ndim == 2 and bias.ndim == 1
-        if not fits or len(weight) != len(bias):
+        if (
+            weight is None
+            or bias is None
+            or (weight.ndim, bias.ndim) != (2, 1)
+            or len(weight) != len(bias)
+        ):
             raise _Unsuitable(f"{prefix}weight and {prefix}bias make no linear layer")
-        if layers and weight.shape[1] != layers[-2].out_features:
+        if width not in (None, weight.shape[1]):
             raise _Unsuitable(f"{prefix}weight does not take what the layer before gives")
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        width = len(weight)
+        layer = nn.Linear(weight.shape[1], width)
         layer.load_state_dict({"weight": weight, "bias": bias})
         layers += [layer, activation()]
         used |= {f"{prefix}weight", f"{prefix}bias"}
@@ -214,7 +220,7 @@ def _activation(options: Mapping[str, Any], default: str) -> type[nn.Module]:
 
 def _action_range(settings: Mapping[str, Any], size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The bounds of the action space, which the file has in words: '[-1. -1.]'."""
-    space = settings.get("action_space")
+    space = settings.get("action_space") or {}
     try:
         bounds = [
             torch.tensor([float(x) for x in space[key].strip("[]").split()])

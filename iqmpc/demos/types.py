@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -95,9 +96,9 @@ class Draft:
     """
 
     source: str
-    task: object
-    episodes: Sequence[dict[str, object] | Defect]
-    provenance: object
+    task: Any
+    episodes: Sequence[dict[str, Any] | Defect]
+    provenance: Any
     action_range: tuple[np.ndarray, np.ndarray] | None = None
     range_hint: str = ""
 

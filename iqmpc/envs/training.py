@@ -33,26 +33,27 @@ def training_envs(
     given = list(env) if isinstance(env, Sequence) else [env]
     if len(given) != count:
         raise ConfigError(f"train.num_envs={count} needs {count} environments, got {len(given)}")
-    made = [not callable(e) for e in given]
-    if any(made):
-        if not all(made) or config.train.env_workers:
+    makers = [e for e in given if callable(e)]
+    made = [e for e in given if not callable(e)]
+    if made:
+        if makers or config.train.env_workers:
             raise ConfigError(
                 "train.env_workers=true needs functions that make the environments, got "
-                f"{sum(made)} environments among {count}"
+                f"{len(made)} environments among {count}"
                 if config.train.env_workers
-                else f"{sum(made)} of {count} environments are made already: give environments or "
+                else f"{len(made)} of {count} environments are made already: give environments or "
                 "functions that make them, not both"
             )
-        if count > 1 and (eval_env is None or any(eval_env is e for e in given)):
+        if count > 1 and (eval_env is None or any(eval_env is e for e in made)):
             raise ConfigError(
                 f"train.num_envs={count} needs an eval_env of its own: an evaluation would cut the "
                 "episodes that are being recorded"
             )
     elif config.train.workers:
-        eval_env = eval_env or given[0]()
+        eval_env = eval_env or makers[0]()
         t = config.train
         return WorkerVectorEnv(
-            given,
+            makers,
             config.task.name,
             like=eval_env,
             seed=config.seed,
@@ -62,16 +63,16 @@ def training_envs(
             on_message=on_message,
         ), eval_env
     else:
-        eval_env = eval_env or (given[0]() if count > 1 else None)
-        given = [make() for make in given]
+        eval_env = eval_env or (makers[0]() if count > 1 else None)
+        made = [make() for make in makers]
     envs = VectorEnv(
-        given,
+        made,
         config.task.name,
         seed=config.seed,
         episode_length=config.task.episode_length,
         on_message=on_message,
     )
     if eval_env is None:
-        return envs, given[0]
-    check_alike(eval_env, given[0], f"{config.task.name}: eval_env", "environment 0")
+        return envs, made[0]
+    check_alike(eval_env, made[0], f"{config.task.name}: eval_env", "environment 0")
     return envs, eval_env

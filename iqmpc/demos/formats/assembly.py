@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,13 +39,13 @@ class Assembly:
 
     def add(
         self,
-        observations: object,
-        actions: object,
+        observations: Any,
+        actions: Any,
         *,
-        rewards: object = None,
-        terminated: object = False,
-        success: object = None,
-        next_observations: object = None,
+        rewards: Any = None,
+        terminated: Any = False,
+        success: Any = None,
+        next_observations: Any = None,
     ) -> None:
         """Add an episode of actions [T, ...] and observations [T+1, O] or [T, O].
 
@@ -62,7 +64,7 @@ class Assembly:
             observations = next_observations
         known = isinstance(observations, np.ndarray) and isinstance(actions, np.ndarray)
         if known and 0 < len(observations) == len(actions):
-            if next_observations is not None:
+            if isinstance(next_observations, np.ndarray):
                 observations = np.concatenate([observations, next_observations[-1:]])
             elif len(actions) == 1:
                 self._short += 1
@@ -90,13 +92,12 @@ class Assembly:
 
     def draft(
         self,
-        task: object,
-        *,
+        task: Any,
+        notes: Mapping[str, str] | None = None,
         action_range: tuple[np.ndarray, np.ndarray] | None = None,
-        **notes: str,
     ) -> Draft:
         """The set so far, under the task's name (None where the file gives none)."""
-        notes = {**self._notes, **notes}
+        notes = {**self._notes, **(notes or {})}
         if self._dropped:
             notes["dropped_steps"] = (
                 f"{self._dropped}, the last of each episode: no observation followed it"
@@ -108,7 +109,7 @@ class Assembly:
         return Draft(str(self._path), task, self._episodes, notes, action_range)
 
 
-def last(value: object) -> object:
+def last(value: Any) -> Any:
     """The last of an array of truth values, as a bool; anything else as it is, empty as None."""
     if isinstance(value, np.ndarray):
         return bool(value[-1]) if len(value) else None

@@ -57,6 +57,9 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None  # of a Popen with pipes
+        self._questions, self._answers = stdin, stdout
         self.pid = self._process.pid
 
     @property
@@ -66,8 +69,8 @@ class _Child:
     def read(self, path: Path, format: str | None, facts: Facts | None) -> Draft | Defect:
         limit_s = budget.Budget(budget.size_of(path)).limit_s + _GRACE_S
         try:
-            _send(self._process.stdin, (os.getcwd(), path, format, facts))
-            answer = _receive(self._process.stdout, time.monotonic() + _START_S + limit_s)
+            _send(self._questions, (os.getcwd(), path, format, facts))
+            answer = _receive(self._answers, time.monotonic() + _START_S + limit_s)
         except (EOFError, BrokenPipeError):
             self.end()
             code = self._process.returncode
@@ -86,8 +89,8 @@ class _Child:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._questions.close()
+        self._answers.close()
 
 
 class _Refusal:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ def _scan(data: bytes) -> None:
                     raise _Refused(f"a memo of {index} entries in {count} steps")
                 tuples[index] = tuples.get(index, False) or before not in _NO_TUPLE
             elif name in ("GET", "BINGET", "LONG_BINGET"):
-                references += tuples.get(argument, True)
+                references += tuples.get(int(argument or 0), True)
                 if references > _MAX_TUPLE_REFERENCES:
                     raise _Refused("references that repeat its data many times over")
             before = name
@@ -177,7 +178,7 @@ def _items(value: object, count: int) -> tuple[object, ...]:
 def _from_bytes(raw: object, dtype: object, shape: object, order: object) -> np.ndarray:
     if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
         raise _Refused(f"an array of {type(raw).__name__}")
-    sizes = shape if isinstance(shape, tuple) else (shape,)
+    sizes: tuple[Any, ...] = shape if isinstance(shape, tuple) else (shape,)
     if (
         len(sizes) > 8
         or not all(type(n) is int and n >= 0 for n in sizes)
@@ -193,7 +194,7 @@ def _from_bytes(raw: object, dtype: object, shape: object, order: object) -> np.
         claimed *= n
     if claimed != len(raw):
         raise _Refused(f"an array of {claimed} bytes with {len(raw)}")
-    return np.frombuffer(raw, dtype.value).reshape(sizes, order=order)
+    return np.frombuffer(raw, dtype.value).reshape(sizes, order="F" if order == "F" else "C")
 
 
 def _reconstruct(kind: object, shape: object, code: object) -> _Array:
@@ -360,8 +361,9 @@ def _cut(column: Sequence[object] | np.ndarray, steps: list[int], key: str) -> l
     return [column[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
 
-def _first(value: object, n: int) -> object:
-    return value.value[:n] if isinstance(value, _Array) else value[:n]
+def _first(value: Any, n: int) -> Any:
+    held: Any = value.value if isinstance(value, _Array) else value
+    return held[:n]
 
 
 def _count(value: object) -> int:

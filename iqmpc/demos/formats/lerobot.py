@@ -77,7 +77,8 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
         notes["episodes_missing"] = f"{before + 1 - seen} of {before + 1}"
     if action != "action":
         notes["action_key"] = action
-    return assembly.draft(facts.task, dataset_version=version, **notes, **_described(path))
+    notes = {"dataset_version": version, **notes, **_described(path)}
+    return assembly.draft(facts.task, notes)
 
 
 class _Unreadable(Exception):

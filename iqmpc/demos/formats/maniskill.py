@@ -51,7 +51,7 @@ def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
             success=last(safe_hdf5.flags(group, "success", here)),
         )
     task, notes = _described(path.with_suffix(".json"), facts)
-    return assembly.draft(task, **notes)
+    return assembly.draft(task, notes)
 
 
 def _described(path: Path, facts: Facts) -> tuple[object, dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -83,10 +84,10 @@ def _read(file: h5py.File, path: Path, metadata: dict[str, object], facts: Facts
         )
     dataset = metadata["dataset_id"]
     notes = {"dataset": dataset} if isinstance(dataset, str) else {}
-    return assembly.draft(_task(metadata, facts, at), action_range=action_range, **notes)
+    return assembly.draft(_task(metadata, facts, at), notes, action_range)
 
 
-def _task(metadata: dict[str, object], facts: Facts, at: partial[Defect]) -> object:
+def _task(metadata: dict[str, Any], facts: Facts, at: partial[Defect]) -> object:
     spec = metadata["env_spec"]
     if spec is None:
         return facts.task
@@ -96,9 +97,7 @@ def _task(metadata: dict[str, object], facts: Facts, at: partial[Defect]) -> obj
         return at("env_spec", describe(spec), "a JSON object with the environment's id")
 
 
-def _action_range(
-    space: object, at: partial[Defect]
-) -> tuple[np.ndarray, np.ndarray] | Defect | None:
+def _action_range(space: Any, at: partial[Defect]) -> tuple[np.ndarray, np.ndarray] | Defect | None:
     """The bounds of a serialised action space, float64 [A]; None where none are given."""
     if space is None:
         return None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from iqmpc.demos.checks import describe
 from iqmpc.demos.formats import budget
@@ -45,7 +48,7 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
     return Draft(str(path), task, _episodes(members, at)[: facts.episodes], {})
 
 
-def _member(archive: np.lib.npyio.NpzFile, key: str, at: partial[Defect]) -> object:
+def _member(archive: NpzFile, key: str, at: partial[Defect]) -> Any:
     """The array under a key; a Defect if it is unusable or missing, None if it may be missing."""
     dtype, ndim, expected = _LAYOUT[key]
     if key not in archive.files:
@@ -64,13 +67,13 @@ def _member(archive: np.lib.npyio.NpzFile, key: str, at: partial[Defect]) -> obj
     return value
 
 
-def _size(archive: np.lib.npyio.NpzFile, key: str) -> int:
+def _size(archive: NpzFile, key: str) -> int:
     """The bytes that a member unpacks to, as the archive says (zipfile reads no more)."""
     names = {info.filename.removesuffix(".npy"): info.file_size for info in archive.zip.infolist()}
     return names.get(key, 0)
 
 
-def _episodes(members: dict[str, object], at: partial[Defect]) -> list[dict[str, object] | Defect]:
+def _episodes(members: dict[str, Any], at: partial[Defect]) -> Sequence[dict[str, Any] | Defect]:
     lengths = members.pop("episode_lengths")
     if isinstance(lengths, np.ndarray) and (lengths < 0).any():
         lengths = at("episode_lengths", str(lengths.min()), "no negative lengths")
@@ -81,7 +84,7 @@ def _episodes(members: dict[str, object], at: partial[Defect]) -> list[dict[str,
         budget.spend_episode()
     steps = lengths.tolist()
     rows = {"observations": [t + 1 for t in steps], "actions": steps, "rewards": steps}
-    episodes: list[dict[str, object] | Defect] = [{} for _ in steps]
+    episodes: list[dict[str, Any]] = [{} for _ in steps]
     for key, value in members.items():
         counts = rows.get(key, [1] * len(steps))
         ends = list(accumulate(counts, initial=0))

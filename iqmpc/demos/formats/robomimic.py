@@ -58,7 +58,7 @@ def _read(file: h5py.File, path: Path, facts: Facts) -> Draft | Defect:
             next_observations=safe_hdf5.observations(demo, "next_obs", facts.obs_keys, here),
         )
     notes = {} if facts.mask is None else {"mask": facts.mask}
-    return assembly.draft(_task(data, facts, at), **notes)
+    return assembly.draft(_task(data, facts, at), notes)
 
 
 def _task(data: h5py.Group, facts: Facts, at: partial[Defect]) -> object:
@@ -77,11 +77,11 @@ def _listed(file: h5py.File, mask: str, at: partial[Defect]) -> list[str] | Defe
     if isinstance(group, Defect):
         return group
     held = [] if group is None else sorted(group)
-    if mask not in held:
+    if group is None or mask not in held:
         return at("mask", ", ".join(held[:20]) or "nothing", f"{mask!r}, as --mask says")
-    dataset = safe_hdf5.stored(group, mask, h5py.Dataset, partial(at))
-    if isinstance(dataset, Defect):
-        return dataset
+    dataset = safe_hdf5.stored(group, mask, h5py.Dataset, at)
+    if not isinstance(dataset, h5py.Dataset):
+        return dataset or at(f"mask/{mask}", "nothing", "names such as demo_0")
     entries = safe_hdf5.values(dataset, partial(at, f"mask/{mask}"))
     if isinstance(entries, Defect):
         return entries

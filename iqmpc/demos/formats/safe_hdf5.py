@@ -6,12 +6,15 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
 
 from iqmpc.demos.formats import budget
 from iqmpc.demos.types import Defect, Draft
+
+Kind = TypeVar("Kind", bound=h5py.HLObject)
 
 # h5py has no exception of its own: damaged structures surface as any of these.
 DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError)
@@ -38,9 +41,9 @@ def read_file(
 def stored(
     group: h5py.Group,
     name: str,
-    kind: type[h5py.HLObject] | tuple[type[h5py.HLObject], ...],
+    kind: type[Kind] | tuple[type[Kind], ...],
     at: partial[Defect],
-) -> h5py.HLObject | Defect | None:
+) -> Kind | Defect | None:
     """A member that lies in this file; None where there is none.
 
     Links and datasets with outside storage are refused: a file from a stranger must not make
@@ -58,14 +61,14 @@ def stored(
     return found
 
 
-def values(dataset: h5py.Dataset, at: partial[Defect], rows: slice | tuple = ()) -> object:
+def values(dataset: h5py.Dataset, at: partial[Defect], rows: slice | tuple = ()) -> Any:
     """A dataset's rows as they are stored, or the Defect for which they cannot be read.
 
     at: takes found and expected. What a file claims to hold is not believed beyond what its bytes
     can hold.
     """
     try:
-        claimed, kept = dataset.size * dataset.dtype.itemsize, dataset.id.get_storage_size()
+        claimed, kept = dataset.nbytes, dataset.id.get_storage_size()
         if claimed > _FREE_BYTES + MAX_RATIO * kept:
             return at(f"{claimed} bytes of data claimed and {kept} stored", "an intact dataset")
         budget.spend(_bytes_of(dataset, rows))
@@ -76,7 +79,7 @@ def values(dataset: h5py.Dataset, at: partial[Defect], rows: slice | tuple = ())
 
 def _bytes_of(dataset: h5py.Dataset, rows: slice | tuple) -> int:
     """That its rows take, as they are stored or as float32."""
-    count = dataset.size
+    count = dataset.size or 0
     if isinstance(rows, slice) and dataset.ndim:
         count = len(range(*rows.indices(len(dataset)))) * int(np.prod(dataset.shape[1:]))
     return count * max(dataset.dtype.itemsize, 4)
@@ -138,7 +141,7 @@ def observations(
 
 def numbered(group: h5py.Group, prefix: str) -> list[str]:
     """The members called prefix and a number, in the order of the numbers."""
-    names = [name for name in group if re.fullmatch(re.escape(prefix) + r"\d{1,9}", name)]
+    names = [name for name in map(str, group) if re.fullmatch(re.escape(prefix) + r"\d{1,9}", name)]
     return sorted(names, key=lambda name: int(name.removeprefix(prefix)))
 
 
@@ -147,7 +150,7 @@ def matrix(array: np.ndarray) -> np.ndarray:
     return array.reshape(len(array), int(np.prod(array.shape[1:])))
 
 
-def text(group: h5py.HLObject, key: str) -> object:
+def text(group: h5py.HLObject, key: str) -> Any:
     """An attribute, decoded if it is text."""
     value = group.attrs.get(key)
     return value.decode(errors="replace") if isinstance(value, bytes) else value
@@ -242,7 +245,7 @@ def _leaves(
     group: h5py.Group, name: str, at: partial[Defect]
 ) -> list[tuple[str, h5py.Dataset]] | Defect:
     leaves: list[tuple[str, h5py.Dataset]] = []
-    waiting = [(name, group, 0)]
+    waiting: list[tuple[str, h5py.Group | h5py.Dataset, int]] = [(name, group, 0)]
     while waiting:
         path, node, depth = waiting.pop()
         if isinstance(node, h5py.Dataset):
@@ -252,7 +255,7 @@ def _leaves(
             return at(path, "groups without end", f"at most {_MAX_LEAVES} members")
         for key in sorted(node, reverse=True):
             member = stored(node, key, (h5py.Group, h5py.Dataset), at)
-            if isinstance(member, Defect):
-                return member
+            if not isinstance(member, (h5py.Group, h5py.Dataset)):
+                return member or at(f"{path}/{key}", "nothing", "a group or a dataset")
             waiting.append((f"{path}/{key}", member, depth + 1))
     return leaves
