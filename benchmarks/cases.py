@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iqmpc.composition import compose
 from iqmpc.config import Config
+from iqmpc.episode import Episode
 from iqmpc.losses import Batch
 from iqmpc.model import WorldModel
 from iqmpc.replay import SliceReplay
@@ -111,10 +112,9 @@ class UpdateCase:
                 device=self.device,
             )
             for _ in range(100):
-                replay.add_episode(
-                    torch.randn(101, self.obs_dim, generator=draw),
-                    torch.rand(100, self.action_dim, generator=draw) * 2 - 1,
-                )
+                obs = torch.randn(101, self.obs_dim, generator=draw)
+                action = torch.rand(100, self.action_dim, generator=draw) * 2 - 1
+                replay.add(Episode(obs.numpy(), action.numpy()))
             replays.append(replay)
         return replays
 

@@ -7,8 +7,9 @@ if TYPE_CHECKING:
     from iqmpc.agent import Agent
     from iqmpc.composition import compose
     from iqmpc.config import Config
-    from iqmpc.demos import Demonstrations, Episode
+    from iqmpc.demos import Demonstrations
     from iqmpc.envs import make_env
+    from iqmpc.episode import Episode
     from iqmpc.errors import IqmpcError
     from iqmpc.evaluation import evaluate
     from iqmpc.learner import Learner
@@ -26,7 +27,7 @@ _MODULES = {
     "Agent": "agent",
     "Config": "config",
     "Demonstrations": "demos",
-    "Episode": "demos",
+    "Episode": "episode",
     "IqmpcError": "errors",
     "Learner": "learner",
     "Planner": "planner",

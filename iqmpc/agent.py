@@ -12,7 +12,6 @@ import torch
 
 from iqmpc.config import Config
 from iqmpc.errors import BackendError, CheckpointError, ConfigError
-from iqmpc.frames import is_image
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Weights
 from iqmpc.model import WorldModel
@@ -94,13 +93,7 @@ class Agent:
             changes["device"] = "cpu"
         config = found.replace(changes)
         device = resolve_device(config.device)
-        # "obs_dim" stands in checkpoints from before there were images
-        model = WorldModel(
-            meta.get("obs_shape") or int(meta["obs_dim"]),
-            int(meta["action_dim"]),
-            config.model,
-            termination=config.termination,
-        )
+        model = WorldModel(*checkpoint.shapes(meta), config.model, termination=config.termination)
         prefix = "learner.model." if config.agent.average == "off" else "learner.average."
         held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if not held:
@@ -156,7 +149,7 @@ class Agent:
         Raises `ValueError` for another shape, and for images of another type.
         """
         obs = self._tensor(obs, device="cpu")  # the planner moves it
-        single = obs.ndim == len(self.model.obs_shape)
+        single = obs.ndim == len(self.model.observation_spec.shape)
         action = self.planner.plan(obs.unsqueeze(0) if single else obs, explore=explore)
         return (action[0] if single else action).numpy()
 
@@ -178,20 +171,19 @@ class Agent:
         Q is the mean over the ensemble; V averages `samples` draws of the prior, the same for every
         row and call. Raises `ValueError` for shapes that do not fit.
         """
-        shape = self.model.obs_shape
-        given = [self._tensor(obs), self._tensor(action, np.float32), self._tensor(next_obs)]
-        single = given[0].ndim == len(shape)
+        spec, action_dim = self.model.observation_spec, self.model.action_dim
+        given = [
+            self._tensor(obs),
+            torch.as_tensor(np.asarray(action, np.float32), device=self.device),
+            self._tensor(next_obs),
+        ]
+        single = given[0].ndim == len(spec.shape)
         obs_, action_, next_ = (x[None] if single else x for x in given)
         n = len(obs_)
-        for name, tensor, expected in (
-            ("obs", obs_, [n, *shape]),
-            ("action", action_, [n, self.model.action_dim]),
-            ("next_obs", next_, [n, *shape]),
-        ):
-            if list(tensor.shape) != expected:
-                raise ValueError(f"{name} must be {expected}, got {list(tensor.shape)}")
-            if is_image(shape) and tensor is not action_ and tensor.dtype != torch.uint8:
-                raise ValueError(f"{name} must be uint8, got {tensor.dtype}")
+        for name, tensor in (("obs", obs_), ("next_obs", next_)):
+            spec.check(tensor, n, name=name, images=name)
+        if list(action_.shape) != [n, action_dim]:
+            raise ValueError(f"action must be {[n, action_dim]}, got {list(action_.shape)}")
         w = self.weights
         z = layers.encode(w, next_).expand(samples, -1, -1)
         generator = torch.Generator(self.device).manual_seed(0)
@@ -209,11 +201,6 @@ class Agent:
         reward = (q - self.config.discount * alive * value).cpu().numpy()
         return reward[0] if single else reward
 
-    def _tensor(
-        self, x: np.ndarray, dtype: type | None = None, *, device: str | None = None
-    ) -> torch.Tensor:
-        """On `device` or the agent's; of `dtype`, by default float32 for flat observations and as
-        it is else."""
-        if dtype is None and not is_image(self.model.obs_shape):
-            dtype = np.float32
-        return torch.as_tensor(np.asarray(x, dtype=dtype), device=device or self.device)
+    def _tensor(self, obs: np.ndarray, *, device: str | None = None) -> torch.Tensor:
+        """Observations on `device` or the agent's."""
+        return torch.as_tensor(self.model.observation_spec.cast(obs), device=device or self.device)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from iqmpc.errors import CheckpointError
 from iqmpc.files import write_atomically
+from iqmpc.observation import ObservationSpec
 
 FORMAT, VERSION = "iqmpc-checkpoint", 1
 
@@ -71,6 +72,13 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} holds no description of itself: {error}") from error
+
+
+def shapes(meta: Mapping[str, Any]) -> tuple[ObservationSpec, int]:
+    """What the agent of a checkpoint observes, and A."""
+    # "obs_dim" stands in checkpoints from before there were images
+    observed = meta.get("obs_shape") or int(meta["obs_dim"])
+    return ObservationSpec.of(observed), int(meta["action_dim"])
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:

@@ -534,7 +534,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, path)
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -568,7 +568,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         raise ConfigError(
             f"{path} must be {hint.__name__}, got {shortened(value)} ({type(value).__name__})"
         )
-    if hint is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path} must be finite, got {value!r}")
     return value
 

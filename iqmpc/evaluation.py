@@ -12,9 +12,8 @@ import gymnasium
 import numpy as np
 
 from iqmpc.agent import Agent
-from iqmpc.demos import Episode
 from iqmpc.envs import interface, make_env
-from iqmpc.frames import is_image, stacked, unstacked
+from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
 from iqmpc.threads import prepare_torch
@@ -31,6 +30,7 @@ class Actor(Protocol):
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """obs [O] -> action [A] in [-1, 1]."""
+        ...
 
 
 class Noisy:
@@ -150,11 +150,11 @@ class _Watched(gymnasium.Wrapper):
         return self.env.reset(**how)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        *result, info = interface.step(self.env, action)
+        obs, reward, terminated, truncated, info = interface.step(self.env, action)
         success = interface.success(info)
         if success is not None:
             self.solved = bool(self.solved) or success
-        return (*result, info)
+        return obs, reward, terminated, truncated, info
 
 
 def rollout(
@@ -174,26 +174,17 @@ def rollout(
     space = env.observation_space
     with interface.at("its reset"):
         obs, info = interface.reset(env, seed=seed)
-        observations, actions, rewards = [interface.observation(obs, space)], [], []
+        episode = EpisodeBuffer([interface.observation(obs, space)])
     actor.reset()
     terminated = truncated = False
-    while not (terminated or truncated or len(actions) == episode_length):
+    while not (terminated or truncated or len(episode.actions) == episode_length):
         if on_step is not None:
             on_step(env)
-        action = actor.act(observations[-1])
-        with interface.at(f"step {len(actions) + 1}"):
+        action = actor.act(episode.observations[-1])
+        with interface.at(f"step {len(episode.actions) + 1}"):
             obs, reward, terminated, truncated, info = interface.step(env, action)
-            observations.append(interface.observation(obs, space))
-        actions.append(action)
-        rewards.append(reward)
-    rows = np.array(observations)
-    return Episode(
-        unstacked(rows) if is_image(rows.shape[1:]) else rows,
-        np.array(actions),
-        np.array(rewards, np.float32),
-        terminated,
-        interface.success(info),
-    )
+            episode.add(action, reward, interface.observation(obs, space))
+    return episode.finish(terminated=terminated, success=interface.success(info))
 
 
 def evaluate(
@@ -245,7 +236,7 @@ def mixed_episodes(
     of a stream of their own under `seed`, and noise follows from it too.
     `progress(done, return)` is called after each.
     """
-    action_dim, task = env.action_space.shape[0], agent.config.task
+    action_dim, task = agent.model.action_dim, agent.config.task
     episodes = []
     for index in range(3 * each):
         draws = stream_seed(seed, "correlation-actions", index)
@@ -288,9 +279,7 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
     """
 
     def decoded_rewards(e: Episode) -> np.ndarray:
-        obs = e.observations
-        if is_image(obs.shape[1:]):
-            obs = stacked(obs)
+        obs = e.observed()
         return agent.decode_reward(
             obs[:-1],
             e.actions,

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
 
 from iqmpc.config import Config, TaskConfig, names_task
 from iqmpc.demos import Demonstrations, Facts
 from iqmpc.errors import ConfigError
-from iqmpc.frames import is_image
+from iqmpc.observation import ObservationSpec
 from iqmpc.replay import SliceReplay
 
 
 def demonstrations_for(
-    config: Config, obs_shape: tuple[int, ...], action_dim: int
+    config: Config, spec: ObservationSpec, action_dim: int
 ) -> Demonstrations | None:
     """The demonstrations that `config.demos` names, or those packaged with the task.
 
-    None where nothing is named and the objective (`td`) needs none. The observations are [O] or
-    [3C, 64, 64], as in the environment. Raises `DemonstrationError` for what cannot be read, and
+    None where nothing is named and the objective (`td`) needs none. `spec` is what the environment
+    observes. Raises `DemonstrationError` for what cannot be read, and
     `ConfigError` for images that are drawn otherwise than the task draws them.
     """
     task, path = config.task, config.demos.path
-    images = is_image(obs_shape)
     if path is None:
         if config.learner.objective == "td":
             return None
-        if images:
+        if spec.images:
             raise ConfigError(
                 "no demonstrations of images ship: give some with demos.path=FILE (iqmpc demos "
                 "record RUN FILE --obs pixels makes them from a run on the state)"
@@ -35,7 +34,7 @@ def demonstrations_for(
         found = Demonstrations.load(
             path,
             task=task.name,
-            obs_dim=None if images else obs_shape[0],
+            obs_dim=None if spec.images else spec.shape[0],
             action_dim=action_dim,
             facts=Facts(
                 episodes=config.demos.episodes,
@@ -44,7 +43,7 @@ def demonstrations_for(
         )
     # Images drawn otherwise could be told apart by that alone.
     drawn = found.provenance.get("render")
-    if images and drawn not in (None, rendering(task)):
+    if spec.images and drawn not in (None, rendering(task)):
         raise ConfigError(
             f"{path} holds {drawn} renderings, task.fast_render="
             f"{str(task.fast_render).lower()} asks for {rendering(task)} ones"
@@ -60,7 +59,7 @@ def rendering(task: TaskConfig) -> str:
 def expert_replay(
     demonstrations: Demonstrations,
     config: Config,
-    obs_shape: tuple[int, ...],
+    spec: ObservationSpec,
     action_dim: int,
     device: str,
 ) -> SliceReplay:
@@ -75,18 +74,16 @@ def expert_replay(
             f"the demonstrations are of task {demonstrations.task!r}, the run's is {task!r}: give "
             "task.name, or rename them (iqmpc demos convert --task)"
         )
-    given = (demonstrations.obs_shape, demonstrations.action_dim)
-    if given != (obs_shape, action_dim):
+    given, given_dim = demonstrations.observation_spec, demonstrations.action_dim
+    if (given, given_dim) != (spec, action_dim):
         raise ConfigError(
-            f"the demonstrations of {demonstrations.task!r} have observations {list(given[0])} and "
-            f"{given[1]} actions, the environment has {list(obs_shape)} and {action_dim}"
+            f"the demonstrations of {demonstrations.task!r} have observations {list(given.shape)} "
+            f"and {given_dim} actions, the environment has {list(spec.shape)} and {action_dim}"
         )
     rows = sum(len(e.actions) + 1 for e in demonstrations.episodes)
-    replay = SliceReplay(obs_shape, action_dim, horizon=horizon, capacity=rows, device=device)
+    replay = SliceReplay(spec, action_dim, horizon=horizon, capacity=rows, device=device)
     for e in demonstrations.episodes:
-        replay.add_episode(
-            torch.from_numpy(e.observations), torch.from_numpy(e.actions), terminated=e.terminated
-        )
+        replay.add(replace(e, rewards=None))  # which the method never sees
     if not replay.slices:
         raise ConfigError(f"no demonstration is as long as learner.horizon={horizon}")
     return replay

@@ -12,6 +12,7 @@ from iqmpc.config import Config
 from iqmpc.kernels.weights import Weights, map_layers
 from iqmpc.losses import Batch
 from iqmpc.model import WorldModel
+from iqmpc.observation import ObservationSpec
 from iqmpc.replay import SliceReplay
 from iqmpc.seeding import stream_seed
 
@@ -40,7 +41,7 @@ class Learner:
 
     def __init__(
         self,
-        obs_shape: int | tuple[int, ...],
+        obs_shape: ObservationSpec | tuple[int, ...] | int,
         action_dim: int,
         config: Config,
         device: torch.device | str = "cpu",
@@ -54,7 +55,8 @@ class Learner:
             self.model = WorldModel(
                 obs_shape, action_dim, config.model, termination=config.termination
             ).to(self.device)
-        self.mode = update_backends.resolve_update(config, self.device, self.model.obs_shape)
+        spec = self.model.observation_spec
+        self.mode = update_backends.resolve_update(config, self.device, spec)
         self.weights = self.model.weights()
         self.targets = map_layers(lambda t: t.detach().clone(), self.weights.critics)
         self.average: WorldModel | None = None

@@ -6,7 +6,7 @@ on the same draws. Batches are time-major; the first `batch.experts` columns are
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor
 from iqmpc.config import LearnerConfig
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Layer, Weights, frozen
+
+if TYPE_CHECKING:
+    from iqmpc.kernels.iq_update.types import UpdateSettings
 
 Critics = tuple[Layer, ...]
 
@@ -173,7 +176,7 @@ def model_loss(
     targets: Critics,
     batch: Batch,
     noise: ModelNoise,
-    config: LearnerConfig,
+    config: LearnerConfig | UpdateSettings,
     discount: float,
     entropy_coef: float,
     penalise: bool,
@@ -246,6 +249,7 @@ def model_loss(
             "value_term": value_term.mean(),
         }
         if penalise:
+            assert noise.mix is not None  # drawn where there is a penalty
             penalty = gradient_penalty(
                 weights.critics,
                 latents[:-1],

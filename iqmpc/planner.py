@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from iqmpc.config import PlannerConfig
-from iqmpc.frames import is_image
 from iqmpc.kernels.mppi_plan import BACKENDS, resolve_plan
 from iqmpc.kernels.weights import Weights
+from iqmpc.observation import ObservationSpec
 
 COUNTS = ("nonfinite_plans", "missed_plans")
 
@@ -46,7 +46,7 @@ class Planner:
         the machine, of the weights, or of a setting that it does not use.
         """
         self.config = config = config or PlannerConfig()
-        self.obs_shape, self.problems = weights.obs_shape, problems
+        self.observation_spec, self.problems = ObservationSpec(weights.obs_shape), problems
         self.backend = resolve_plan(weights, config)
         self._plan = BACKENDS[self.backend](
             weights,
@@ -71,11 +71,7 @@ class Planner:
 
         Raises `ValueError` for observations of another shape, and images of another type.
         """
-        expected = [self.problems, *self.obs_shape]
-        if list(obs.shape) != expected:
-            raise ValueError(f"obs must be {expected}, got {list(obs.shape)}")
-        if is_image(self.obs_shape) and obs.dtype != torch.uint8:
-            raise ValueError(f"images must be uint8, got {obs.dtype}")
+        self.observation_spec.check(obs, self.problems)
         plan = self._plan(obs, explore=explore)
         if plan.nonfinite:
             if not self.nonfinite_plans:

@@ -136,7 +136,7 @@ class RunState:
     def _described(self, meta: dict[str, Any]) -> dict[str, Any]:
         """`meta` with what every checkpoint says of what it holds and was made with."""
         return {
-            "obs_shape": self._learner.model.obs_shape,
+            "obs_shape": self._learner.model.observation_spec.shape,
             "action_dim": self._learner.model.action_dim,
             **meta,
             "demonstrations": self._experts,

@@ -17,11 +17,10 @@ from iqmpc.compiler import check_compiler
 from iqmpc.config import Config
 from iqmpc.demos import Demonstrations
 from iqmpc.envs.training import Environment, training_envs
-from iqmpc.envs.vector import Recording
+from iqmpc.episode import Episode
 from iqmpc.errors import CheckpointError, ConfigError, TaskError
 from iqmpc.evaluation import Evaluation, evaluate, ratio
 from iqmpc.expert_data import demonstrations_for, expert_replay
-from iqmpc.frames import is_image, unstacked
 from iqmpc.interrupts import Interrupts
 from iqmpc.learner import Learner
 from iqmpc.provenance import commit, machine
@@ -56,18 +55,18 @@ class Trainer:
     the demonstrations of `config.demos` or those packaged with the task, and for `run` the folder
     `config.run_dir`, or a new one under `runs/`. `config.threads` sets the process.
 
-    `env` is any `gymnasium.Env` with flat Box observations, or images as `iqmpc.frames` says, and
-    actions in [-1, 1], or a sequence of `config.train.num_envs` of them with the same spaces. They
-    are stepped together, one tick after another, and their actions planned in one call. In place of
-    environments, functions that make them may be given: then `config.train.env_workers` can put
-    each into a process of its own (`iqmpc.envs.workers`). Evaluation takes `eval_env`, in this
-    process; where that is absent it is `env` itself, if that is one environment, or is made by the
-    first function. `run` is the folder that receives config, metrics and checkpoints; a folder that
-    holds a run already is refused unless `resume` continues it. `on_progress(values)` is called now
-    and then with the current figures (`return` is the last episode's), `on_message(text)` with
-    events in words. While steps wait for something long, `values` has its `phase`: its name
-    (`demo updates`, `initial updates`, `updates` that were missing, `evaluation`), how much of it
-    is done, and of how much.
+    `env` is any `gymnasium.Env` with flat Box observations, or images as `iqmpc.observation` says,
+    and actions in [-1, 1], or a sequence of `config.train.num_envs` of them with the same spaces.
+    They are stepped together, one tick after another, and their actions planned in one call. In
+    place of environments, functions that make them may be given: then `config.train.env_workers`
+    can put each into a process of its own (`iqmpc.envs.workers`). Evaluation takes `eval_env`, in
+    this process; where that is absent it is `env` itself, if that is one environment, or is made by
+    the first function. `run` is the folder that receives config, metrics and checkpoints; a folder
+    that holds a run already is refused unless `resume` continues it. `on_progress(values)` is
+    called now and then with the current figures (`return` is the last episode's),
+    `on_message(text)` with events in words. While steps wait for something long, `values` has its
+    `phase`: its name (`demo updates`, `initial updates`, `updates` that were missing,
+    `evaluation`), how much of it is done, and of how much.
 
     Evaluations and checkpoints come after ticks at which an episode ended. A checkpoint holds no
     unfinished episode: where other environments were inside theirs, a resumed run has lost those
@@ -136,20 +135,20 @@ class Trainer:
     def _make_parts(self, demonstrations: Demonstrations | None) -> None:
         """What learns, acts, remembers and counts, as at the beginning of a run."""
         config, device = self.config, self.device
-        obs_shape, action_dim, count = self.envs.obs_shape, self.envs.action_dim, len(self.envs)
+        spec, action_dim, count = self.envs.observation_spec, self.envs.action_dim, len(self.envs)
         if demonstrations is None:
             if config.demos.path is not None:
                 self._reporter.message(f"reading {config.demos.path}")
-            demonstrations = demonstrations_for(config, obs_shape, action_dim)
+            demonstrations = demonstrations_for(config, spec, action_dim)
         self.demonstrator_return = None if demonstrations is None else demonstrations.return_mean
         self.experts = (
-            expert_replay(demonstrations, config, obs_shape, action_dim, device)
+            expert_replay(demonstrations, config, spec, action_dim, device)
             if demonstrations and config.learner.objective != "td"
             else None
         )
         # Of the random actions, and later of the batches.
         self.generator = torch.Generator(device).manual_seed(stream_seed(config.seed, "trainer"))
-        self.learner = Learner(obs_shape, action_dim, config, device, sampler=self.generator)
+        self.learner = Learner(spec, action_dim, config, device, sampler=self.generator)
         check_compiler(config, device, self.learner.mode)
         self.agent = Agent(self.learner.model, config, seed=config.seed, num_envs=count)
         # Evaluation plans for one environment; a single agent does both (and is compiled once).
@@ -157,7 +156,7 @@ class Trainer:
             self.agent if count == 1 else Agent(self.learner.model, config, seed=config.seed)
         )
         self.behaviour = SliceReplay(
-            obs_shape,
+            spec,
             action_dim,
             horizon=config.learner.horizon,
             capacity=config.train.capacity,
@@ -260,7 +259,7 @@ class Trainer:
             self._reporter.progress()
         for episode in ended:
             self.episodes += 1
-            self._reporter.episode(float(np.sum(episode.rewards)))
+            self._reporter.episode(episode.undiscounted_return)
         if ended:
             self._reporter.metrics = None
         return bool(ended)
@@ -273,17 +272,9 @@ class Trainer:
         uniform = torch.rand(shape, generator=self.generator, device=self.device)
         return (2 * uniform - 1).cpu().numpy()
 
-    def _keep(self, episode: Recording) -> None:
+    def _keep(self, episode: Episode) -> None:
         """Put an episode into the replay, which leaves out what is shorter than the horizon."""
-        obs = np.asarray(episode.observations)
-        self.behaviour.add_episode(
-            torch.as_tensor(unstacked(obs) if is_image(obs.shape[1:]) else obs),
-            *(
-                torch.as_tensor(np.asarray(x, np.float32))
-                for x in (episode.actions, episode.rewards)
-            ),
-            terminated=episode.terminated,
-        )
+        self.behaviour.add(episode)
         steps, horizon = len(episode.actions), self.config.learner.horizon
         if steps >= horizon:
             return

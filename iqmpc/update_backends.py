@@ -6,7 +6,7 @@ changes in place: a checkpoint does not know which one made it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,12 +16,12 @@ from iqmpc import losses
 from iqmpc.capture import CapturedStep
 from iqmpc.config import Config
 from iqmpc.errors import ConfigError
-from iqmpc.frames import is_image
 from iqmpc.kernels import layers
 from iqmpc.kernels.backends import cannot_run, resolve
 from iqmpc.kernels.iq_update import FusedUpdate, UpdateSettings, UpdateState
 from iqmpc.kernels.weights import frozen, layer_tensors
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
+from iqmpc.observation import ObservationSpec
 from iqmpc.replay import SliceReplay, join
 from iqmpc.seeding import stream_seed
 from iqmpc.threads import threads
@@ -40,7 +40,7 @@ class UpdateBackend(Protocol):
     def __init__(self, learner: Learner): ...
 
     @staticmethod
-    def unfit(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str | None:
+    def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:
         """Why it cannot make a run's updates, or None: a predicate that follows its name."""
         ...
 
@@ -64,7 +64,7 @@ class EagerBackend:
         self._policy_loss: Callable[..., Any] = losses.policy_loss
 
     @staticmethod
-    def unfit(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str | None:
+    def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:
         precision = config.learner.precision
         if precision == "float32":
             return None
@@ -122,7 +122,7 @@ class EagerBackend:
         self,
         loss: Tensor,
         optimiser: torch.optim.Optimizer,
-        parameters: list[Tensor],
+        parameters: Sequence[Tensor],
         allowed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A step, if `allowed` (bool, 0-dim) and finite: the gradient's norm and whether it was."""
@@ -134,8 +134,10 @@ class EagerBackend:
         if allowed is not None:
             made = made & allowed
         # Fused Adam looks at this where the gradients are, so that the host need not wait: where it
-        # is 1, parameters, moments and step counts stay (what gradient scaling uses it for).
-        optimiser.found_inf = (~made).to(torch.float32)
+        # is 1, parameters, moments and step counts stay (what gradient scaling uses it for, which
+        # sets it from outside too).
+        found_inf = (~made).to(torch.float32)
+        optimiser.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue]
         optimiser.step()
         return norm, made
 
@@ -157,7 +159,7 @@ class EagerBackend:
             if x.penalise:
                 keep_penalty = self._keep(critics, horizon * batch.experts)
         shift = None
-        if is_image(x.model.obs_shape):
+        if x.model.observation_spec.images:
             shift = torch.randint(
                 -_SHIFT,
                 _SHIFT + 1,
@@ -221,10 +223,10 @@ class GraphBackend(CompiledBackend):
         self.captured = CapturedStep(learner.device, (learner.generator, learner.sampler))
 
     @staticmethod
-    def unfit(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str | None:
+    def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:
         if device.type != "cuda":
             return f"needs a CUDA device, got {device.type}"
-        return EagerBackend.unfit(config, device, obs_shape)
+        return EagerBackend.unfit(config, device, spec)
 
     def learn(self, experts: SliceReplay | None, behaviour: SliceReplay) -> dict[str, Tensor]:
         replays = tuple(r for r in (experts, behaviour) if r is not None)
@@ -273,11 +275,11 @@ class FusedBackend:
         )
 
     @staticmethod
-    def unfit(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str | None:
+    def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:
         if device.type != "cpu":
             return f"needs device=cpu, got {device.type}"
-        if is_image(obs_shape):
-            return f"takes flat observations, got images {list(obs_shape)}"
+        if spec.images:
+            return f"takes flat observations, got images {list(spec.shape)}"
         return cannot_run("cpu", "fused")
 
     def learn(self, experts: SliceReplay | None, behaviour: SliceReplay) -> dict[str, Tensor]:
@@ -320,12 +322,12 @@ BACKENDS: dict[str, type[UpdateBackend]] = {
 AUTO = ("fused", "graph", "compile")
 
 
-def resolve_update(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str:
+def resolve_update(config: Config, device: torch.device, spec: ObservationSpec) -> str:
     """The backend that `learner.mode` comes to, by name.
 
     Raises `ConfigError` with what keeps the named one, or all of them, from serving.
     """
-    unfit = {name: x.unfit(config, device, obs_shape) for name, x in BACKENDS.items()}
+    unfit = {name: x.unfit(config, device, spec) for name, x in BACKENDS.items()}
     mode = config.learner.mode
     return resolve(mode, unfit, order=AUTO, setting="learner.mode", error=ConfigError)
 
@@ -333,4 +335,7 @@ def resolve_update(config: Config, device: torch.device, obs_shape: tuple[int, .
 @torch.no_grad()
 def _move(old: list[Tensor], new: list[Tensor], rate: Tensor) -> None:
     """old ← old + rate (new - old) in place; rate, 0-dim, on their device."""
-    torch._foreach_lerp_(old, new, [rate] * len(old))
+    # The public lerp_ goes tensor by tensor.
+    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+        old, new, [rate] * len(old)
+    )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iqmpc.frames import SIZE
+from iqmpc.observation import SIZE
 
 PARTS = ("encoder", "dynamics", "policy", "critics", "termination")  # of `Weights`: the networks
 

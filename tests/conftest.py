@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from iqmpc import Config, Demonstrations, Episode
+from iqmpc import Config, Demonstrations
 from iqmpc.envs.pixels import FrameStack
-from iqmpc.frames import unstacked
+from iqmpc.episode import EpisodeBuffer
 from tests.demonstration_sets import (  # noqa: F401 - fixtures
     assert_same,
     demos,
@@ -111,23 +111,12 @@ def straight_line(env: gymnasium.Env, seeds: range) -> Demonstrations:
     episodes = []
     for seed in seeds:
         obs, _ = env.reset(seed=seed)
-        observations, actions, rewards, done = [obs], [], [], False
+        episode, done = EpisodeBuffer([obs]), False
         while not done:
             action = np.clip(-env.unwrapped.position / 0.2, -1, 1).astype(np.float32)
             obs, reward, _, done, info = env.step(action)
-            observations.append(obs)
-            actions.append(action)
-            rewards.append(reward)
-        rows = np.array(observations)
-        episodes.append(
-            Episode(
-                unstacked(rows) if rows.ndim == 4 else rows,
-                np.array(actions),
-                np.array(rewards, np.float32),
-                False,
-                bool(info["success"]),
-            )
-        )
+            episode.add(action, reward, obs)
+        episodes.append(episode.finish(success=bool(info["success"])))
     return Demonstrations("point", tuple(episodes), {"demonstrator": "straight line"})
 
 

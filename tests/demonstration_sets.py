@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from iqmpc.demos import Demonstrations, Episode
+from iqmpc import Demonstrations, Episode
 
 
 def _episode(steps=4, obs_dim=3, action_dim=2, seed=0, **fields) -> Episode:

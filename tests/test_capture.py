@@ -4,13 +4,14 @@ import contextlib
 import csv
 import gc
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import iqmpc.update_backends
-from iqmpc import Learner, Trainer, capture
+from iqmpc import Episode, Learner, Trainer, capture
 from iqmpc.capture import WARM_UPS, CapturedStep
 from iqmpc.errors import ConfigError
 from iqmpc.kernels.weights import refresh, snapshot
@@ -122,11 +123,13 @@ def replays(device="cpu", episodes=4):
 
 def add(replay, number, steps):
     g = torch.Generator().manual_seed(number)
-    replay.add_episode(
-        torch.randn(steps + 1, 2, generator=g),
-        torch.rand(steps, 2, generator=g) * 2 - 1,
-        torch.rand(steps, generator=g),
-        terminated=number % 2 == 0,
+    replay.add(
+        Episode(
+            torch.randn(steps + 1, 2, generator=g).numpy(),
+            (torch.rand(steps, 2, generator=g) * 2 - 1).numpy(),
+            torch.rand(steps, generator=g).numpy(),
+            terminated=number % 2 == 0,
+        )
     )
 
 
@@ -201,7 +204,7 @@ def test_a_recorded_update_that_is_not_finite_is_left_out(small_config, monkeypa
     eager = learner_of(config, "eager", monkeypatch)
     graph = learner_of(config, "graph", monkeypatch)
     experts, behaviour = replays()
-    behaviour.add_episode(torch.full((5, 2), torch.nan), torch.zeros(4, 2), torch.zeros(4))
+    behaviour.add(Episode(np.full((5, 2), np.nan, np.float32), np.zeros((4, 2), np.float32)))
     skipped = []
     for _ in range(WARM_UPS + 30):
         one = values(eager.learn(experts, behaviour))
@@ -222,9 +225,12 @@ def test_a_recorded_update_from_images_is_the_eager_one(small_config, monkeypatc
     behaviour = SliceReplay((9, 64, 64), 2, horizon=3, capacity=100)
     behaviour._range_on_device = True
     for _ in range(WARM_UPS + 4):
-        behaviour.add_episode(
-            torch.randint(256, (9, 3, 64, 64), dtype=torch.uint8), torch.rand(8, 2), torch.rand(8)
+        frames, *rest = (
+            torch.randint(256, (9, 3, 64, 64), dtype=torch.uint8),
+            torch.rand(8, 2),
+            torch.rand(8),
         )
+        behaviour.add(Episode(frames.numpy(), *(x.numpy() for x in rest)))
         assert values(eager.learn(behaviour, behaviour)) == values(
             graph.learn(behaviour, behaviour)
         )

@@ -4,11 +4,12 @@ import math
 import pytest
 import torch
 
-from iqmpc import Learner, losses
+from iqmpc import Episode, Learner, losses
 from iqmpc.errors import ConfigError
 from iqmpc.kernels import backends
 from iqmpc.kernels.weights import map_layers, snapshot
 from iqmpc.losses import Batch
+from iqmpc.observation import ObservationSpec
 from iqmpc.replay import SliceReplay, join
 from iqmpc.update_backends import resolve_update
 
@@ -23,6 +24,10 @@ def batch(experts=8, seed=0):
         torch.zeros(3, rows),
         experts,
     )
+
+
+def drawn_episode(steps, **fields):
+    return Episode(torch.randn(steps + 1, 2).numpy(), torch.rand(steps, 2).numpy(), **fields)
 
 
 def with_(config, **learner):
@@ -499,7 +504,7 @@ def test_learning_is_an_update_on_slices_of_both_replays(small_config):
     """Drawn by the generator that was given, behaviour first."""
     replays = [SliceReplay(2, 2, horizon=3, capacity=100) for _ in range(2)]
     for replay in replays:
-        replay.add_episode(torch.randn(31, 2), torch.rand(30, 2), torch.rand(30))
+        replay.add(drawn_episode(30, rewards=torch.rand(30).numpy()))
     sampler = torch.Generator().manual_seed(7)
     learns = Learner(2, 2, small_config, sampler=sampler)
     updates = Learner(2, 2, small_config)
@@ -693,7 +698,8 @@ def test_fused_counts_and_leaves_out_what_is_not_finite(small_config):
 
 def test_what_learns_where(small_config, monkeypatch):
     def mode(obs_shape=(2,), device="cpu", **settings):
-        return resolve_update(with_(small_config, **settings), torch.device(device), obs_shape)
+        spec = ObservationSpec(obs_shape)
+        return resolve_update(with_(small_config, **settings), torch.device(device), spec)
 
     images = (9, 64, 64)
     assert mode(mode="auto") == mode(mode="auto", precision="bf16") == "fused"
@@ -723,11 +729,11 @@ def test_what_learns_where(small_config, monkeypatch):
 def test_fused_learns_from_replays_as_they_grow(small_config):
     learners = [Learner(2, 2, with_(small_config, mode="fused")) for _ in range(2)]
     experts, behaviour = (SliceReplay(2, 2, horizon=3, capacity=10_000) for _ in range(2))
-    experts.add_episode(torch.randn(31, 2), torch.rand(30, 2))
+    experts.add(drawn_episode(30))
     with pytest.raises(ValueError, match="no episode of at least 3 steps"):
         learners[0].learn(experts, behaviour)
     for length in (5, 5000, 20):  # the second one makes the replay's tensors move
-        behaviour.add_episode(torch.randn(length + 1, 2), torch.rand(length, 2))
+        behaviour.add(drawn_episode(length))
         one, two = (learner.learn(experts, behaviour) for learner in learners)
         assert one == two
     assert behaviour.allocations > 1

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from iqmpc import Agent, Trainer, evaluate
-from iqmpc.demos import Episode
+from iqmpc.episode import Episode
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.evaluation import Evaluation, reward_correlation
-from iqmpc.frames import stacked
+from iqmpc.observation import stacked
 from iqmpc.run_folder import RunFolder
 from tests.runs import assert_same_state, marked, tensors_of, train
 

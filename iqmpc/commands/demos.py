@@ -5,7 +5,7 @@ Errors that are the input's fault are left to `iqmpc.cli.main`, which prints the
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from iqmpc.demos.checks import find_defects
 from iqmpc.demos.demonstrations import Demonstrations, packaged_path, packaged_tasks
 from iqmpc.demos.formats import FORMATS
 from iqmpc.demos.formats.isolated import read
@@ -207,13 +206,13 @@ def check(
         allow_gaps,
     )
     draft = read(_locate(path), format, facts)
-    defects = list(find_defects(draft, task=task))
-    for defect in defects:
-        typer.echo(printable(str(defect)))
-    if defects:
-        typer.echo(f"{path}: {len(defects)} defect(s)")
-        raise typer.Exit(1)
-    demos = Demonstrations.from_draft(draft)
+    try:
+        demos = Demonstrations.from_draft(draft, task)
+    except DemonstrationError as error:
+        for defect in error.defects:
+            typer.echo(printable(str(defect)))
+        typer.echo(f"{path}: {len(error.defects)} defect(s)")
+        raise typer.Exit(1) from None
     typer.echo(
         f"{path}: ok, {len(demos)} episodes, {demos.transitions} steps of " + printable(demos.task)
     )
@@ -273,11 +272,12 @@ def convert(
         raise DemonstrationError("--legacy-pickle is a format of its own: give no --format")
     path = Path(source) if legacy_pickle else _locate(source)
     draft = read(path, "legacy pickle" if legacy_pickle else format, facts)
-    if task is not None and isinstance(draft, Draft):
-        draft = replace(draft, task=task)
+    if isinstance(draft, Draft):
+        if task is not None:
+            draft.task = task
+        if isinstance(draft.provenance, Mapping):
+            draft.provenance = {**draft.provenance, **{key: value for key, _, value in notes}}
     demos = Demonstrations.from_draft(draft)
-    added = {key: value for key, _, value in notes}
-    demos = replace(demos, provenance={**demos.provenance, **added})
     if episodes is not None:
         demos = demos.select(episodes)
     demos.save(target)

@@ -155,17 +155,17 @@ def _demonstrator(
     from iqmpc import demonstrators
     from iqmpc.envs import check_spaces
 
-    obs_shape, action_dim = check_spaces(env, config.task.name)
+    spec, action_dim = check_spaces(env, config.task.name)
     if not kind:
         return demonstrators.DEMONSTRATORS[config.task.name](env, seed)
     if kind == "sb3":
         from iqmpc.demonstrators.sb3 import Sb3Policy
 
-        if len(obs_shape) != 1:
+        if spec.images:
             raise ConfigError(
                 f"--policy sb3 acts on flat observations, {config.task.name} has images"
             )
-        policy = Sb3Policy(path, obs_shape[0], action_dim)
+        policy = Sb3Policy(path, spec.shape[0], action_dim)
         return demonstrators.Demonstrator(
             policy,
             provenance={
@@ -176,10 +176,10 @@ def _demonstrator(
     import iqmpc
 
     agent = iqmpc.Agent.load(path, checkpoint=checkpoint, changes=changes, seed=seed)
-    found = agent.model.obs_shape, agent.model.action_dim
-    if found != (obs_shape, action_dim):
+    found, found_dim = agent.model.observation_spec, agent.model.action_dim
+    if (found, found_dim) != (spec, action_dim):
         raise ConfigError(
-            f"{path}: the agent has observations {list(found[0])} and {found[1]} actions, the task "
-            f"{list(obs_shape)} and {action_dim}"
+            f"{path}: the agent has observations {list(found.shape)} and {found_dim} actions, the "
+            f"task {list(spec.shape)} and {action_dim}"
         )
     return run_demonstrator(Path(path), agent, agent.config.planner.enabled)

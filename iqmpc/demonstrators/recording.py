@@ -16,9 +16,10 @@ import iqmpc
 from iqmpc.agent import Agent
 from iqmpc.demonstrators import npg, scripted
 from iqmpc.demos.demonstrations import Demonstrations
-from iqmpc.demos.types import DemonstrationError, Episode
+from iqmpc.demos.types import DemonstrationError
 from iqmpc.envs import interface, maniskill, myosuite
 from iqmpc.envs.pixels import FrameRecorder
+from iqmpc.episode import Episode
 from iqmpc.evaluation import Noisy, rollout
 from iqmpc.seeding import stream_seed
 
@@ -35,6 +36,9 @@ _PACKAGES = {
 }
 
 
+Function = Callable[[np.ndarray], np.ndarray]  # obs -> action
+
+
 class Policy(Protocol):
     """Acts in one environment, from step to step of an episode; a plain function is one too."""
 
@@ -43,6 +47,7 @@ class Policy(Protocol):
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """obs float32 [O] -> action [A] in [-1, 1]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Demonstrator:
     provenance: who it is, as text by name.
     """
 
-    policy: Policy
+    policy: Policy | Function
     successes_only: bool = False
     noise: float = 0.0
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -103,7 +108,7 @@ class AgentPolicy:
 
 
 def record(
-    demonstrator: Demonstrator | Policy | Callable[[np.ndarray], np.ndarray],
+    demonstrator: Demonstrator | Policy | Function,
     env: gymnasium.Env,
     *,
     task: str,
@@ -144,7 +149,7 @@ def record(
                 actor, env, seed=stream_seed(seed, "record", tried), episode_length=episode_length
             )
         if isinstance(env, FrameRecorder):
-            episode = replace(episode, observations=np.stack(env.frames))
+            episode = replace(episode, observations=env.frames)
         if successes_only and episode.success is None:
             raise DemonstrationError(f"{task} tells no success, so none can be selected by it")
         total = float(episode.rewards.sum())
@@ -181,12 +186,13 @@ def record(
 class _Actor:
     """A policy as `rollout` takes it."""
 
-    def __init__(self, policy: Policy, env: gymnasium.Env) -> None:
+    def __init__(self, policy: Policy | Function, env: gymnasium.Env) -> None:
         self._policy, self._env = policy, env
+        self._begin: Callable[[gymnasium.Env], None] | None = getattr(policy, "reset", None)
 
     def reset(self) -> None:
-        if hasattr(self._policy, "reset"):
-            self._policy.reset(self._env)
+        if self._begin is not None:
+            self._begin(self._env)
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         action = np.asarray(self._policy(obs.copy()), np.float32)  # it may change what it is given

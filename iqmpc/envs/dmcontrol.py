@@ -16,7 +16,7 @@ from iqmpc.envs.actions import scaled
 from iqmpc.envs.extras import GL_ADVICE, cannot_render, import_extra
 from iqmpc.envs.pixels import FrameStack
 from iqmpc.errors import TaskError
-from iqmpc.frames import SIZE
+from iqmpc.observation import SIZE
 
 # name of the task -> (domain, task) of dm_control
 TASKS = {

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from iqmpc.cli import main
-from iqmpc.demos import Demonstrations
+from iqmpc.demos import Demonstrations, demonstrations
+from iqmpc.demos.checks import find_defects
 from iqmpc.demos.demonstrations import packaged_path
 
 
@@ -48,6 +49,24 @@ def test_info_shows_what_a_set_holds(iqmpc, demos):
         "terminated": "0 of 3",
         "provenance: demonstrator": "a test",
     }
+
+
+def test_a_set_is_checked_once_by_each_command(iqmpc, demos, monkeypatch):
+    checks = []
+    monkeypatch.setattr(
+        demonstrations,
+        "find_defects",
+        lambda *args, **how: checks.append(args) or find_defects(*args, **how),
+    )
+    demos.save("set.h5")
+    for words in (
+        ("info", "set.h5"),
+        ("check", "set.h5"),
+        ("convert", "set.h5", "new.h5", "--episodes", 2, "--task", "other", "--provenance", "a=b"),
+    ):
+        checks.clear()
+        assert iqmpc(*words)[0] == 0
+        assert len(checks) == 1, words
 
 
 def test_info_as_json(iqmpc, make_episode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from iqmpc.demos.types import Defect, Draft, Facts
 
 MAIN = "main_data.hdf5"
 METADATA = "metadata.json"
-_USED = ("env_spec", "action_space", "total_episodes", "dataset_id")
+_USED = ("env_spec", "observation_space", "action_space", "total_episodes", "dataset_id")
+_COMPOSED = ("Dict", "Tuple")
 
 
 def locate(folder: Path) -> Path | None:
@@ -31,7 +33,8 @@ def locate(folder: Path) -> Path | None:
 def read(path: Path, facts: Facts) -> Draft | Defect:
     """Read a dataset's folder, or its main_data.hdf5, for the checks.
 
-    The task is the environment's id. Actions are rescaled from the dataset's action space. Success
+    The task is the environment's id. Of a dictionary of observations those members are read that
+    the dataset's observation space has. Actions are rescaled from its action space. Success
     is infos/success (or infos/is_success) after the last step, where the environment tells it.
     """
     at = partial(Defect, str(path))
@@ -63,6 +66,12 @@ def _read(file: h5py.File, path: Path, metadata: dict[str, object], facts: Facts
     if isinstance(action_range, Defect):
         assembly.add_defect(action_range)
         action_range = None
+    keys, named = facts.obs_keys, "--obs-keys"
+    if keys is None:
+        keys, named = _members(metadata["observation_space"], at), "observation_space"
+    if isinstance(keys, Defect):
+        assembly.add_defect(keys)
+        keys = None
     names, total = safe_hdf5.numbered(file, "episode_"), metadata["total_episodes"]
     if total is not None and describe(total) != str(len(names)):
         expected = f"{describe(total)}, as total_episodes says"
@@ -76,7 +85,7 @@ def _read(file: h5py.File, path: Path, metadata: dict[str, object], facts: Facts
             assembly.add_defect(group or here(name, "nothing", "an episode's group"))
             continue
         assembly.add(
-            safe_hdf5.observations(group, "observations", facts.obs_keys, here),
+            safe_hdf5.observations(group, "observations", keys, here, named=named),
             safe_hdf5.numbers(group, "actions", here),
             rewards=safe_hdf5.numbers(group, "rewards", here),
             terminated=last(safe_hdf5.flags(group, "terminations", here)),
@@ -95,6 +104,33 @@ def _task(metadata: dict[str, Any], facts: Facts, at: partial[Defect]) -> object
         return json.loads(spec)["id"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return at("env_spec", describe(spec), "a JSON object with the environment's id")
+
+
+def _members(space: Any, at: partial[Defect]) -> tuple[str, ...] | Defect | None:
+    """The members of a serialised space, in the order in which an environment's are observed.
+
+    None where no space is given or it is neither a Dict nor a Tuple.
+    """
+    if space is None:
+        return None
+    try:
+        found = json.loads(space)
+        return tuple(_leaves(found)) if found["type"] in _COMPOSED else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return at("observation_space", describe(space), "a serialised space")
+
+
+def _leaves(space: dict[str, Any], path: str = "") -> Iterator[str]:
+    if space["type"] not in _COMPOSED:
+        yield path
+        return
+    parts = space["subspaces"]
+    if space["type"] == "Dict":
+        names = sorted(parts.items())
+    else:  # as Minari names the members of a tuple
+        names = [(f"_index_{index}", part) for index, part in enumerate(parts)]
+    for name, part in names:
+        yield from _leaves(part, f"{path}/{name}" if path else name)
 
 
 def _action_range(space: Any, at: partial[Defect]) -> tuple[np.ndarray, np.ndarray] | Defect | None:

@@ -13,7 +13,8 @@ import numpy as np
 
 from iqmpc.demos.checks import describe
 from iqmpc.demos.formats import budget, safe_hdf5
-from iqmpc.demos.types import Defect, Draft, Episode, Facts
+from iqmpc.demos.types import Defect, Draft, Facts
+from iqmpc.episode import Episode
 
 FORMAT = "iqmpc-demonstrations"
 VERSION = 1

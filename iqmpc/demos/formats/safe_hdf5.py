@@ -113,19 +113,25 @@ def observations(
     keys: tuple[str, ...] | None,
     at: partial[Defect],
     rows: slice | tuple = (),
+    *,
+    named: str = "--obs-keys",
 ) -> np.ndarray | Defect | None:
     """Observations float32 [rows, O], a dictionary's members side by side.
 
-    keys: members such as "agent/qpos", in this order; None takes all in sorted order.
+    keys: members such as "agent/qpos", in this order; None takes all in sorted order. named: what
+    names the keys.
     """
     member = stored(group, name, (h5py.Group, h5py.Dataset), at)
     if isinstance(member, h5py.Dataset):
         if keys is not None:
-            return at(name, "one array", "a dictionary, from which --obs-keys chooses")
+            return at(name, "one array", f"a dictionary, from which {named} chooses")
         return _state(member, partial(at, name), rows)
     if not isinstance(member, h5py.Group):
         return member
-    leaves = _chosen(member, keys, name, at) if keys is not None else _leaves(member, name, at)
+    if keys is None:
+        leaves = _leaves(member, name, at)
+    else:
+        leaves = _chosen(member, keys, name, at, named)
     if isinstance(leaves, Defect):
         return leaves
     parts = []
@@ -223,7 +229,7 @@ def _no_state(dataset: h5py.Dataset, at: partial[Defect]) -> Defect:
 
 
 def _chosen(
-    group: h5py.Group, keys: tuple[str, ...], name: str, at: partial[Defect]
+    group: h5py.Group, keys: tuple[str, ...], name: str, at: partial[Defect], named: str
 ) -> list[tuple[str, h5py.Dataset]] | Defect:
     leaves = []
     for key in keys:
@@ -236,7 +242,7 @@ def _chosen(
             return found
         if not isinstance(found, h5py.Dataset):
             held = ", ".join(sorted(group)[:20])
-            return at(f"{name}/{key}", "nothing", f"what --obs-keys names ({name} has {held})")
+            return at(f"{name}/{key}", "nothing", f"what {named} names ({name} has {held})")
         leaves.append((f"{name}/{key}", found))
     return leaves
 

@@ -95,6 +95,41 @@ def test_a_dictionary_of_observations(path, demos):
     )
 
 
+def serialised(shape):
+    """A space of nested dictionaries and tuples, as Minari writes it."""
+    if isinstance(shape, dict):
+        return {"type": "Dict", "subspaces": {k: serialised(v) for k, v in shape.items()}}
+    if isinstance(shape, list):
+        return {"type": "Tuple", "subspaces": [serialised(v) for v in shape]}
+    return {"type": "Box", "dtype": "float32", "shape": [shape], "low": [-9.0], "high": [9.0]}
+
+
+def test_a_datasets_own_observation_space_says_what_is_observed(path, demos):
+    """Its members alone, sorted at each level; those of a tuple by their numbers."""
+    with h5py.File(path / "data/main_data.hdf5", "a") as file:
+        for i, e in enumerate(demos.episodes):
+            rows = len(e.actions) + 1
+            del file[f"episode_{i}/observations"]
+            group = file.create_group(f"episode_{i}/observations")
+            group["beside"] = np.full((rows, 1), 9.0)
+            for key, value in (("v", 5), ("a/y", 4), ("a/x", 3)):
+                group[key] = np.full((rows, 1), value)
+            for index in range(11):
+                group[f"t/_index_{index}"] = np.full((rows, 1), 10 + index)
+    space = serialised({"v": 1, "t": [1] * 11, "a": {"y": 1, "x": 1}})
+    edit(path, observation_space=json.dumps(space))
+    found = Demonstrations.load(path).episodes[0].observations
+    assert found[0].tolist() == [3, 4, *range(10, 21), 5]
+    told = Facts(obs_keys=("beside", "v"))
+    assert Demonstrations.load(path, facts=told).episodes[0].observations[0].tolist() == [9, 5]
+
+    edit(path, observation_space=json.dumps(serialised({"v": 1, "w": 1})))
+    assert messages(path)[0] == (
+        ", episode 0, observations/w: found nothing, expected what observation_space names "
+        "(observations has a, beside, t, v)"
+    )
+
+
 def test_metadata_of_before_in_the_files_attributes(path):
     metadata = json.loads((path / "data/metadata.json").read_text())
     (path / "data/metadata.json").unlink()
@@ -112,6 +147,9 @@ def test_metadata_of_before_in_the_files_attributes(path):
         ({"env_spec": None}, ", task: found nothing, expected the task's name"),
         ({"env_spec": "{"}, ", env_spec: found '{', expected a JSON object with the environment"),
         ({"total_episodes": 5}, ": found 3 episodes, expected 5, as total_episodes says"),
+        ({"observation_space": "{"}, ", observation_space: found '{', expected a serialised space"),
+        ({"observation_space": '{"type": "Dict"}'}, ", observation_space: found '{"),
+        ({"observation_space": '{"type": "Dict", "subspaces": 3}'}, ", observation_space: found '"),
         ({"action_space": '{"type": "Discrete"}'}, ", action_space: found Discrete, expected a"),
         ({"action_space": "[" * 9999}, ", action_space: found '[[["),
         ({"action_space": '{"type": "Box", "low": ["a"], "high": 1}'}, ", action_space: found '{"),
