@@ -94,5 +94,5 @@ def test_triton_by_name_is_an_error_without_a_gpu(make_weights):
             backend="triton",
         ),
     ):
-        with pytest.raises(BackendError, match="'triton' cannot run: torch sees no CUDA device"):
+        with pytest.raises(BackendError, match="backend=triton cannot run: torch sees no CUDA"):
             call()
