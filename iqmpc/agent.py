@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from iqmpc.checkpoint import shapes
 from iqmpc.config import Config
 from iqmpc.errors import BackendError, CheckpointError, ConfigError
 from iqmpc.kernels import layers
@@ -93,7 +94,7 @@ class Agent:
             changes["device"] = "cpu"
         config = found.replace(changes)
         device = resolve_device(config.device)
-        model = WorldModel(*checkpoint.shapes(meta), config.model, termination=config.termination)
+        model = WorldModel(*shapes(meta), config.model, termination=config.termination)
         prefix = "learner.model." if config.agent.average == "off" else "learner.average."
         held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if not held:
@@ -148,9 +149,9 @@ class Agent:
         In place of O numbers, images are uint8 [3C, 64, 64]. The N actions are planned in one call.
         Raises `ValueError` for another shape, and for images of another type.
         """
-        obs = self._tensor(obs, device="cpu")  # the planner moves it
-        single = obs.ndim == len(self.model.observation_spec.shape)
-        action = self.planner.plan(obs.unsqueeze(0) if single else obs, explore=explore)
+        seen = self._tensor(obs, device="cpu")  # the planner moves it
+        single = seen.ndim == len(self.model.observation_spec.shape)
+        action = self.planner.plan(seen.unsqueeze(0) if single else seen, explore=explore)
         return (action[0] if single else action).numpy()
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 
 from iqmpc.agent import Agent
-from iqmpc.envs import interface, make_env
+from iqmpc.envs import check_spaces, interface, make_env
 from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
@@ -96,7 +96,7 @@ class Evaluation:
 
     @property
     def returns(self) -> np.ndarray:
-        return np.array([e.rewards.sum() for e in self.episodes], dtype=np.float64)
+        return np.array([e.undiscounted_return for e in self.episodes])
 
     @property
     def return_mean(self) -> float:
@@ -216,7 +216,7 @@ def evaluate(
             )
         solved.append(watched.solved)
         if progress is not None:
-            progress(index + 1, float(done[-1].rewards.sum()))
+            progress(index + 1, done[-1].undiscounted_return)
     return Evaluation(tuple(done), tuple(solved))
 
 
@@ -236,7 +236,8 @@ def mixed_episodes(
     of a stream of their own under `seed`, and noise follows from it too.
     `progress(done, return)` is called after each.
     """
-    action_dim, task = agent.model.action_dim, agent.config.task
+    task = agent.config.task
+    _, action_dim = check_spaces(env, task.name)
     episodes = []
     for index in range(3 * each):
         draws = stream_seed(seed, "correlation-actions", index)
@@ -255,7 +256,7 @@ def mixed_episodes(
                 )
             )
         if progress is not None:
-            progress(index + 1, float(episodes[-1].rewards.sum()))
+            progress(index + 1, episodes[-1].undiscounted_return)
     return episodes
 
 
@@ -275,7 +276,8 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
     """Pearson correlation of the decoded reward with the true one, over all steps (paper, Table 7).
 
     Good episodes alone say little, since the true reward hardly varies in them: take those of
-    `mixed_episodes`. None where either does not vary or is not finite.
+    `mixed_episodes`. None where either does not vary or is not finite. Raises `ValueError` for an
+    episode without rewards.
     """
 
     def decoded_rewards(e: Episode) -> np.ndarray:
@@ -287,8 +289,13 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
             terminated=e.terminated & (np.arange(len(e.actions)) == len(e.actions) - 1),
         )
 
+    def true_rewards(e: Episode) -> np.ndarray:
+        if e.rewards is None:
+            raise ValueError("the correlation is of episodes with rewards")
+        return e.rewards
+
     decoded = np.concatenate([decoded_rewards(e) for e in episodes]).astype(np.float64)
-    true = np.concatenate([e.rewards for e in episodes]).astype(np.float64)
+    true = np.concatenate([true_rewards(e) for e in episodes]).astype(np.float64)
     if not (np.isfinite(decoded).all() and np.isfinite(true).all()):
         return None
     if not decoded.std() or not true.std():

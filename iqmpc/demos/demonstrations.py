@@ -136,10 +136,8 @@ class Demonstrations:
     ) -> Demonstrations:
         """What a reader returned, checked as `load` says."""
         _check(draft, task=task, obs_dim=obs_dim, action_dim=action_dim)
-        episodes = [
-            Episode(**{k: bool(v) if isinstance(v, np.bool_) else v for k, v in episode.items()})
-            for episode in draft.episodes
-        ]
+        assert not isinstance(draft, Defect)  # which is one that the checks raise
+        episodes = [_episode(e) for e in draft.episodes if not isinstance(e, Defect)]
         return cls._checked(draft.task, episodes, draft.provenance)
 
     @classmethod
@@ -177,6 +175,14 @@ def packaged_path(task: str) -> Path:
             "demos.path=FILE, which iqmpc demos make makes"
         )
     return _DATA / f"{task}.h5"
+
+
+def _episode(fields: Mapping[str, Any]) -> Episode:
+    """The episode of checked fields, NumPy's truth values as Python's."""
+    plain: dict[str, Any] = {
+        key: bool(value) if isinstance(value, np.bool_) else value for key, value in fields.items()
+    }
+    return Episode(**plain)
 
 
 def _check(draft: Draft | Defect, **expected: Any) -> None:
