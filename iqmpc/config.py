@@ -384,7 +384,7 @@ class Config:
     def restored(cls, values: Mapping[str, Any]) -> Config:
         """The settings that a run folder holds, of this version or an earlier one.
 
-        The only place that knows what settings meant before. Until 0.1 a backend left unsaid what
+        The only place that knows what settings meant before. Before 0.2 a backend left unsaid what
         it made nothing of: `planner.mode=compile`, which the preset `cpu` gave every run, beside
         another backend than the reference, and `planner.threads` beside another than cpu.
         Raises `ConfigError` as `from_dict` does.
