@@ -309,8 +309,13 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
     return float(np.corrcoef(decoded, true)[0, 1])
 
 
-def ratio(return_mean: float, demonstrator: float | None) -> float | None:
-    """Return over the demonstrator's; None where that is unknown or not positive."""
-    if demonstrator is None or not math.isfinite(demonstrator) or demonstrator <= 0:
+def ratio(return_mean: float | None, demonstrator: float | None) -> float | None:
+    """Return over the demonstrator's; None where either is unknown or the latter not positive."""
+    if (
+        return_mean is None
+        or demonstrator is None
+        or not math.isfinite(demonstrator)
+        or demonstrator <= 0
+    ):
         return None
     return return_mean / demonstrator

@@ -113,7 +113,7 @@ class RunState:
             )
         try:
             self._load(tensors, meta)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} does not fit this run's settings: {error}") from error
         self._restored = path
         self._message(f"continuing from {path.name}")

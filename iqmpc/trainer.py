@@ -241,9 +241,12 @@ class Trainer:
         enough = False
         while self.env_steps < c.steps and not enough:
             ended = self._tick()
+            # Before a signal is looked at, which would lose this episode; but one that has cut its
+            # updates short is made again.
+            if ended and self.updates.complete(self.env_steps):
+                self._whole = self._snapshot()
             self._interrupts.check()
             if ended and self.env_steps < c.steps:
-                self._whole = self._snapshot()
                 due = self.env_steps - self._evaluated_at >= c.eval_every
                 if due and self.eval_env is not None:
                     enough = self._is_enough(self._evaluate(c.eval_episodes))

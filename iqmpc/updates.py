@@ -66,7 +66,7 @@ class Updates:
             self._thread = None
 
     def stop(self) -> None:
-        """End updates that nobody waits for any more, after the one that is being made."""
+        """End a long phase of updates after the one that is being made."""
         self._stopped.set()
 
     def begun(self, env_steps: int) -> bool:
@@ -84,6 +84,10 @@ class Updates:
             return 0
         since = env_steps - c.random_steps
         return c.train.demo_updates + c.initial_updates + math.floor(since * c.train.update_rate)
+
+    def complete(self, env_steps: int) -> bool:
+        """Whether all that are due have been made: not where a signal has cut them short."""
+        return self._learner.updates >= self.due(env_steps)
 
     def on_demonstrations_alone(self) -> None:
         """Make `train.demo_updates` updates before anything else, where none was made yet."""
@@ -184,7 +188,8 @@ class Updates:
         if phase is not None:
             self._reporter.progress(phase=(phase, 0, updates - first))
         with stream:
-            while learner.updates < updates and not self._stopped.is_set():
+            # Those of one tick are few, and without them the tick's episode could not be saved.
+            while learner.updates < updates and not (phase and self._stopped.is_set()):
                 latest = learner.learn(self._experts, behaviour)
                 self._any = True
                 last = learner.updates == updates
