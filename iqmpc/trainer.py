@@ -322,7 +322,8 @@ class Trainer:
 
     def _evaluate(self, episodes: int) -> Evaluation:
         """Without exploration, and without a trace in the state of training."""
-        reporter, step = self._reporter, self.env_steps
+        reporter, step, env = self._reporter, self.env_steps, self.eval_env
+        assert env is not None  # there is one, or nothing is evaluated
         at = self._counters()
         reporter.progress(("evaluation", 0, episodes))
         with self.updates.paused():
@@ -331,7 +332,7 @@ class Trainer:
         with self._evaluator.planner.untraced() as counted:
             result = evaluate(
                 self._evaluator,
-                _Watched(self.eval_env, self._interrupts.check),
+                _Watched(env, self._interrupts.check),
                 episodes=episodes,
                 seed=self.config.seed,
                 progress=lambda done, _: reporter.progress(("evaluation", done, episodes)),
@@ -360,7 +361,8 @@ class Trainer:
         reporter.message(f"step {step}: return {result.return_mean:.1f}{beside}")
         if self._best is None or result.score > self._best:
             self._best = result.score
-            self._state.save_best(weights, {**at, **result.summary(self.demonstrator_return)})
+            figures = result.summary(self.demonstrator_return)
+            self._state.save_best(weights, {**at, **figures, "evaluated_at": step})
         return result
 
     def _is_enough(self, result: Evaluation) -> bool:

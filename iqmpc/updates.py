@@ -99,7 +99,8 @@ class Updates:
 
     def begin(self, env_steps: int) -> None:
         """Start what was left to be made beside the step that comes."""
-        if self.due(env_steps) > self._learner.updates:
+        at_end = self._config.train.updates_at == "episode_end"
+        if self.due(env_steps) > self._learner.updates and not at_end:
             self._under_way = self._start(self.due(env_steps), self._behaviour)
 
     @contextlib.contextmanager
