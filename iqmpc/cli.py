@@ -199,6 +199,7 @@ def evaluate_run(
         "backend": agent.planner.backend,
         "nonfinite_plans": agent.planner.nonfinite_plans,
         "missed_plans": agent.planner.missed_plans,
+        "late_plans": agent.planner.late_plans,
     }
     if correlation:
         with _console.status("correlating") as status:

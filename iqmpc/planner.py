@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 
 import torch
@@ -12,7 +13,9 @@ from iqmpc.errors import BackendError
 from iqmpc.frames import is_image
 from iqmpc.kernels import mppi_plan, triton_weights
 from iqmpc.kernels.backends import interpreted, resolve_backend
+from iqmpc.kernels.mppi_plan import Plan
 from iqmpc.kernels.weights import Weights
+from iqmpc.plan_statistics import PlanStatistics
 
 
 class Planner:
@@ -23,8 +26,10 @@ class Planner:
     weights changed. The same seed and the same number of plans before give the same plan.
     A plan is never non-finite or out of [-1, 1]. `nonfinite_plans` counts those for which no
     trajectory had a finite score (they fall back to the policy's mean action, or to zeros where
-    that is not finite either), `missed_plans` those whose `budget_us` had no room for one iteration
-    (they act with the shifted previous plan, or with the policy's mean where there is none).
+    that is not finite either), `missed_plans` those whose `budget_us` had no room for one sample
+    (they act with the shifted previous plan, or with the policy's mean where there is none),
+    `late_plans` those that took longer than `budget_us`. `last` is the last plan, with its time,
+    iterations and samples.
     """
 
     def __init__(
@@ -47,7 +52,19 @@ class Planner:
         self._plan = mppi_plan.BACKENDS[self.backend](
             weights, config, discount=discount, beta=beta, num_envs=num_envs, seed=seed
         )
-        self.nonfinite_plans = self.missed_plans = 0
+        self._samples = (
+            num_envs
+            * (
+                config.policy_trajectories
+                + config.iterations_for(weights.action_dim)
+                * (config.samples - config.policy_trajectories)
+            )
+            if config.enabled
+            else 0
+        )
+        self._statistics = PlanStatistics()
+        self.last: Plan | None = None
+        self.nonfinite_plans = self.missed_plans = self.late_plans = 0
 
     def publish(self, weights: Weights) -> None:
         """Copy `weights` into the snapshot that plans are computed on."""
@@ -67,7 +84,13 @@ class Planner:
             raise ValueError(f"obs must be {expected}, got {list(obs.shape)}")
         if is_image(self.obs_shape) and obs.dtype != torch.uint8:
             raise ValueError(f"images must be uint8, got {obs.dtype}")
+        started = time.perf_counter()
         plan = self._plan(obs, explore=explore)
+        if plan.elapsed_us is None:
+            elapsed_us = 1e6 * (time.perf_counter() - started)
+            plan = plan._replace(samples=self._samples, elapsed_us=elapsed_us)
+        self.last = plan
+        self._statistics.add(plan)
         if plan.nonfinite:
             if not self.nonfinite_plans:
                 warnings.warn(
@@ -78,7 +101,15 @@ class Planner:
                 )
             self.nonfinite_plans += plan.nonfinite
         self.missed_plans += plan.missed
+        self.late_plans += plan.late
         return plan.action
+
+    def statistics(self) -> PlanStatistics:
+        """Counts and times of the plans since the planner was made or `clear_statistics` called."""
+        return self._statistics.copy()
+
+    def clear_statistics(self) -> None:
+        self._statistics = PlanStatistics()
 
     @property
     def mean(self) -> Tensor:
@@ -100,6 +131,7 @@ class Planner:
             "step": torch.tensor(self.step),
             "nonfinite_plans": torch.tensor(self.nonfinite_plans),
             "missed_plans": torch.tensor(self.missed_plans),
+            "late_plans": torch.tensor(self.late_plans),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -107,6 +139,7 @@ class Planner:
         self.step = int(state["step"])
         self.nonfinite_plans = int(state["nonfinite_plans"])
         self.missed_plans = int(state["missed_plans"])
+        self.late_plans = int(state.get("late_plans", 0))  # checkpoints of 0.1 have none
 
 
 def _backend(config: PlannerConfig, weights: Weights) -> str:

@@ -419,7 +419,8 @@ class Trainer:
             progress=lambda done, _: self._report(phase=("evaluation", done, episodes)),
         )
         counted = {
-            k: getattr(planner, k) - int(before[k]) for k in ("nonfinite_plans", "missed_plans")
+            k: getattr(planner, k) - int(before[k])
+            for k in ("nonfinite_plans", "missed_plans", "late_plans")
         }
         planner.load_state_dict(before)
         self.agent.publish(self.learner.acting_weights())  # the evaluator may be this agent
@@ -468,6 +469,7 @@ class Trainer:
             "backend": self.agent.planner.backend,
             "nonfinite_plans": self.agent.planner.nonfinite_plans,
             "missed_plans": self.agent.planner.missed_plans,
+            "late_plans": self.agent.planner.late_plans,
             "env_restarts": self.envs.restarts,
             "threads": threads(),
             "machine": machine(self.device),
