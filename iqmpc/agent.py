@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from iqmpc import checkpoint
+from iqmpc import agent_file, checkpoint
 from iqmpc.config import Config
 from iqmpc.errors import BackendError, CheckpointError, ConfigError
 from iqmpc.frames import is_image
@@ -42,6 +43,57 @@ def prepare_torch(config: Config) -> None:
     )
     set_threads(config.threads, torch_idle=idle)
     torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
+
+
+class _Stored(NamedTuple):
+    """An agent as it lies in a run folder or a file."""
+
+    path: Path
+    config: Config
+    obs_shape: tuple[int, ...]
+    action_dim: int
+    termination: bool
+    facts: dict[str, Any]
+    weights: Callable[[Config], dict[str, Tensor]]  # by the settings in force
+
+
+_FACTS = ("env_steps", "updates", "wall_s", "demonstrator_return")
+
+
+def _of_run(run: Path) -> _Stored:
+    config = checkpoint.load_config(run)
+    path, tensors, meta = checkpoint.newest(run)
+    checkpoint.check_settings(run, config, path, meta)
+
+    def weights(config: Config) -> dict[str, Tensor]:
+        prefix = "learner.model." if config.agent.average == "off" else "learner.average."
+        held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if not held:
+            raise CheckpointError(
+                f"{path} holds no average of the weights, agent.average={config.agent.average}"
+            )
+        return held
+
+    # "obs_dim" stands in checkpoints from before there were images
+    shape = meta.get("obs_shape") or [int(meta["obs_dim"])]
+    facts = {k: meta[k] for k in _FACTS}
+    return _Stored(
+        path, config, tuple(shape), int(meta["action_dim"]), config.termination, facts, weights
+    )
+
+
+def _of_file(path: Path) -> _Stored:
+    found = agent_file.load(path)
+    about = found.about
+    try:
+        facts = {k: found.provenance[k] for k in _FACTS}
+        shape = tuple(int(side) for side in about["observation"]["shape"])
+        actions, termination = len(about["action"]["names"]), bool(about["model"]["termination"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not describe its agent: {error}") from error
+    return _Stored(
+        path, found.config, shape, actions, termination, facts, lambda config: found.tensors
+    )
 
 
 class Agent:
@@ -77,7 +129,8 @@ class Agent:
         num_envs: int = 1,
     ) -> Agent:
         """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there:
-        with the average of the weights, unless `agent.average` is off.
+        with the average of the weights, unless `agent.average` is off. Or the one of a file that
+        `iqmpc export` wrote, which holds the weights that act.
 
         `changes` replaces settings, such as {"planner.enabled": False} to act with the policy
         prior or {"device": "cpu"}. `seed` is the run's own by default. It acts on `num_envs`
@@ -85,36 +138,27 @@ class Agent:
         device or with a backend that is not here acts on the CPU, in float32, with a warning.
         Raises `CheckpointError` where there is no checkpoint, `ConfigError` for wrong changes.
         """
-        found = checkpoint.load_config(run)
-        path, tensors, meta = checkpoint.newest(run)
-        checkpoint.check_settings(run, found, path, meta)
+        found = _of_file(Path(run)) if agent_file.is_file(run) else _of_run(Path(run))
         changes = dict(changes or {})
-        if found.device == "cuda" and "device" not in changes and not torch.cuda.is_available():
-            warnings.warn(
-                f"{run} was made with device=cuda, which is not here: acting on the CPU",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            changes["device"] = "cpu"
-        config = found.replace(changes)
+        if found.config.device == "cuda" and "device" not in changes:
+            if not torch.cuda.is_available():
+                warnings.warn(
+                    f"{run} was made with device=cuda, which is not here: acting on the CPU",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                changes["device"] = "cpu"
+        config = found.config.replace(changes)
         device = resolve_device(config.device)
-        # "obs_dim" stands in checkpoints from before there were images
         model = WorldModel(
-            meta.get("obs_shape") or int(meta["obs_dim"]),
-            int(meta["action_dim"]),
-            config.model,
-            termination=config.termination,
+            found.obs_shape, found.action_dim, config.model, termination=found.termination
         )
-        prefix = "learner.model." if config.agent.average == "off" else "learner.average."
-        held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if not held:
-            raise CheckpointError(
-                f"{path} holds no average of the weights, agent.average={config.agent.average}"
-            )
         try:
-            model.load_state_dict(held)
+            model.load_state_dict(found.weights(config))
         except RuntimeError as error:
-            raise CheckpointError(f"{path} does not fit the run's config.yaml: {error}") from error
+            raise CheckpointError(
+                f"{found.path} does not fit the settings beside it: {error}"
+            ) from error
         seed = config.seed if seed is None else seed
         try:
             agent = cls(model.to(device), config, seed=seed, num_envs=num_envs)
@@ -138,9 +182,7 @@ class Agent:
                 seed=seed,
                 num_envs=num_envs,
             )
-        agent.facts = {
-            k: meta[k] for k in ("env_steps", "updates", "wall_s", "demonstrator_return")
-        }
+        agent.facts = found.facts
         return agent
 
     def publish(self, weights: Weights) -> None:

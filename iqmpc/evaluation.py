@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
+from iqmpc import agent_file
 from iqmpc.agent import Agent, prepare_torch
 from iqmpc.checkpoint import load_config
 from iqmpc.demos import Episode
@@ -65,13 +66,14 @@ class Random:
 def open_run(
     run: str | Path, changes: Mapping[str, Any], *, seed: int | None = None, render: bool = False
 ) -> tuple[Agent, gymnasium.Env]:
-    """The agent of a run folder, as `Agent.load` gives it, and an environment of its task.
+    """The agent of a run folder or file, as `Agent.load` gives it, and its task's environment.
 
     Sets torch's threads as the run asks for. `render` makes an environment that draws frames.
     Raises `CheckpointError` for what is no run or has no checkpoint, `TaskError` where the
     environment cannot be made here.
     """
-    config = load_config(run).replace(changes)
+    held = agent_file.load(run).config if agent_file.is_file(run) else load_config(run)
+    config = held.replace(changes)
     prepare_torch(config)
     env = make_env(config.task, render_mode="rgb_array" if render else None)
     return Agent.load(run, changes=changes, seed=seed), env

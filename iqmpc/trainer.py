@@ -22,6 +22,7 @@ from iqmpc.agent import Agent, prepare_torch, resolve_device
 from iqmpc.compiler import check_compiler
 from iqmpc.config import Config, differences, may_change, names_task
 from iqmpc.demos import Demonstrations
+from iqmpc.envs import description
 from iqmpc.envs.vector import Recording, VectorEnv, check_alike
 from iqmpc.envs.workers import WorkerVectorEnv
 from iqmpc.errors import CheckpointError, ConfigError, TaskError
@@ -205,6 +206,7 @@ class Trainer:
             checkpoint.save_config(self.run, self.config, new=not self._resumed)
         except FileExistsError:
             raise self._taken() from None
+        description.save(self.run, description.describe(self.eval_env, self.config.task))
         (self.run / "summary.json").unlink(missing_ok=True)  # of what came before resuming
         since = self.env_steps if self._resumed else None
         self._log = RunLog(self.run, since=since, evaluated=self._evaluated_at)

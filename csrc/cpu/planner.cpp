@@ -17,8 +17,8 @@
 
 #include "cpu/budget.hpp"
 #include "cpu/calls.hpp"
+#include "cpu/planner_checks.hpp"
 #include "cpu/rollout.hpp"
-#include "cpu/setting_checks.hpp"
 #include "cpu/threefry.hpp"
 #include "iqmpc/thread_pool.hpp"
 
@@ -85,43 +85,6 @@ struct Key {
 
   std::uint32_t words[4];
 };
-
-void check(const PlannerSettings& s) {
-  using detail::require;
-  const auto at_least = [](const char* name, Index value, Index least) {
-    require(value >= least, name, "at least " + std::to_string(least), double(value));
-  };
-  at_least("num_envs", s.num_envs, 1);
-  at_least("horizon", s.horizon, 1);
-  at_least("samples", s.samples, 1);
-  at_least("elites", s.elites, 1);
-  at_least("policy_trajectories", s.policy_trajectories, 0);
-  at_least("iterations", s.iterations, 1);
-  // Beyond these a plan's sizes would not be numbers any more, long after they were no plan's.
-  constexpr Index kMost = Index{1} << 20, kSteps = Index{1} << 32;
-  for (const auto& [name, value] : {std::pair{"num_envs", s.num_envs},
-                                    {"horizon", s.horizon},
-                                    {"samples", s.samples},
-                                    {"iterations", s.iterations}}) {
-    require(value <= kMost, name, "at most " + std::to_string(kMost), double(value));
-  }
-  require(s.num_envs * s.horizon <= kSteps / s.samples, "num_envs * horizon * samples",
-          "at most " + std::to_string(kSteps),
-          double(s.num_envs) * double(s.horizon) * double(s.samples));
-  const std::string all = "at most samples = " + std::to_string(s.samples);
-  require(s.elites <= s.samples, "elites", all, double(s.elites));
-  require(s.policy_trajectories <= s.samples, "policy_trajectories", all,
-          double(s.policy_trajectories));
-  const auto number = [](const char* name, double value, bool good, const char* expected) {
-    require(good, name, expected, value);
-  };
-  number("temperature", s.temperature, s.temperature > 0, "positive");
-  number("std_min", s.std_min, s.std_min > 0, "positive");
-  number("std_max", s.std_max, s.std_max >= s.std_min && std::isfinite(s.std_max),
-         "finite and at least std_min");
-  number("discount", s.discount, s.discount >= 0 && s.discount <= 1, "in [0, 1]");
-  number("budget_us", s.budget_us, s.budget_us >= 0, "0 or more microseconds");
-}
 
 // The model that plans are computed on, and the memory of those before it.
 class Models {
@@ -655,7 +618,7 @@ void Planner::State::warm_up(const detail::PackedModel& model) {
 Planner::Planner(std::shared_ptr<const WorldModel> model, const PlannerSettings& settings,
                  std::uint64_t seed) {
   Models::Model packed = packed_of(std::move(model));
-  check(settings);
+  detail::check(settings);
   state_ = std::make_unique<State>(std::move(packed), settings, seed);
 }
 

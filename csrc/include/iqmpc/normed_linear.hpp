@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <memory>
 
+#include "iqmpc/export.hpp"
 #include "iqmpc/isa.hpp"
 
 namespace iqmpc {
@@ -16,7 +17,7 @@ struct PackedLayer;
 // y = mish(layer_norm(x W^T + b) * gamma + beta), with the weights packed once for one
 // instruction-set level. Immutable after construction: any number of threads may call forward on
 // the same object, each with its own rows.
-class NormedLinear {
+class IQMPC_API NormedLinear {
  public:
   // Copies and packs weight [out, in] (row-major) and bias, gamma, beta [out].
   // Throws std::invalid_argument where a size is below 1, a parameter is not finite, or the machine

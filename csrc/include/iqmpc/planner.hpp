@@ -6,13 +6,14 @@
 #include <cstdint>
 #include <memory>
 
+#include "iqmpc/export.hpp"
 #include "iqmpc/world_model.hpp"
 
 namespace iqmpc {
 
 // What a plan with a budget reads the time from: microseconds, since whenever. Called from all of
 // the planner's threads.
-class PlanClock {
+class IQMPC_API PlanClock {
  public:
   virtual ~PlanClock() = default;
   virtual double now() noexcept = 0;   // what deadlines are kept in
@@ -47,7 +48,7 @@ struct PlanResult {
 };
 
 // Counts over a planner's plans.
-struct PlanStatistics {
+struct IQMPC_API PlanStatistics {
   // Eight to an octave, from 1 µs: to some two minutes.
   static constexpr int kBuckets = 216;
 
@@ -88,7 +89,7 @@ struct PlanDraws {
 // learn what they take, a plan allocates nothing. Calls on one
 // planner from several threads wait for each other, except publish, which a running plan does not
 // notice. The same seed, step and state give the same plan on any number of threads.
-class Planner {
+class IQMPC_API Planner {
  public:
   // Throws std::invalid_argument for settings that cannot be.
   Planner(std::shared_ptr<const WorldModel> model, const PlannerSettings& settings,
