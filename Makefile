@@ -1,5 +1,8 @@
 # Each target does its own set-up: the virtual environment and the compiled extension.
 PYTHON ?= python3
+# Where torch is looked for beside pip's own index. PyPI's for Linux is the CUDA build, gigabytes:
+# make train TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 TRAIN := .venv/.ready-train
@@ -17,6 +20,7 @@ results: $(READY)
 test: cpp-test cpp-test-asan cpp-test-tsan
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	find csrc examples -name '*.[ch]pp' -o -name '*.cu*' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/pytest $(ARGS)
 
@@ -34,7 +38,7 @@ cpp-test-asan: SANITIZE = address,undefined
 cpp-test-tsan: SANITIZE = thread
 cpp-test cpp-test-asan cpp-test-tsan: $(READY)
 	$(BIN)/cmake -S . -B build/$@ -DIQMPC_BUILD_PYTHON=OFF -DIQMPC_BUILD_TESTS=ON \
-	  -DIQMPC_SANITIZE=$(SANITIZE)
+	  -DIQMPC_SANITIZE=$(SANITIZE) -DIQMPC_CUDA=AUTO
 	$(BIN)/cmake --build build/$@ --parallel 2
 	$(BIN)/ctest --test-dir build/$@ --output-on-failure
 
@@ -56,8 +60,13 @@ $(TRAIN) $(READY) .venv-newest/.ready:
 	  { echo "$(PYTHON) is missing (Debian: apt-get install python3)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2> /dev/null || \
 	  { echo "Python's venv is missing (Debian: apt-get install python3-venv)"; exit 1; }
+	@test -x $(@D)/bin/python || \
+	  $(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
+	  { echo "$$($(PYTHON) --version) will not do: DMControl needs Python 3.10 to 3.12 (its labmaze" \
+	    "has no wheel for newer ones): make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRA)]'
+	$(@D)/bin/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRA)]'
 	@touch $@ $(ALSO)
 
 clean:

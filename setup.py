@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-import pybind11
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).resolve().parent
 
-# Top-level directories installed inside iqmpc, so that no package named `kernels` or `configs`
-# lands in site-packages.
-MAPPED = ("kernels", "configs")
+# Directories installed inside iqmpc/: links to what is beside it; in an sdist, themselves.
+LINKED = ("kernels", "configs")
 
 
-def packages() -> list[str]:
-    excluded = [f"iqmpc.{directory}{rest}" for directory in MAPPED for rest in ("", ".*")]
-    names = find_packages(str(ROOT), include=["iqmpc", "iqmpc.*"], exclude=excluded)
-    for directory in MAPPED:
-        names.append(f"iqmpc.{directory}")
-        names += [f"iqmpc.{directory}.{sub}" for sub in find_packages(str(ROOT / directory))]
-    return names
+def check_links() -> None:
+    """Stop where the links were lost on the way, before packages are looked for without them."""
+    for name in LINKED:
+        if not (ROOT / "iqmpc" / name / "__init__.py").is_file():
+            raise SystemExit(
+                f"iqmpc/{name} must be a symbolic link to ../{name}, which some archives (.zip) "
+                "and Git for Windows do not make: clone with core.symlinks=true, or make the link"
+            )
 
 
 def program(name: str) -> str:
@@ -59,6 +59,8 @@ class CMakeBuild(build_ext):
     """Builds iqmpc's libraries with CMake in build/, which the next build reuses."""
 
     def build_extension(self, ext: Extension) -> None:
+        import pybind11  # here: an sdist is made without it
+
         check_toolchain()
         cmake = program("cmake")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -75,9 +77,20 @@ class CMakeBuild(build_ext):
             # AUTO adds some 15 seconds where a CUDA toolkit is found, and nothing elsewhere. Given
             # on every run, so that what an earlier one asked for does not stay in CMake's cache.
             f"-DIQMPC_CUDA={os.environ.get('IQMPC_CUDA', 'AUTO').upper()}",
+            "-DIQMPC_BUILD_PYTHON=ON",
+            "-DCMAKE_INSTALL_LIBDIR=lib",
         ]
         name = ext.name.rpartition(".")[2]
-        for command in (configure, [cmake, "--build", str(build), "--target", name]):
+        commands = [configure, [cmake, "--build", str(build), "--target", name]]
+        if name == "_C":  # and the library for C and C++, which iqmpc.paths finds
+            inside = ROOT / "iqmpc" if self.inplace or self.editable_mode else target.parent
+            native = inside / "native"
+            shutil.rmtree(native, ignore_errors=True)
+            commands.append([cmake, "--build", str(build), "--target", "iqmpc"])
+            commands.append(
+                [cmake, "--install", str(build), "--prefix", str(native), "--component", "iqmpc"]
+            )
+        for command in commands:
             try:
                 subprocess.run(command, check=True)
             except subprocess.CalledProcessError as error:
@@ -94,10 +107,15 @@ extensions = [Extension("iqmpc._C", sources=[])]
 if sys.platform == "linux":  # not a module: a library that iqmpc.envs.maniskill loads
     extensions.append(Extension("iqmpc._null_vulkan", sources=[]))
 
+# A page without an address of the project's cannot follow the README's links: their text names the
+# file, which the sdist has.
+readme = (ROOT / "README.md").read_text(encoding="utf-8")
+readme = re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", readme)
+
+check_links()
 setup(
-    packages=packages(),
-    package_dir={f"iqmpc.{directory}": directory for directory in MAPPED},
-    package_data={"iqmpc.demos": ["data/*.h5"], "iqmpc.configs": ["**/*.yaml"]},
+    long_description=readme,
+    long_description_content_type="text/markdown",
     ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iqmpc.compose import compose
+from iqmpc.composition import compose
 from iqmpc.config import Config
 from iqmpc.losses import Batch
 from iqmpc.model import WorldModel

@@ -38,10 +38,11 @@ from benchmarks.cases import PlanCase, UpdateCase
 from benchmarks.eager_unrolled import EagerUnrolled
 from iqmpc.capture import WARM_UPS
 from iqmpc.config import PlannerConfig
+from iqmpc.episode import Episode
 from iqmpc.files import write_atomically
 from iqmpc.kernels.mppi_plan import BACKENDS, PlanNoise, ReferencePlan
 from iqmpc.kernels.mppi_refit import mppi_refit
-from iqmpc.kernels.weights import Weights, map_layers, snapshot
+from iqmpc.kernels.weights import Weights, snapshot
 from iqmpc.learner import Learner
 from iqmpc.replay import SliceReplay
 
@@ -170,12 +171,7 @@ class Group:
 
 
 def on(weights: Weights, device: str) -> Weights:
-    return weights._replace(
-        **{
-            part: map_layers(lambda t: t.detach().to(device), getattr(weights, part))
-            for part in ("encoder", "dynamics", "policy", "critics")
-        }
-    )
+    return weights.map(lambda t: t.detach().to(device))
 
 
 def eager_unrolled(s: Settings, case: PlanCase, *, compiled: bool) -> Callable[[], object]:
@@ -206,7 +202,7 @@ def package(
 ) -> Callable[[], object]:
     config = s.plan_config(case, **changes)
     weights, obs = on(case.world_model().weights(), s.device), case.observations()
-    settings = dict(discount=case.config.discount, beta=case.entropy, num_envs=case.envs)
+    settings = dict(discount=case.config.discount, entropy_coef=case.entropy, problems=case.envs)
     if schedule is not None:
         settings["schedule"] = schedule
     plan = BACKENDS[backend](weights, config, **settings)
@@ -244,18 +240,18 @@ def check_plan(
     noise = PlanNoise(*(t.double() for t in drawn), pair)
     exact = snapshot(weights, torch.float64)
     wide = dataclasses.replace(config, precision="float64", score="advantage", capture=None)
-    reference = ReferencePlan(exact, wide, discount=discount, num_envs=len(obs))
+    reference = ReferencePlan(exact, wide, discount=discount, problems=len(obs))
     mean = torch.zeros_like(plan.mean, dtype=torch.float64)
-    z0 = reference._begin(exact, obs.to(mean), mean, noise)[0]
-    prior = reference._policy_trajectories(exact, z0, noise.prior)
+    z0 = reference.begin(exact, obs.to(mean), mean, noise)[0]
+    prior = reference.policy_trajectories(exact, z0, noise.policy_noise)
     tolerance, count = TOLERANCE[config.precision], config.policy_trajectories
     actions = plan.actions.double()
     scores = torch.cat(
         [
-            reference._returns(exact, z0, part, draws, noise.root, pair)
+            reference.returns(exact, z0, part, draws, noise.root, pair)
             for part, draws in (
-                (actions[:, :, :count], noise.prior_score),
-                (actions[:, :, count:], noise.score[-1]),
+                (actions[:, :, :count], noise.policy_score_noise),
+                (actions[:, :, count:], noise.score_noise[-1]),
             )
         ],
         dim=1,
@@ -306,10 +302,9 @@ def learn(s: Settings, mode: str) -> Callable[[], object]:
                 device=s.device,
             )
             for _ in range(100):
-                replay.add_episode(
-                    torch.randn(101, case.obs_dim, generator=draw),
-                    torch.rand(100, case.action_dim, generator=draw) * 2 - 1,
-                )
+                obs = torch.randn(101, case.obs_dim, generator=draw)
+                action = torch.rand(100, case.action_dim, generator=draw) * 2 - 1
+                replay.add(Episode(obs.numpy(), action.numpy()))
             replays.append(replay)
         return learner, lambda: learner.learn(*replays)
 

@@ -49,8 +49,8 @@ def package(case: PlanCase, **settings: Any) -> Callable[[], object]:
         case.world_model().weights(),
         dataclasses.replace(config.planner, **settings),
         discount=config.discount,
-        beta=case.entropy,
-        num_envs=case.envs,
+        entropy_coef=case.entropy,
+        problems=case.envs,
     )
     return functools.partial(planner.plan, case.observations())
 

@@ -14,7 +14,6 @@
 #endif
 #include "iqmpc/isa.hpp"
 #include "iqmpc/learner.hpp"
-#include "iqmpc/normed_linear.hpp"
 #include "iqmpc/planner.hpp"
 #include "iqmpc/rollout.hpp"
 #include "iqmpc/thread_pool.hpp"
@@ -75,36 +74,11 @@ py::array checked(const py::object& object, const char* name, const std::vector<
 
 const float* data(const py::array& array) { return static_cast<const float*>(array.data()); }
 
-std::unique_ptr<iqmpc::NormedLinear> pack(const py::object& weight, const py::object& bias,
-                                          const py::object& gamma, const py::object& beta,
-                                          const std::optional<std::string>& isa) {
-  const py::array w = checked(weight, "weight", {"O", "I"});
-  const py::ssize_t out = w.shape(0);
-  const py::array b = checked(bias, "bias", {out});
-  const py::array g = checked(gamma, "gamma", {out});
-  const py::array e = checked(beta, "beta", {out});
-  const iqmpc::Isa level = isa ? iqmpc::isa_from_name(*isa, "isa") : iqmpc::active_isa();
-  py::gil_scoped_release release;
-  return std::make_unique<iqmpc::NormedLinear>(data(w), data(b), data(g), data(e), out, w.shape(1),
-                                               level);
-}
-
 // `object` as an array of the expected shape to write into.
 float* writeable(const py::object& object, const char* name, const std::vector<Side>& shape) {
   py::array array = checked(object, name, shape);
   if (!array.writeable()) throw py::value_error(std::string(name) + " must be writeable");
   return static_cast<float*>(array.mutable_data());
-}
-
-void forward(const iqmpc::NormedLinear& layer, const py::object& x, const py::object& out) {
-  const py::array input = checked(x, "x", {"N", layer.in_features()});
-  const py::ssize_t rows = input.shape(0);
-  float* y = writeable(out, "out", {rows, layer.out_features()});
-  if (data(input) < y + rows * layer.out_features() && y < data(input) + input.size()) {
-    throw py::value_error("x and out must not overlap");
-  }
-  py::gil_scoped_release release;
-  layer.forward(data(input), rows, y);
 }
 
 using Model = std::shared_ptr<iqmpc::WorldModel>;
@@ -612,23 +586,6 @@ PYBIND11_MODULE(_C, module) {
       "isa", [] { return std::string(iqmpc::isa_name(iqmpc::active_isa())); },
       "Name of the level that layers packed now use: the best one, or the one the environment "
       "variable IQMPC_ISA names. Raises ValueError where that one is unknown or cannot run.");
-
-  expose<iqmpc::NormedLinear>(
-      module, "NormedLinear",
-      "mish(layer_norm(x W^T + bias) * gamma + beta) with weights packed for one instruction-set "
-      "level.")
-      .def(py::init(&pack), py::arg("weight"), py::arg("bias"), py::arg("gamma"), py::arg("beta"),
-           py::kw_only(), py::arg("isa") = py::none(),
-           "Pack float32 weight [O, I] and bias, gamma, beta [O], all copied. isa names a level "
-           "of isa_levels() other than isa(). Raises ValueError for wrong shapes, dtypes, layouts "
-           "and values that are not finite.")
-      .def("forward", &forward, py::arg("x"), py::arg("out"),
-           "Write the layer's outputs for float32 x [N, I] into float32 out [N, O].")
-      .def_property_readonly("in_features", &iqmpc::NormedLinear::in_features)
-      .def_property_readonly("out_features", &iqmpc::NormedLinear::out_features)
-      .def_property_readonly("isa", [](const iqmpc::NormedLinear& layer) {
-        return std::string(iqmpc::isa_name(layer.isa()));
-      });
 
   expose<ModelView>(
       module, "ModelView",

@@ -11,16 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iqmpc import agent_file, checkpoint
+from iqmpc import agent_file
+from iqmpc.checkpoint import shapes
 from iqmpc.config import Config
 from iqmpc.errors import BackendError, CheckpointError, ConfigError
-from iqmpc.frames import is_image
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Weights
 from iqmpc.model import WorldModel
+from iqmpc.observation import ObservationSpec
 from iqmpc.planner import Planner
+from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
-from iqmpc.threads import set_threads
+
+# Settings that mean something to one backend alone, as they are where they are not given.
+_OF_A_BACKEND = {"planner.mode": "eager", "planner.capture": None, "planner.threads": None}
 
 
 def resolve_device(name: str) -> str:
@@ -32,38 +36,22 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def prepare_torch(config: Config) -> None:
-    """Set the process to the run's `threads`, and torch to flush denormal numbers to zero."""
-    # Where the C++ library both plans and learns, torch has only trifles to do.
-    idle = (
-        (config.device == "cpu" or not torch.cuda.is_available())
-        and config.task.obs == "state"
-        and config.learner.mode in ("auto", "fused")
-        and config.planner.backend in ("auto", "cpu")
-    )
-    set_threads(config.threads, torch_idle=idle)
-    torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
-
-
 class _Stored(NamedTuple):
-    """An agent as it lies in a run folder or a file."""
+    """An agent as it lies in a run folder or in a file."""
 
     path: Path
     config: Config
-    obs_shape: tuple[int, ...]
+    observation: ObservationSpec
     action_dim: int
     termination: bool
     facts: dict[str, Any]
     weights: Callable[[Config], dict[str, Tensor]]  # by the settings in force
 
 
-_FACTS = ("env_steps", "updates", "wall_s", "demonstrator_return")
-
-
-def _of_run(run: Path) -> _Stored:
-    config = checkpoint.load_config(run)
-    path, tensors, meta = checkpoint.newest(run)
-    checkpoint.check_settings(run, config, path, meta)
+def _of_run(folder: RunFolder, which: str) -> _Stored:
+    config = folder.load_config()
+    path, tensors, meta = folder.checkpoint(which)
+    folder.check_settings(config, path, meta)
 
     def weights(config: Config) -> dict[str, Tensor]:
         prefix = "learner.model." if config.agent.average == "off" else "learner.average."
@@ -74,25 +62,22 @@ def _of_run(run: Path) -> _Stored:
             )
         return held
 
-    # "obs_dim" stands in checkpoints from before there were images
-    shape = meta.get("obs_shape") or [int(meta["obs_dim"])]
-    facts = {k: meta[k] for k in _FACTS}
-    return _Stored(
-        path, config, tuple(shape), int(meta["action_dim"]), config.termination, facts, weights
-    )
+    facts = {key: meta[key] for key in agent_file.FACTS}
+    return _Stored(path, config, *shapes(meta), config.termination, facts, weights)
 
 
-def _of_file(path: Path) -> _Stored:
+def _of_file(path: Path, which: str) -> _Stored:
+    if which != "newest":
+        raise CheckpointError(f"{path} is one agent and has no checkpoint {which!r}")
     found = agent_file.load(path)
-    about = found.about
-    try:
-        facts = {k: found.provenance[k] for k in _FACTS}
-        shape = tuple(int(side) for side in about["observation"]["shape"])
-        actions, termination = len(about["action"]["names"]), bool(about["model"]["termination"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not describe its agent: {error}") from error
     return _Stored(
-        path, found.config, shape, actions, termination, facts, lambda config: found.tensors
+        path,
+        found.config,
+        found.observation,
+        found.action_dim,
+        found.termination,
+        found.facts,
+        lambda config: found.tensors,
     )
 
 
@@ -107,16 +92,16 @@ class Agent:
         self.model, self.config = model, config
         self.weights = model.weights()  # what decodes rewards; the planner has a snapshot of them
         self.device = next(model.parameters()).device
-        self.beta = config.entropy_coefficient(model.action_dim)
+        self.entropy_coef = config.entropy_coefficient(model.action_dim)
         self.planner = Planner(
             self.weights,
             config.planner,
             discount=config.discount,
-            beta=self.beta,
-            num_envs=num_envs,
+            entropy_coef=self.entropy_coef,
+            problems=num_envs,
             seed=stream_seed(seed, "planner"),
         )
-        # What training says of the checkpoint: env_steps, updates, wall_s, demonstrator_return.
+        # What training says of it: checkpoint, env_steps, updates, wall_s, demonstrator_return.
         self.facts: dict[str, Any] = {}
 
     @classmethod
@@ -124,40 +109,48 @@ class Agent:
         cls,
         run: str | Path,
         *,
+        checkpoint: str = "newest",
         changes: Mapping[str, Any] | None = None,
         seed: int | None = None,
         num_envs: int = 1,
     ) -> Agent:
-        """The agent of a run folder's newest valid checkpoint, acting as it was evaluated there:
-        with the average of the weights, unless `agent.average` is off. Or the one of a file that
-        `iqmpc export` wrote, which holds the weights that act.
+        """The agent of a run folder, acting as it was evaluated there: with the average of the
+        weights, unless `agent.average` is off. Or that of a file which `iqmpc export` wrote.
 
+        `checkpoint` is `newest` (the newest whole one), `best` (of the best evaluation on the way,
+        by success, then return) or a number of steps whose checkpoint is there.
         `changes` replaces settings, such as {"planner.enabled": False} to act with the policy
-        prior or {"device": "cpu"}. `seed` is the run's own by default. It acts on `num_envs`
-        environments at once, whatever it was trained on. A run that was made on a
+        prior or {"device": "cpu"}; another backend leaves behind the run's `planner.mode`,
+        `capture` and `threads`, which were for its own. `seed` is the run's own by default. It acts
+        on `num_envs` environments at once, whatever it was trained on. A run that was made on a
         device or with a backend that is not here acts on the CPU, in float32, with a warning.
         Raises `CheckpointError` where there is no checkpoint, `ConfigError` for wrong changes.
         """
-        found = _of_file(Path(run)) if agent_file.is_file(run) else _of_run(Path(run))
+        if agent_file.is_file(run):
+            found = _of_file(Path(run), checkpoint)
+        else:
+            found = _of_run(RunFolder(run), checkpoint)
         changes = dict(changes or {})
-        if found.config.device == "cuda" and "device" not in changes:
-            if not torch.cuda.is_available():
-                warnings.warn(
-                    f"{run} was made with device=cuda, which is not here: acting on the CPU",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                changes["device"] = "cpu"
+        if "planner.backend" in changes:
+            changes = _OF_A_BACKEND | changes
+        made_on = found.config.device
+        if made_on == "cuda" and "device" not in changes and not torch.cuda.is_available():
+            warnings.warn(
+                f"{run} was made with device=cuda, which is not here: acting on the CPU",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            changes["device"] = "cpu"
         config = found.config.replace(changes)
         device = resolve_device(config.device)
         model = WorldModel(
-            found.obs_shape, found.action_dim, config.model, termination=found.termination
+            found.observation, found.action_dim, config.model, termination=found.termination
         )
         try:
             model.load_state_dict(found.weights(config))
         except RuntimeError as error:
             raise CheckpointError(
-                f"{found.path} does not fit the settings beside it: {error}"
+                f"{found.path} does not fit its settings (config.yaml): {error}"
             ) from error
         seed = config.seed if seed is None else seed
         try:
@@ -176,13 +169,13 @@ class Agent:
                     {
                         "planner.backend": "auto",
                         "planner.precision": "float32",
-                        "planner.capture": None,
+                        **_OF_A_BACKEND,
                     }
                 ),
                 seed=seed,
                 num_envs=num_envs,
             )
-        agent.facts = found.facts
+        agent.facts = {"checkpoint": found.path.name, **found.facts}
         return agent
 
     def publish(self, weights: Weights) -> None:
@@ -201,7 +194,7 @@ class Agent:
         Raises `ValueError` for another shape, and for images of another type.
         """
         obs = self._tensor(obs, device="cpu")  # the planner moves it
-        single = obs.ndim == len(self.model.obs_shape)
+        single = obs.ndim == len(self.model.observation_spec.shape)
         action = self.planner.plan(obs.unsqueeze(0) if single else obs, explore=explore)
         return (action[0] if single else action).numpy()
 
@@ -223,40 +216,36 @@ class Agent:
         Q is the mean over the ensemble; V averages `samples` draws of the prior, the same for every
         row and call. Raises `ValueError` for shapes that do not fit.
         """
-        shape = self.model.obs_shape
-        given = [self._tensor(obs), self._tensor(action, np.float32), self._tensor(next_obs)]
-        single = given[0].ndim == len(shape)
+        spec, action_dim = self.model.observation_spec, self.model.action_dim
+        given = [
+            self._tensor(obs),
+            torch.as_tensor(np.asarray(action, np.float32), device=self.device),
+            self._tensor(next_obs),
+        ]
+        single = given[0].ndim == len(spec.shape)
         obs_, action_, next_ = (x[None] if single else x for x in given)
         n = len(obs_)
-        for name, tensor, expected in (
-            ("obs", obs_, [n, *shape]),
-            ("action", action_, [n, self.model.action_dim]),
-            ("next_obs", next_, [n, *shape]),
-        ):
-            if list(tensor.shape) != expected:
-                raise ValueError(f"{name} must be {expected}, got {list(tensor.shape)}")
-            if is_image(shape) and tensor is not action_ and tensor.dtype != torch.uint8:
-                raise ValueError(f"{name} must be uint8, got {tensor.dtype}")
+        for name, tensor in (("obs", obs_), ("next_obs", next_)):
+            spec.check(tensor, n, name=name, images=name)
+        if list(action_.shape) != [n, action_dim]:
+            raise ValueError(f"action must be {[n, action_dim]}, got {list(action_.shape)}")
         w = self.weights
         z = layers.encode(w, next_).expand(samples, -1, -1)
         generator = torch.Generator(self.device).manual_seed(0)
         noise = torch.randn(
             samples, 1, self.model.action_dim, generator=generator, device=self.device
         )
-        prior, log_prob = layers.policy_sample(
+        policy_action, log_prob = layers.policy_sample(
             w, z, noise.expand(-1, n, -1), self.config.learner.entropy
         )
-        value = (layers.critics(w.critics, z, prior).mean(0) - self.beta * log_prob).mean(0)
+        value = (
+            layers.critics(w.critics, z, policy_action).mean(0) - self.entropy_coef * log_prob
+        ).mean(0)
         q = layers.critics(w.critics, layers.encode(w, obs_), action_).mean(0)
         alive = 1 - torch.as_tensor(terminated, dtype=torch.float32, device=self.device)
         reward = (q - self.config.discount * alive * value).cpu().numpy()
         return reward[0] if single else reward
 
-    def _tensor(
-        self, x: np.ndarray, dtype: type | None = None, *, device: str | None = None
-    ) -> torch.Tensor:
-        """On `device` or the agent's; of `dtype`, by default float32 for flat observations and as
-        it is else."""
-        if dtype is None and not is_image(self.model.obs_shape):
-            dtype = np.float32
-        return torch.as_tensor(np.asarray(x, dtype=dtype), device=device or self.device)
+    def _tensor(self, obs: np.ndarray, *, device: str | None = None) -> torch.Tensor:
+        """Observations on `device` or the agent's."""
+        return torch.as_tensor(self.model.observation_spec.cast(obs), device=device or self.device)

@@ -26,13 +26,16 @@ import safetensors.torch
 from torch import Tensor
 
 from iqmpc.config import Config
-from iqmpc.envs.description import Description
 from iqmpc.errors import CheckpointError
 from iqmpc.files import write_atomically
+from iqmpc.observation import ObservationSpec
+from iqmpc.task_interface import TaskInterface
 
 FORMAT, VERSION = "iqmpc-agent", 1
 _ALIGNMENT = 64  # of the data, so that a reader may map it
 _LARGEST = 2**31  # bytes, as the C++ library reads
+# What training says of a checkpoint, and `Agent.facts` of the agent.
+FACTS = ("env_steps", "updates", "wall_s", "demonstrator_return")
 
 
 class AgentFile(NamedTuple):
@@ -44,10 +47,10 @@ class AgentFile(NamedTuple):
     provenance: dict[str, Any]
 
     @property
-    def interface(self) -> Description:
-        """The environment's interface that the file describes."""
+    def interface(self) -> TaskInterface:
+        """What the task's numbers are."""
         about = self.about
-        return Description.from_dict(
+        return TaskInterface.from_dict(
             {
                 "observation_names": about["observation"]["names"],
                 "action_names": about["action"]["names"],
@@ -57,6 +60,25 @@ class AgentFile(NamedTuple):
                 "control_period_s": about["control_period_s"],
             }
         )
+
+    @property
+    def observation(self) -> ObservationSpec:
+        return ObservationSpec.of(self.about["observation"]["shape"])
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        return len(self.about["action"]["names"])
+
+    @property
+    def termination(self) -> bool:
+        """Whether the model has a termination head."""
+        return bool(self.about["model"]["termination"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What training says of the agent, by `FACTS`."""
+        return {key: self.provenance[key] for key in FACTS}
 
 
 def save(path: str | Path, agent: AgentFile) -> None:
@@ -103,7 +125,9 @@ def load(path: str | Path) -> AgentFile:
         about, provenance, config = (
             json.loads(metadata[key]) for key in ("agent", "provenance", "config")
         )
-        return AgentFile(Config.from_dict(config), tensors, about, provenance)
+        found = AgentFile(Config.restored(config), tensors, about, provenance)
+        found.interface, found.observation, found.termination, found.facts  # noqa: B018
+        return found
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} does not describe its agent: {error}") from error
 

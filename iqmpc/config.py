@@ -1,6 +1,6 @@
 """The settings of a run: frozen dataclasses, the only schema.
 
-Hydra fills them at the command line's edge (`iqmpc.compose`); nothing below sees Hydra.
+Hydra fills them at the command line's edge (`iqmpc.composition`); nothing below sees Hydra.
 `Config.from_dict` is strict: an unknown key or a value of the wrong type is a `ConfigError`
 that names the key, the nearest valid one and what was expected.
 """
@@ -111,10 +111,11 @@ class PlannerConfig:
 
     `enabled: false` acts with the policy prior alone, in training and evaluation. `precision` is
     that of matrix products; `bf16` needs the cpu or the triton backend, `tf32` (float32 cut to
-    three decimal digits) the triton backend, `float64` the reference. `mode` is the reference's.
-    `threads` and `budget_us` are the cpu backend's: threads of a plan (null: as many as torch uses)
-    and microseconds it may take (null: as long as it takes). `capture` is the triton backend's: a
-    plan is one CUDA graph (null: yes).
+    three decimal digits) the triton backend, `float64` the reference. `mode` is the reference's:
+    `compile` puts it under torch.compile. `threads` and `budget_us` are the cpu backend's: threads
+    of a plan (null: as many as torch uses) and microseconds it may take (null: as long as it
+    takes). `capture` is the triton backend's: a plan is one CUDA graph (null: yes). Each of them is
+    an error beside a backend that makes nothing of it, and `auto` takes none of those.
     """
 
     enabled: bool = True
@@ -127,7 +128,7 @@ class PlannerConfig:
     std_min: float = 0.05
     std_max: float = 2.0
     score: Literal["advantage", "unrolled"] = "advantage"
-    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
     precision: Literal["float32", "bf16", "tf32", "float64"] = "float32"
     mode: Literal["eager", "compile"] = "eager"
     capture: bool | None = None
@@ -249,6 +250,8 @@ class TrainConfig:
     `env_workers` puts each environment into a process of its own (null: where there are several);
     one that fails, or gives no answer for `env_timeout_s` seconds (two minutes more to start), is
     replaced, `env_restarts` times at most over all of them.
+    `keep` newest checkpoints stay, and the agent of the best evaluation beside them. `stop_at`
+    ends a run at the first evaluation with this share of the demonstrator's return.
     """
 
     steps: int = 100_000
@@ -265,6 +268,8 @@ class TrainConfig:
     eval_episodes: int = 3
     final_episodes: int = 10
     checkpoint_every: int = 10_000
+    keep: int = 2
+    stop_at: float | None = None
     overlap: Literal["off", "sync", "async"] | None = None
 
     def __post_init__(self) -> None:
@@ -279,9 +284,12 @@ class TrainConfig:
             "eval_episodes",
             "final_episodes",
             "checkpoint_every",
+            "keep",
         )
         _at_least("train", self, 0, "demo_updates", "env_restarts")
         _positive("train", self, "env_timeout_s", "updates_per_step")
+        if self.stop_at is not None:
+            _positive("train", self, "stop_at")
         for key in ("random_steps", "initial_updates"):
             if getattr(self, key) is not None:
                 _at_least("train", self, 0, key)
@@ -354,6 +362,23 @@ class Config:
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """Build from nested mappings; raises `ConfigError` for unknown or ill-typed keys."""
         return _build(cls, values, "")
+
+    @classmethod
+    def restored(cls, values: Mapping[str, Any]) -> Config:
+        """The settings that a run folder holds, of this version or an earlier one.
+
+        The only place that knows what settings meant before. Until 0.1 a backend left unsaid what
+        it made nothing of: `planner.mode=compile`, which the preset `cpu` gave every run, beside
+        another backend than the reference, and `planner.threads` beside another than cpu.
+        Raises `ConfigError` as `from_dict` does.
+        """
+        planner = values.get("planner") if isinstance(values, Mapping) else None
+        if isinstance(planner, Mapping):
+            backend = planner.get("backend", "auto")
+            dead = {"mode"} if backend != "reference" else set()
+            dead |= {"threads"} if backend in ("reference", "triton") else set()
+            values = {**values, "planner": {k: v for k, v in planner.items() if k not in dead}}
+        return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -509,7 +534,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, path)
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -543,7 +568,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         raise ConfigError(
             f"{path} must be {hint.__name__}, got {shortened(value)} ({type(value).__name__})"
         )
-    if hint is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path} must be finite, got {value!r}")
     return value
 

@@ -8,8 +8,10 @@ import platform
 import torch
 from rich.table import Table
 
+from iqmpc import update_backends
 from iqmpc.compiler import cpp_compiler
-from iqmpc.kernels import mppi_plan, mppi_refit, mppi_rollout, normed_linear
+from iqmpc.config import Config
+from iqmpc.kernels import mppi_plan, mppi_refit, mppi_rollout
 from iqmpc.kernels.backends import available_backends
 
 _PACKAGES = (
@@ -32,12 +34,11 @@ _OPERATIONS = {
     "mppi_plan": mppi_plan.BACKENDS,
     "mppi_rollout": mppi_rollout.BACKENDS,
     "mppi_refit": mppi_refit.BACKENDS,
-    "normed_linear": normed_linear.BACKENDS,
 }
 
 
 def report() -> list[Table]:
-    """Three tables: versions, devices, backends."""
+    """Four tables: versions, devices, backends of the kernels and of the updates."""
     versions = Table("package", "version", title=f"Python {platform.python_version()}")
     for name in _PACKAGES:
         try:
@@ -68,7 +69,19 @@ def report() -> list[Table]:
         )
     if reasons["cpu"] is None:
         devices.add_row("iqmpc._C", _instruction_sets())
-    return [versions, devices, backends]
+    return [versions, devices, backends, _updates()]
+
+
+def _updates() -> Table:
+    """What can make a run's updates on each device, or why not."""
+    table = Table("device", *update_backends.BACKENDS, title="learner.mode: which can be, or why")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        reasons = (
+            backend.unfit(Config(), torch.device(device), (1,))
+            for backend in update_backends.BACKENDS.values()
+        )
+        table.add_row(device, *(why or "yes" for why in reasons))
+    return table
 
 
 def _instruction_sets() -> str:

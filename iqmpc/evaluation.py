@@ -12,12 +12,12 @@ import gymnasium
 import numpy as np
 
 from iqmpc import agent_file
-from iqmpc.agent import Agent, prepare_torch
-from iqmpc.checkpoint import load_config
-from iqmpc.demos import Episode
+from iqmpc.agent import Agent
 from iqmpc.envs import interface, make_env
-from iqmpc.frames import is_image, stacked, unstacked
+from iqmpc.episode import Episode, EpisodeBuffer
+from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
+from iqmpc.threads import prepare_torch
 
 # Standard deviations of the noise in `mixed_episodes`: little, much, and hardly the agent any more.
 NOISES = (0.25, 0.5, 1.0)
@@ -31,6 +31,7 @@ class Actor(Protocol):
 
     def act(self, obs: np.ndarray) -> np.ndarray:
         """obs [O] -> action [A] in [-1, 1]."""
+        ...
 
 
 class Noisy:
@@ -64,7 +65,12 @@ class Random:
 
 
 def open_run(
-    run: str | Path, changes: Mapping[str, Any], *, seed: int | None = None, render: bool = False
+    run: str | Path,
+    changes: Mapping[str, Any],
+    *,
+    checkpoint: str = "newest",
+    seed: int | None = None,
+    render: bool = False,
 ) -> tuple[Agent, gymnasium.Env]:
     """The agent of a run folder or file, as `Agent.load` gives it, and its task's environment.
 
@@ -72,11 +78,12 @@ def open_run(
     Raises `CheckpointError` for what is no run or has no checkpoint, `TaskError` where the
     environment cannot be made here.
     """
-    held = agent_file.load(run).config if agent_file.is_file(run) else load_config(run)
+    exported = agent_file.is_file(run)
+    held = agent_file.load(run).config if exported else RunFolder(run).load_config()
     config = held.replace(changes)
     prepare_torch(config)
     env = make_env(config.task, render_mode="rgb_array" if render else None)
-    return Agent.load(run, changes=changes, seed=seed), env
+    return Agent.load(run, checkpoint=checkpoint, changes=changes, seed=seed), env
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,24 @@ class Evaluation:
         """Share of episodes solved at any step; None where the task defines none."""
         return _share(self.solved)
 
+    @property
+    def score(self) -> tuple[float, float]:
+        """What agents are compared by: success where the task has it, then return."""
+        mean = self.return_mean
+        return self.success_rate or 0.0, mean if math.isfinite(mean) else -math.inf
+
+    def summary(self, demonstrator_return: float | None) -> dict[str, Any]:
+        """The figures as summary.json and `iqmpc eval` name them."""
+        return {
+            "episodes": len(self.episodes),
+            "return_mean": self.return_mean,
+            "return_std": self.return_std,
+            "success_rate": self.success_rate,
+            "success_any_rate": self.success_any_rate,
+            "demonstrator_return": demonstrator_return,
+            "ratio": ratio(self.return_mean, demonstrator_return),
+        }
+
 
 def _share(outcomes: Sequence[bool | None]) -> float | None:
     known = [outcome for outcome in outcomes if outcome is not None]
@@ -128,11 +153,11 @@ class _Watched(gymnasium.Wrapper):
         return self.env.reset(**how)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        *result, info = interface.step(self.env, action)
+        obs, reward, terminated, truncated, info = interface.step(self.env, action)
         success = interface.success(info)
         if success is not None:
             self.solved = bool(self.solved) or success
-        return (*result, info)
+        return obs, reward, terminated, truncated, info
 
 
 def rollout(
@@ -152,26 +177,17 @@ def rollout(
     space = env.observation_space
     with interface.at("its reset"):
         obs, info = interface.reset(env, seed=seed)
-        observations, actions, rewards = [interface.observation(obs, space)], [], []
+        episode = EpisodeBuffer([interface.observation(obs, space)])
     actor.reset()
     terminated = truncated = False
-    while not (terminated or truncated or len(actions) == episode_length):
+    while not (terminated or truncated or len(episode.actions) == episode_length):
         if on_step is not None:
             on_step(env)
-        action = actor.act(observations[-1])
-        with interface.at(f"step {len(actions) + 1}"):
+        action = actor.act(episode.observations[-1])
+        with interface.at(f"step {len(episode.actions) + 1}"):
             obs, reward, terminated, truncated, info = interface.step(env, action)
-            observations.append(interface.observation(obs, space))
-        actions.append(action)
-        rewards.append(reward)
-    rows = np.array(observations)
-    return Episode(
-        unstacked(rows) if is_image(rows.shape[1:]) else rows,
-        np.array(actions),
-        np.array(rewards, np.float32),
-        terminated,
-        interface.success(info),
-    )
+            episode.add(action, reward, interface.observation(obs, space))
+    return episode.finish(terminated=terminated, success=interface.success(info))
 
 
 def evaluate(
@@ -223,7 +239,7 @@ def mixed_episodes(
     of a stream of their own under `seed`, and noise follows from it too.
     `progress(done, return)` is called after each.
     """
-    action_dim, task = env.action_space.shape[0], agent.config.task
+    action_dim, task = agent.model.action_dim, agent.config.task
     episodes = []
     for index in range(3 * each):
         draws = stream_seed(seed, "correlation-actions", index)
@@ -266,9 +282,7 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
     """
 
     def decoded_rewards(e: Episode) -> np.ndarray:
-        obs = e.observations
-        if is_image(obs.shape[1:]):
-            obs = stacked(obs)
+        obs = e.observed()
         return agent.decode_reward(
             obs[:-1],
             e.actions,

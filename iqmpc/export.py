@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import iqmpc
 from iqmpc import agent_file
 from iqmpc.agent import Agent
 from iqmpc.agent_file import AgentFile
-from iqmpc.envs import description, make_env
-from iqmpc.envs.description import Description
+from iqmpc.envs import make_env
+from iqmpc.envs.description import describe, indexed
 from iqmpc.errors import ConfigError, IqmpcError
-from iqmpc.frames import is_image
+from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
+from iqmpc.task_interface import TaskInterface
 
 
 def export(
     run: str | Path,
     out: str | Path,
     *,
+    checkpoint: str = "newest",
     changes: Mapping[str, Any] | None = None,
-    interface: Description | None = None,
+    interface: TaskInterface | None = None,
 ) -> AgentFile:
-    """Write the agent of a run folder's newest checkpoint to `out`, as it was evaluated there.
+    """Write the agent of a run folder to `out`, as it was evaluated there.
 
+    `checkpoint` is the one to take, as of `Agent.load`.
     `changes` replaces settings, as of `Agent.load`: `planner.budget_us`, `planner.samples`. The
     environment's interface is the one that the run kept, else (of runs of 0.1) the one of the task
     made anew, else numbers; `interface` is taken in its place. Returns what was written.
 
     Raises `CheckpointError` for what is no run, `ConfigError` for wrong changes.
     """
-    agent = Agent.load(run, changes={"device": "cpu", **(changes or {})})
-    interface = interface or description.load(run) or _made_anew(agent)
+    folder = RunFolder(run)
+    agent = Agent.load(run, checkpoint=checkpoint, changes={"device": "cpu", **(changes or {})})
+    interface = interface or folder.load_interface() or _made_anew(agent)
     provenance = {
-        "run": Path(run).resolve().name,
+        "run": folder.path.resolve().name,
         "iqmpc": iqmpc.__version__,
         **agent.facts,
-        **_summary(Path(run)),
+        **_evaluated(folder),
     }
     tensors = {k: v.detach().cpu().float() for k, v in agent.model.state_dict().items()}
     found = AgentFile(agent.config, tensors, _about(agent, interface), provenance)
@@ -49,7 +54,7 @@ def export(
     return found
 
 
-def _about(agent: Agent, interface: Description) -> dict[str, Any]:
+def _about(agent: Agent, interface: TaskInterface) -> dict[str, Any]:
     """The metadata's `agent`."""
     config, model = agent.config, agent.model
     planner = dataclasses.asdict(config.planner)
@@ -58,8 +63,9 @@ def _about(agent: Agent, interface: Description) -> dict[str, Any]:
     planner["iterations"] = config.planner.iterations_for(model.action_dim)
     planner["discount"] = config.discount
     planner["seed"] = stream_seed(config.seed, "planner")
-    if not is_image(model.obs_shape):
-        _check_names("observation", interface.observation_names, model.obs_shape[0])
+    observed = agent.model.observation_spec
+    if not observed.images:
+        _check_names("observation", interface.observation_names, *observed.shape)
     _check_names("action", interface.action_names, model.action_dim)
     return {
         "task": config.task.name,
@@ -69,11 +75,11 @@ def _about(agent: Agent, interface: Description) -> dict[str, Any]:
         },
         "planner": planner,
         "discount": config.discount,
-        "beta": agent.beta,
+        "beta": agent.entropy_coef,
         "observation": {
             "names": list(interface.observation_names),
-            "shape": list(model.obs_shape),
-            "dtype": "uint8" if is_image(model.obs_shape) else "float32",
+            "shape": list(observed.shape),
+            "dtype": np.dtype(observed.dtype).name,
             # The encoder's own LayerNorm is all there is: numbers are taken as they are observed.
             "scaling": None,
         },
@@ -94,12 +100,12 @@ def _check_names(what: str, names: tuple[str, ...], size: int) -> None:
         )
 
 
-def _made_anew(agent: Agent) -> Description:
+def _made_anew(agent: Agent) -> TaskInterface:
     task = agent.config.task
     try:
         env = make_env(task)
         try:
-            return description.describe(env, task)
+            return describe(env, task)
         finally:
             env.close()
     except IqmpcError as error:
@@ -109,10 +115,10 @@ def _made_anew(agent: Agent) -> Description:
             RuntimeWarning,
             stacklevel=3,
         )
-    shape, actions = agent.model.obs_shape, agent.model.action_dim
-    return Description(
-        () if is_image(shape) else description.indexed("obs", shape),
-        description.indexed("action", (actions,)),
+    observed, actions = agent.model.observation_spec, agent.model.action_dim
+    return TaskInterface(
+        () if observed.images else indexed("obs", observed.shape),
+        indexed("action", (actions,)),
         (-1.0,) * actions,
         (1.0,) * actions,
         task.action_repeat,
@@ -120,12 +126,9 @@ def _made_anew(agent: Agent) -> Description:
     )
 
 
-def _summary(run: Path) -> dict[str, Any]:
+def _evaluated(folder: RunFolder) -> dict[str, Any]:
     """What the run was evaluated to, where it has ended."""
-    try:
-        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {"evaluation": None}
+    found = folder.load_summary()
     keys = ("episodes", "return_mean", "return_std", "success_rate", "success_any_rate", "ratio")
-    evaluation = {k: found.get(k) for k in keys} if isinstance(found, dict) else None
-    return {"evaluation": evaluation, "commit": found.get("commit") if evaluation else None}
+    evaluation = {key: found.get(key) for key in keys} if found else None
+    return {"evaluation": evaluation, "commit": found.get("commit")}

@@ -1,14 +1,17 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and JSON that every reader takes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import math
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 # What file systems say that have no hard links, or whose folders cannot be synchronised.
@@ -47,6 +50,19 @@ def write_atomically(path: Path, data: bytes, *, exclusive: bool = False) -> Non
         finally:
             temporary.unlink(missing_ok=True)
         _synchronise(path.parent)
+
+
+def strict_json(values: Mapping[str, Any]) -> str:
+    """Strict JSON, in which a number that is not finite is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(values), indent=2, allow_nan=False)
 
 
 def remove_temporary(folder: Path) -> None:

@@ -3,55 +3,18 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from iqmpc import losses
-from iqmpc.capture import CapturedStep
+from iqmpc import update_backends
 from iqmpc.config import Config
-from iqmpc.errors import ConfigError
-from iqmpc.frames import is_image
-from iqmpc.kernels import layers
-from iqmpc.kernels.iq_update import FusedUpdate, UpdateSettings, UpdateState
-from iqmpc.kernels.weights import Weights, frozen, layer_tensors, map_layers
-from iqmpc.losses import Batch, ModelNoise, PolicyNoise
+from iqmpc.kernels.weights import Weights, map_layers
+from iqmpc.losses import Batch
 from iqmpc.model import WorldModel
-from iqmpc.replay import SliceReplay, join
+from iqmpc.observation import ObservationSpec
+from iqmpc.replay import SliceReplay
 from iqmpc.seeding import stream_seed
-from iqmpc.threads import threads
-
-_SHIFT = 3  # pixels, of the random shift of images
-
-
-def update_mode(config: Config, device: torch.device, obs_shape: tuple[int, ...]) -> str:
-    """What `learner.mode` comes to; `ConfigError` with the reason where it cannot be."""
-    mode, precision = config.learner.mode, config.learner.precision
-    unfit = None  # what keeps the C++ library from making the updates
-    if device.type != "cpu":
-        unfit = f"needs device=cpu, got {device.type}"
-    elif is_image(obs_shape):
-        unfit = f"takes flat observations, got images {list(obs_shape)}"
-    elif importlib.util.find_spec("iqmpc._C") is None:
-        unfit = "needs the compiled extension iqmpc._C, which is missing"
-    if mode == "auto":
-        if unfit is None:
-            mode = "fused"
-        else:
-            mode = "graph" if device.type == "cuda" else "compile"
-    elif mode == "fused" and unfit is not None:
-        raise ConfigError(f"learner.mode=fused {unfit}")
-    elif mode == "graph" and device.type != "cuda":
-        raise ConfigError(f"learner.mode=graph needs a CUDA device, got {device.type}")
-    if precision != "float32" and mode != "fused":
-        raise ConfigError(
-            f"learner.precision={precision} needs learner.mode=fused, got {mode}"
-            + ("" if unfit is None else f" (fused {unfit})")
-        )
-    return mode
 
 
 class Learner:
@@ -66,18 +29,19 @@ class Learner:
     alone, only that step is left out. Either is counted once, in `skipped_updates`; `updates`
     counts these attempts too, so that schedules go on.
 
-    `mode` is what `config.learner.mode` comes to here (`update_mode`): `fused` (the C++ library),
-    `eager`, `compile` (torch.compile of both losses with their backward passes) or `graph`
-    (`compile`, and all of `learn` as one CUDA graph); they agree on the same draws. The fused
-    update has draws of its own, numbered by `updates`; the others draw from `generator`, and slices
-    from `sampler`, by default a generator of the learner's own; whoever gives it keeps its state.
+    `mode` is what `config.learner.mode` comes to here and `backend` what makes the updates
+    (`iqmpc.update_backends`): `fused` (the C++ library), `eager`, `compile` (torch.compile of both
+    losses with their backward passes) or `graph` (`compile`, and all of `learn` as one CUDA graph);
+    they agree on the same draws. The fused update has draws of its own, numbered by `updates`; the
+    others draw from `generator`, and slices from `sampler`, by default a generator of the learner's
+    own; whoever gives it keeps its state. `entropy_coef` is the entropy coefficient in force.
 
     Raises `ConfigError` for a mode that cannot be here, with the reason.
     """
 
     def __init__(
         self,
-        obs_shape: int | tuple[int, ...],
+        obs_shape: ObservationSpec | tuple[int, ...] | int,
         action_dim: int,
         config: Config,
         device: torch.device | str = "cpu",
@@ -91,14 +55,15 @@ class Learner:
             self.model = WorldModel(
                 obs_shape, action_dim, config.model, termination=config.termination
             ).to(self.device)
-        self.mode = update_mode(config, self.device, self.model.obs_shape)
+        spec = self.model.observation_spec
+        self.mode = update_backends.resolve_update(config, self.device, spec)
         self.weights = self.model.weights()
         self.targets = map_layers(lambda t: t.detach().clone(), self.weights.critics)
         self.average: WorldModel | None = None
         if config.agent.average != "off":
             self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.averages = None if self.average is None else self.average.weights()
-        self.beta = config.entropy_coefficient(action_dim)
+        self.entropy_coef = config.entropy_coefficient(action_dim)
         self.generator = torch.Generator(self.device).manual_seed(
             stream_seed(config.seed, "learner")
         )
@@ -108,7 +73,7 @@ class Learner:
             else torch.Generator(self.device).manual_seed(stream_seed(config.seed, "sampler"))
         )
         self.updates = 0
-        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
 
         s, m = self.settings, self.model
         self.model_parameters = [
@@ -135,17 +100,7 @@ class Learner:
         self.policy_optimiser = torch.optim.Adam(
             m.policy.parameters(), lr=s.lr, fused=True, capturable=self.mode == "graph"
         )
-        self._model_loss, self._policy_loss = losses.model_loss, losses.policy_loss
-        self._captured: CapturedStep | None = None
-        self._fused: FusedUpdate | None = None
-        self._steps = {"model_adam": 0, "policy_adam": 0}  # of the fused update
-        if self.mode == "graph":
-            self._captured = CapturedStep(self.device, (self.generator, self.sampler))
-        if self.mode == "fused":
-            self._fused = self._make_fused()
-        elif self.mode != "eager":
-            self._model_loss = torch.compile(losses.model_loss, dynamic=False)
-            self._policy_loss = torch.compile(losses.policy_loss, dynamic=False)
+        self.backend = update_backends.BACKENDS[self.mode](self)
 
     def learn(self, experts: SliceReplay | None, behaviour: SliceReplay) -> dict[str, Tensor]:
         """Draw `learner.batch` slices of each replay and make one update on them.
@@ -153,123 +108,11 @@ class Learner:
         Returns what `update` does; in mode `graph` the next call overwrites these tensors.
         `experts` is None for `objective: td`. Raises `ValueError` for a replay without slices.
         """
-        if self._fused is not None:
-            sources = experts and experts.rows(), behaviour.rows(), self.settings.batch
-            return self._apply_fused(self._fused.learn, *sources)
-        if self._captured is None:
-            return self.update(self._batch(experts, behaviour))
-        replays = tuple(r for r in (experts, behaviour) if r is not None)
-        for replay in replays:
-            replay.require_slices()
-        # Parameters, moments and targets never move; a replay's tensors do when it grows.
-        metrics = self._captured(
-            lambda: self._update_on_device(self._batch(experts, behaviour)),
-            key=(experts, behaviour, *(r.allocations for r in replays)),
-        )
-        self.updates += 1
-        return metrics
+        return self.backend.learn(experts, behaviour)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update. Returns metrics as 0-dim tensors on the device; fetch them when logging."""
-        if self._fused is not None:
-            return self._apply_fused(self._fused.update, *batch)
-        metrics = self._update_on_device(batch)
-        self.updates += 1
-        return metrics
-
-    def _make_fused(self) -> FusedUpdate:
-        """Of the parameters, and of moments where checkpoints expect them."""
-        moments = {}
-        for _, optimiser in self._optimisers():
-            for group in optimiser.param_groups:
-                for p in group["params"]:
-                    moments[p] = optimiser.state[p] = {
-                        "step": torch.zeros(()),
-                        "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p),
-                    }
-        state = UpdateState(
-            self.weights,
-            self.targets,
-            lambda p: moments[p]["exp_avg"],
-            lambda p: moments[p]["exp_avg_sq"],
-            self.averages,
-        )
-        return FusedUpdate(
-            state,
-            UpdateSettings.of(self.config, self.model.action_dim),
-            seed=stream_seed(self.config.seed, "learner"),
-            precision=self.settings.precision,
-            threads=threads(),
-        )
-
-    def _apply_fused(self, update: Callable[..., Any], *arguments: Any) -> dict[str, Tensor]:
-        values, model_skipped, policy_skipped = update(
-            *arguments,
-            update=self.updates,
-            model_steps=self._steps["model_adam"],
-            policy_steps=self._steps["policy_adam"],
-        )
-        self.updates += 1
-        self._steps["model_adam"] += not model_skipped
-        self._steps["policy_adam"] += not policy_skipped
-        self._skipped += model_skipped or policy_skipped
-        absent = set()
-        if self.settings.objective == "td":
-            absent |= {"q_expert", "reward_expert", "reward_behaviour", "value_term"}
-        else:
-            values["q_difference"] = values["q_expert"] - values["q_behaviour"]
-        if not self.penalise:
-            absent.add("gradient_penalty")
-        if not self.weights.termination:
-            absent |= {"termination_loss", "termination_recall", "termination_precision"}
-        values["skipped_updates"] = self._skipped
-        names = [name for name in values if name not in absent]
-        return dict(zip(names, torch.tensor([values[n] for n in names]).unbind(), strict=True))
-
-    def _batch(self, experts: SliceReplay | None, behaviour: SliceReplay) -> Batch:
-        batch = behaviour.sample(self.settings.batch, self.sampler)
-        if experts is None:
-            return batch
-        return join(experts.sample(self.settings.batch, self.sampler), batch)
-
-    def _update_on_device(self, batch: Batch) -> dict[str, Tensor]:
-        """The update, without any state of the host's: what mode `graph` captures."""
-        s = self.settings
-        loss, latents, metrics = self._model_loss(
-            self.weights,
-            self.targets,
-            batch,
-            self._model_noise(batch),
-            s,
-            self.config.discount,
-            self.beta,
-            self.penalise,
-        )
-        metrics["model_grad_norm"], finite = self._step(
-            loss, self.model_optimiser, self.model_parameters
-        )
-
-        policy_loss, policy_metrics = self._policy_loss(
-            self.weights, latents, self._policy_noise(latents), s.rho, self.beta, s.entropy
-        )
-        policy_metrics["policy_grad_norm"], both = self._step(
-            policy_loss, self.policy_optimiser, list(self.model.policy.parameters()), finite
-        )
-
-        _move(
-            layer_tensors(self.targets),
-            layer_tensors(frozen(self.weights.critics)),
-            self.settings.tau * finite,
-        )
-        if self.averages is not None:
-            _move(
-                self.averages.tensors(),
-                [t.detach() for t in self.weights.tensors()],
-                self.config.agent.average_rate * finite,
-            )
-        self._skipped += ~both
-        return metrics | policy_metrics | {"skipped_updates": self._skipped.to(loss.dtype)}
+        return self.backend.update(batch)
 
     def acting_weights(self) -> Weights:
         """What training acts with: a live view, of the average for `agent.average: always`."""
@@ -284,89 +127,11 @@ class Learner:
     @property
     def skipped_updates(self) -> int:
         """Updates of which a step was left out, so far; reading it waits for the device."""
-        return int(self._skipped)
+        return int(self.skipped)
 
     @property
     def penalise(self) -> bool:
         return self.config.gradient_penalty and self.settings.objective != "td"
-
-    def _step(
-        self,
-        loss: Tensor,
-        optimiser: torch.optim.Optimizer,
-        parameters: list[Tensor],
-        allowed: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """A step, if `allowed` (bool, 0-dim) and finite: the gradient's norm and whether it was."""
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip).detach()
-        made = loss.detach().isfinite() & norm.isfinite()
-        if allowed is not None:
-            made = made & allowed
-        # Fused Adam looks at this where the gradients are, so that the host need not wait: where it
-        # is 1, parameters, moments and step counts stay (what gradient scaling uses it for).
-        optimiser.found_inf = (~made).to(torch.float32)
-        optimiser.step()
-        return norm, made
-
-    def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device, generator=self.generator)
-
-    def _pair(self) -> Tensor:
-        return layers.random_pair(self.config.model.critics, self.generator)
-
-    def _keep(self, critics: int, rows: int) -> Tensor | None:
-        """Dropout multipliers [critics, rows, hidden], None without dropout."""
-        m = self.config.model
-        if m.dropout == 0:
-            return None
-        keep = torch.empty(critics, rows, m.hidden_dim, device=self.device)
-        return keep.bernoulli_(1 - m.dropout, generator=self.generator).div_(1 - m.dropout)
-
-    def _model_noise(self, batch: Batch) -> ModelNoise:
-        horizon, rows, action_dim = batch.action.shape
-        critics, objective = self.config.model.critics, self.settings.objective
-        keep = self._keep(critics, horizon * rows)
-        keep_target = keep_value = keep_penalty = mix = None
-        if self.penalise:
-            mix = torch.rand(
-                horizon, batch.experts, 1, device=self.device, generator=self.generator
-            )
-        if self.settings.dropout == "always":
-            keep_target = self._keep(2, horizon * rows)
-            if objective != "td":
-                keep_value = self._keep(
-                    2, batch.experts if objective == "iq" else horizon * (rows - batch.experts)
-                )
-            if self.penalise:
-                keep_penalty = self._keep(critics, horizon * batch.experts)
-        shift = None
-        if is_image(self.model.obs_shape):
-            shift = torch.randint(
-                -_SHIFT,
-                _SHIFT + 1,
-                (horizon + 1, rows, 2),
-                device=self.device,
-                generator=self.generator,
-            )
-        starts = horizon if objective == "v_diff" else 1
-        return ModelNoise(
-            self._normal(horizon, rows, action_dim),
-            self._normal(starts, rows, action_dim),
-            keep,
-            mix,
-            self._pair(),
-            shift,
-            keep_target,
-            keep_value,
-            keep_penalty,
-        )
-
-    def _policy_noise(self, latents: Tensor) -> PolicyNoise:
-        steps, rows = latents.shape[:2]
-        keep = self._keep(2, steps * rows) if self.settings.dropout == "always" else None
-        return PolicyNoise(self._normal(steps, rows, self.model.action_dim), self._pair(), keep)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything an exact continuation needs but `sampler`, as a flat mapping of tensors."""
@@ -380,14 +145,13 @@ class Learner:
         if self.average is not None:
             state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for name, optimiser in self._optimisers():
-            if self._fused is not None:
-                for values in optimiser.state.values():
-                    values["step"].fill_(self._steps[name])
             for index, values in optimiser.state_dict()["state"].items():
-                state |= {f"{name}.{index}.{key}": v for key, v in values.items()}
+                for key, v in values.items():
+                    # A count may be shared by all parameters, which a file does not allow.
+                    state[f"{name}.{index}.{key}"] = v.clone() if key == "step" else v
         state["generator"] = self.generator.get_state()
         state["updates"] = torch.tensor(self.updates)
-        state["skipped_updates"] = self._skipped
+        state["skipped_updates"] = self.skipped
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -418,16 +182,9 @@ class Learner:
                         held[field].copy_(v)
                     else:
                         held[field] = v.to(self.device, copy=True)
-            self._steps[name] = int(state.get(f"{name}.0.step", 0))
         self.generator.set_state(state["generator"])
         self.updates = int(state["updates"])
-        self._skipped.fill_(int(state.get("skipped_updates", 0)))  # absent: saved before any count
+        self.skipped.fill_(int(state.get("skipped_updates", 0)))  # absent: saved before any count
 
     def _optimisers(self) -> list[tuple[str, torch.optim.Optimizer]]:
         return [("model_adam", self.model_optimiser), ("policy_adam", self.policy_optimiser)]
-
-
-@torch.no_grad()
-def _move(old: list[Tensor], new: list[Tensor], rate: Tensor) -> None:
-    """old ← old + rate (new - old) in place; rate, 0-dim, on their device."""
-    torch._foreach_lerp_(old, new, [rate] * len(old))

@@ -6,7 +6,7 @@ on the same draws. Batches are time-major; the first `batch.experts` columns are
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor
 from iqmpc.config import LearnerConfig
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Layer, Weights, frozen
+
+if TYPE_CHECKING:
+    from iqmpc.kernels.iq_update.types import UpdateSettings
 
 Critics = tuple[Layer, ...]
 
@@ -80,7 +83,7 @@ def soft_value(
     pair: Critics,
     z: Tensor,
     noise: Tensor,
-    beta: float,
+    entropy_coef: float,
     form: Literal["exact", "presquash"] = "exact",
     keep: Tensor | None = None,
 ) -> Tensor:
@@ -90,7 +93,7 @@ def soft_value(
     """
     with torch.no_grad():
         action, log_prob = layers.policy_sample(weights, z, noise, form)
-    return layers.q_min(pair, z, action, keep) - beta * log_prob
+    return layers.q_min(pair, z, action, keep) - entropy_coef * log_prob
 
 
 def consistency_loss(predicted: Tensor, target: Tensor, rho: float) -> Tensor:
@@ -173,15 +176,15 @@ def model_loss(
     targets: Critics,
     batch: Batch,
     noise: ModelNoise,
-    config: LearnerConfig,
+    config: LearnerConfig | UpdateSettings,
     discount: float,
-    beta: float,
+    entropy_coef: float,
     penalise: bool,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The encoder's, dynamics' and critics' loss, and the termination head's; π is fixed.
 
-    Returns the loss, the rollout's latents z [H+1, B, Z] and metrics (0-dim tensors). `beta` is
-    the coefficient in force, β or β·A; `penalise` adds the gradient penalty.
+    Returns the loss, the imagined latents z [H+1, B, Z] and metrics (0-dim tensors).
+    `entropy_coef` is the coefficient in force, β or β·A; `penalise` adds the gradient penalty.
     """
     horizon = batch.action.shape[0]
     obs = batch.obs if noise.shift is None else layers.shifted(batch.obs, noise.shift)
@@ -192,15 +195,15 @@ def model_loss(
             layers.draw_pair(targets, noise.pair),
             encoded,
             noise.target,
-            beta,
+            entropy_coef,
             config.entropy,
             noise.keep_target,
         )
         backup = discount * (1 - batch.terminated) * target_value
-    rollout = [layers.encode(weights, obs[0])]
+    imagined = [layers.encode(weights, obs[0])]
     for t in range(horizon):
-        rollout.append(layers.dynamics(weights, rollout[-1], batch.action[t]))
-    latents = torch.stack(rollout)
+        imagined.append(layers.dynamics(weights, imagined[-1], batch.action[t]))
+    latents = torch.stack(imagined)
 
     consistency = consistency_loss(latents[1:], encoded, config.rho)
     q = layers.critics(weights.critics, latents[:-1], batch.action, noise.keep)
@@ -221,7 +224,7 @@ def model_loss(
                 pair,
                 latents[0, :n],
                 noise.initial[0, :n],
-                beta,
+                entropy_coef,
                 config.entropy,
                 noise.keep_value,
             )
@@ -232,7 +235,7 @@ def model_loss(
                 pair,
                 latents[:-1, n:],
                 noise.initial[:, n:],
-                beta,
+                entropy_coef,
                 config.entropy,
                 noise.keep_value,
             )
@@ -246,6 +249,7 @@ def model_loss(
             "value_term": value_term.mean(),
         }
         if penalise:
+            assert noise.mix is not None  # drawn where there is a penalty
             penalty = gradient_penalty(
                 weights.critics,
                 latents[:-1],
@@ -275,7 +279,7 @@ def policy_loss(
     latents: Tensor,
     noise: PolicyNoise,
     rho: float,
-    beta: float,
+    entropy_coef: float,
     form: Literal["exact", "presquash"] = "exact",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Σ_{t=0..H} λ^t mean[β log π(a|z_t) - Q_min(z_t, a)] / (H+1); critics and latents fixed.
@@ -286,7 +290,7 @@ def policy_loss(
     pair = layers.draw_pair(frozen(weights.critics), noise.pair)
     action, log_prob = layers.policy_sample(weights, latents.detach(), noise.action, form)
     q = layers.q_min(pair, latents.detach(), action, noise.keep)
-    loss = (beta * log_prob - q).mean(1)
+    loss = (entropy_coef * log_prob - q).mean(1)
     loss = (horizon_weights(rho, len(loss), loss) * loss).mean()
     return loss, {
         "policy_loss": loss.detach(),

@@ -6,13 +6,15 @@ A `WorldModel` only holds parameters; what it computes is `iqmpc.kernels.layers`
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from iqmpc.config import ModelConfig
-from iqmpc.frames import SIZE, is_image
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Layer, Weights
+from iqmpc.observation import ObservationSpec
 
 
 class Linear(nn.Module):
@@ -45,10 +47,21 @@ class Convolution(nn.Module):
         return Layer(self.weight, self.bias)
 
 
+def _zeroed(linear: Linear) -> Linear:
+    """The same, whose outputs are its bias's zeros until it is trained."""
+    nn.init.zeros_(linear.weight)
+    return linear
+
+
+def _layers(part: nn.ModuleList) -> tuple[Layer, ...]:
+    """A live view of a part's parameters."""
+    return tuple(cast("Linear | Convolution", module).layer() for module in part)
+
+
 class WorldModel(nn.Module):
     """h, d, π and Q_1..Q_K for observations of shape `obs_shape` and actions of size `action_dim`.
 
-    `obs_shape` is (O,), or O for short, or (3C, 64, 64) for stacked frames (`iqmpc.frames`).
+    `obs_shape` is (O,), or O for short, or (3C, 64, 64) for images, or an `ObservationSpec`.
     `termination` adds the head d̂ (null: as `config.termination` says, false where that is null).
     With the default (paper) sizes, 91 observations and 39 actions it has 4,274,259 parameters.
     Raises `ValueError` for another shape.
@@ -56,7 +69,7 @@ class WorldModel(nn.Module):
 
     def __init__(
         self,
-        obs_shape: int | tuple[int, ...],
+        obs_shape: ObservationSpec | tuple[int, ...] | int,
         action_dim: int,
         config: ModelConfig | None = None,
         *,
@@ -64,10 +77,10 @@ class WorldModel(nn.Module):
     ):
         super().__init__()
         config = config or ModelConfig()
-        self.obs_shape = (obs_shape,) if isinstance(obs_shape, int) else tuple(obs_shape)
+        self.observation_spec = ObservationSpec.of(obs_shape)
         self.action_dim, self.config = action_dim, config
         latent, hidden = config.latent_dim, config.hidden_dim
-        self.encoder = nn.ModuleList(_encoder(self.obs_shape, config))
+        self.encoder = nn.ModuleList(_encoder(self.observation_spec, config))
         self.dynamics = nn.ModuleList(
             [
                 Linear(latent + action_dim, hidden, normed=True),
@@ -87,29 +100,32 @@ class WorldModel(nn.Module):
             [
                 Linear(latent + action_dim, hidden, normed=True, members=members),
                 Linear(hidden, hidden, normed=True, members=members),
-                Linear(hidden, 1, normed=False, members=members),
+                _zeroed(Linear(hidden, 1, normed=False, members=members)),
             ]
         )
-        nn.init.zeros_(self.critics[-1].weight)
         self.termination = nn.ModuleList()
         if config.termination if termination is None else termination:
             self.termination.extend(
                 [
                     Linear(latent, hidden, normed=True),
                     Linear(hidden, hidden, normed=True),
-                    Linear(hidden, 1, normed=False),
+                    _zeroed(Linear(hidden, 1, normed=False)),  # nothing is terminal at first
                 ]
             )
-            nn.init.zeros_(self.termination[-1].weight)  # nothing is terminal before it is learnt
 
     def weights(self) -> Weights:
         """A live view of the parameters, for `iqmpc.kernels`."""
-        stacks = (
-            tuple(m.layer() for m in part)
-            for part in (self.encoder, self.dynamics, self.policy, self.critics)
+        c = self.config
+        return Weights(
+            encoder=_layers(self.encoder),
+            dynamics=_layers(self.dynamics),
+            policy=_layers(self.policy),
+            critics=_layers(self.critics),
+            simnorm_dim=c.simnorm_dim,
+            log_std_min=c.log_std_min,
+            log_std_max=c.log_std_max,
+            termination=_layers(self.termination),
         )
-        c, termination = self.config, tuple(m.layer() for m in self.termination)
-        return Weights(*stacks, c.simnorm_dim, c.log_std_min, c.log_std_max, termination)
 
     def encode(self, obs: Tensor) -> Tensor:
         """obs [..., O], or uint8 [..., 3C, 64, 64] -> z [..., Z]."""
@@ -128,17 +144,15 @@ class WorldModel(nn.Module):
         return layers.critics(self.weights().critics, z, action)
 
 
-def _encoder(obs_shape: tuple[int, ...], config: ModelConfig) -> list[nn.Module]:
+def _encoder(spec: ObservationSpec, config: ModelConfig) -> list[nn.Module]:
     """MLP for flat observations; for images convolutions, and a Linear if Z is not their size."""
     latent = config.latent_dim
-    if len(obs_shape) == 1:
-        return [
-            Linear(*obs_shape, config.encoder_dim, normed=True),
-            Linear(config.encoder_dim, latent, normed=True),
-        ]
-    if not is_image(obs_shape) or obs_shape[1:] != (SIZE, SIZE):
-        raise ValueError(f"obs_shape must be (O,) or (3C, {SIZE}, {SIZE}), got {obs_shape}")
-    channels, side, encoder = obs_shape[0], SIZE, []
+    encoder: list[nn.Module] = []
+    if not spec.images:
+        encoder.append(Linear(spec.shape[0], config.encoder_dim, normed=True))
+        encoder.append(Linear(config.encoder_dim, latent, normed=True))
+        return encoder
+    channels, side, _ = spec.shape
     for kernel, stride in layers.CONVOLUTIONS:
         encoder.append(Convolution(channels, layers.CHANNELS, kernel))
         channels, side = layers.CHANNELS, (side - kernel) // stride + 1

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import time
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from iqmpc.config import PlannerConfig
-from iqmpc.errors import BackendError
-from iqmpc.frames import is_image
-from iqmpc.kernels import mppi_plan, triton_weights
-from iqmpc.kernels.backends import interpreted, resolve_backend
-from iqmpc.kernels.mppi_plan import Plan
+from iqmpc.kernels.mppi_plan import BACKENDS, Plan, resolve_plan
 from iqmpc.kernels.weights import Weights
+from iqmpc.observation import ObservationSpec
 from iqmpc.plan_statistics import PlanStatistics
+
+COUNTS = ("nonfinite_plans", "missed_plans", "late_plans")
 
 
 class Planner:
-    """Plans for `num_envs` independent problems at once, on its own snapshot of the weights.
+    """Plans for `problems` independent problems at once, on its own snapshot of the weights.
 
     Not for two threads at once: each plan starts from the last one, whosever it was. Call `reset`
     when an episode starts, `plan` at every control step and `publish` after the
@@ -38,27 +41,29 @@ class Planner:
         config: PlannerConfig | None = None,
         *,
         discount: float,
-        beta: float = 0.0,
-        num_envs: int = 1,
+        entropy_coef: float = 0.0,
+        problems: int = 1,
         seed: int = 0,
     ):
-        """`beta` is the entropy coefficient in force (the unrolled score's).
+        """`entropy_coef` is the entropy coefficient in force, β·A or β (the unrolled score's).
 
-        Raises `BackendError` where no backend can serve the settings.
+        Raises `BackendError` where the backend that is named cannot serve, or none can: because of
+        the machine, of the weights, or of a setting that it does not use.
         """
         self.config = config = config or PlannerConfig()
-        self.obs_shape, self.num_envs = weights.obs_shape, num_envs
-        self.backend = _backend(config, weights)
-        self._plan = mppi_plan.BACKENDS[self.backend](
-            weights, config, discount=discount, beta=beta, num_envs=num_envs, seed=seed
+        self.observation_spec, self.problems = ObservationSpec(weights.obs_shape), problems
+        self.backend = resolve_plan(weights, config)
+        self._plan = BACKENDS[self.backend](
+            weights,
+            config,
+            discount=discount,
+            entropy_coef=entropy_coef,
+            problems=problems,
+            seed=seed,
         )
-        self._samples = (
-            num_envs
-            * (
-                config.policy_trajectories
-                + config.iterations_for(weights.action_dim)
-                * (config.samples - config.policy_trajectories)
-            )
+        drawn = config.samples - config.policy_trajectories
+        self._all_samples = problems * (
+            config.policy_trajectories + config.iterations_for(weights.action_dim) * drawn
             if config.enabled
             else 0
         )
@@ -70,25 +75,21 @@ class Planner:
         """Copy `weights` into the snapshot that plans are computed on."""
         self._plan.publish(weights)
 
-    def reset(self, env: int | None = None) -> None:
+    def reset(self, problem: int | None = None) -> None:
         """Forget the previous plan, of one problem or of all: an episode starts."""
-        self._plan.reset(env)
+        self._plan.reset(problem)
 
     def plan(self, obs: Tensor, *, explore: bool = False) -> Tensor:
         """obs [E, O] or uint8 [E, 3C, 64, 64] -> action [E, A] in [-1, 1]; `explore` adds std_0·ε.
 
         Raises `ValueError` for observations of another shape, and images of another type.
         """
-        expected = [self.num_envs, *self.obs_shape]
-        if list(obs.shape) != expected:
-            raise ValueError(f"obs must be {expected}, got {list(obs.shape)}")
-        if is_image(self.obs_shape) and obs.dtype != torch.uint8:
-            raise ValueError(f"images must be uint8, got {obs.dtype}")
+        self.observation_spec.check(obs, self.problems)
         started = time.perf_counter()
         plan = self._plan(obs, explore=explore)
         if plan.elapsed_us is None:
             elapsed_us = 1e6 * (time.perf_counter() - started)
-            plan = plan._replace(samples=self._samples, elapsed_us=elapsed_us)
+            plan = plan._replace(samples=self._all_samples, elapsed_us=elapsed_us)
         self.last = plan
         self._statistics.add(plan)
         if plan.nonfinite:
@@ -106,7 +107,7 @@ class Planner:
 
     def statistics(self) -> PlanStatistics:
         """Counts and times of the plans since the planner was made or `clear_statistics` called."""
-        return self._statistics.copy()
+        return copy.deepcopy(self._statistics)
 
     def clear_statistics(self) -> None:
         self._statistics = PlanStatistics()
@@ -125,75 +126,36 @@ class Planner:
     def step(self, value: int) -> None:
         self._plan.step = value
 
+    @contextlib.contextmanager
+    def untraced(self) -> Iterator[dict[str, int]]:
+        """Plan from step 0 on, and be afterwards as if nothing had been planned.
+
+        Yields what is filled at the end: how many plans were counted, by `COUNTS`.
+        """
+        before, counted = self.state_dict(), dict[str, int]()
+        self.step = 0
+        yield counted
+        counted.update({name: getattr(self, name) - int(before[name]) for name in COUNTS})
+        self.load_state_dict(before)
+
+    def count(self, counted: dict[str, int]) -> None:
+        """Add to the counts, by `COUNTS`."""
+        for name, number in counted.items():
+            setattr(self, name, getattr(self, name) + number)
+
+    def summary(self) -> dict[str, Any]:
+        """The backend and the counts, as summary.json and `iqmpc eval` name them."""
+        return {"backend": self.backend, **{name: getattr(self, name) for name in COUNTS}}
+
     def state_dict(self) -> dict[str, Tensor]:
         return {
             "mean": self.mean.clone(),
             "step": torch.tensor(self.step),
-            "nonfinite_plans": torch.tensor(self.nonfinite_plans),
-            "missed_plans": torch.tensor(self.missed_plans),
-            "late_plans": torch.tensor(self.late_plans),
+            **{name: torch.tensor(getattr(self, name)) for name in COUNTS},
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.mean.copy_(state["mean"])
         self.step = int(state["step"])
-        self.nonfinite_plans = int(state["nonfinite_plans"])
-        self.missed_plans = int(state["missed_plans"])
-        self.late_plans = int(state.get("late_plans", 0))  # checkpoints of 0.1 have none
-
-
-def _backend(config: PlannerConfig, weights: Weights) -> str:
-    """The backend to use, or `BackendError` with what keeps those named from serving."""
-    device = weights.encoder[0].weight.device
-    reasons = {}
-
-    def refuse(name: str, *pairs: tuple[bool, str]) -> None:
-        """The first reason whose condition holds."""
-        reason = next((text for holds, text in pairs if holds), None)
-        if reason is not None:
-            reasons[name] = reason
-
-    precision = f"got planner.precision={config.precision}"
-    budget = (config.budget_us is not None, "keeps to no planner.budget_us")
-    ends = (bool(weights.termination), "takes no model with a termination head (model.termination)")
-    capture = (config.capture is True, "captures no CUDA graph, got planner.capture=true")
-    unfit = triton_weights.unfit(weights) or triton_weights.encoder_unfit(weights)
-    refuse(
-        "reference",
-        (
-            config.precision not in ("float32", "float64"),
-            f"computes in float32 or float64, {precision}",
-        ),
-        budget,
-        capture,
-    )
-    refuse(
-        "cpu",
-        (config.precision not in ("float32", "bf16"), f"computes in float32 or bf16, {precision}"),
-        (device.type != "cpu", f"needs weights on the CPU, got {device}"),
-        capture,
-    )
-    refuse("cuda", ends)
-    refuse(
-        "triton",
-        ends,
-        (
-            config.precision not in triton_weights.PRECISIONS,
-            f"computes in float32, tf32 or bf16, {precision}",
-        ),
-        budget,
-        (
-            device.type != "cuda" and not (config.backend == "triton" and interpreted()),
-            f"needs weights on a CUDA device, got {device}",
-        ),
-        (unfit is not None, f"cannot take the model: {unfit}"),
-    )
-    if config.backend in reasons:
-        raise BackendError(f"backend {config.backend!r} {reasons[config.backend]}")
-    usable = [name for name in mppi_plan.BACKENDS if name not in reasons]
-    if not usable:
-        raise BackendError(
-            "no backend can serve these settings: "
-            + "; ".join(f"{name} {reason}" for name, reason in reasons.items())
-        )
-    return resolve_backend(config.backend, usable)
+        for name in COUNTS:
+            setattr(self, name, int(state.get(name, 0)))  # those of 0.1 count no late ones

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
-import json
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from iqmpc.checkpoint import load_config
-from iqmpc.compose import ablation
+from iqmpc.composition import ablation
 from iqmpc.errors import CheckpointError, IqmpcError
 from iqmpc.files import write_atomically
+from iqmpc.run_folder import RunFolder
 from iqmpc.runlog import read_rows
 
 if TYPE_CHECKING:
@@ -58,9 +57,9 @@ class Curve(NamedTuple):
 
 
 def read_curve(run: Path) -> Curve:
-    """Raises `CheckpointError` for what is no run folder or has no metrics.csv."""
-    config = load_config(run)
-    path = run / "metrics.csv"
+    """The curve of a run; `CheckpointError` for what is no run folder or has no metrics.csv."""
+    folder = RunFolder(run)
+    config, path = folder.load_config(), folder.metrics
     if not path.exists():
         raise CheckpointError(f"{run} has no metrics.csv")
     points = []
@@ -82,15 +81,11 @@ def read_curve(run: Path) -> Curve:
                         float(row[column]),
                     )
                 )
-    summary = run / "summary.json"
     demonstrator = None
-    if summary.exists():
-        try:
-            demonstrator = json.loads(summary.read_bytes())["demonstrator_return"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            warnings.warn(
-                f"{summary} cannot be read: no demonstrator is drawn", RuntimeWarning, stacklevel=2
-            )
+    try:
+        demonstrator = folder.load_summary().get("demonstrator_return")
+    except CheckpointError as error:
+        warnings.warn(f"{error}: no demonstrator is drawn", RuntimeWarning, stacklevel=2)
     return Curve(points, config.task.name, config.seed, ablation(config), demonstrator)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iqmpc.frames import STACK, is_image
+from iqmpc.episode import Episode
 from iqmpc.kernels.iq_update import Rows
 from iqmpc.losses import Batch
+from iqmpc.observation import STACK, ObservationSpec
 
 
 class SliceReplay:
@@ -20,14 +21,14 @@ class SliceReplay:
     counts the times at which older episodes made room: until it changes, what `state_dict` gave
     stays as it was.
 
-    `obs_shape` is (O,), or O for short, or (3C, 64, 64) for images: these are given and kept as
-    single frames, uint8 [C, 64, 64], and stacked when they are drawn. A row of RGB frames takes
-    12,288 bytes, so 1,000,000 rows 12.3 GB.
+    `obs_shape` is what an `ObservationSpec` is made of. Images are kept as an `Episode` has them,
+    each frame once, and stacked when they are drawn. A row of RGB frames takes 12,288 bytes, so
+    1,000,000 rows 12.3 GB.
     """
 
     def __init__(
         self,
-        obs_shape: int | tuple[int, ...],
+        obs_shape: ObservationSpec | tuple[int, ...] | int,
         action_dim: int,
         *,
         horizon: int,
@@ -35,11 +36,14 @@ class SliceReplay:
         device: torch.device | str = "cpu",
     ):
         self.horizon, self.capacity, self.device = horizon, capacity, torch.device(device)
-        shape = (obs_shape,) if isinstance(obs_shape, int) else tuple(obs_shape)
-        self._images = is_image(shape)
-        if self._images:
-            shape = (shape[0] // STACK, *shape[1:])
-        self._dims = {"obs": shape, "action": (action_dim,), "reward": (), "terminated": ()}
+        self.observation_spec = spec = ObservationSpec.of(obs_shape)
+        self._images = spec.images
+        self._dims = {
+            "obs": spec.row_shape,
+            "action": (action_dim,),
+            "reward": (),
+            "terminated": (),
+        }
         if self._images:
             self._dims["age"] = ()  # how many frames of its episode stand before a row, at most 2
         self._rows: dict[str, Tensor] = {}
@@ -61,30 +65,19 @@ class SliceReplay:
     def slices(self) -> int:
         return len(self._starts)
 
-    def add_episode(
-        self,
-        obs: Tensor,
-        action: Tensor,
-        reward: Tensor | None = None,
-        *,
-        terminated: bool = False,
-    ) -> None:
-        """Append obs [T+1, O] (of images the frames, uint8 [T+1, C, 64, 64]), action [T, A], reward
-        [T] (zeros where absent).
+    def add(self, episode: Episode) -> None:
+        """Append a finished episode; its rewards are zeros where it has none.
 
-        `terminated`: the last step ended the task (its value is not bootstrapped). An episode
+        A terminal last row marks the last step as one whose value is not bootstrapped. An episode
         shorter than the horizon is kept out, since it offers no slice.
         Raises `ValueError` for shapes that do not fit or an episode larger than the capacity.
         """
-        steps = len(action)
-        for name, tensor, shape in (
-            ("obs", obs, [steps + 1, *self._dims["obs"]]),
-            ("action", action, [steps, *self._dims["action"]]),
-        ):
-            if list(tensor.shape) != shape:
-                raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}")
-        if self._images and obs.dtype != torch.uint8:
-            raise ValueError(f"frames must be uint8, got {obs.dtype}")
+        obs, action = torch.as_tensor(episode.observations), torch.as_tensor(episode.actions)
+        reward, steps = episode.rewards, len(action)
+        self.observation_spec.check_rows(obs, steps + 1)
+        expected = [steps, *self._dims["action"]]
+        if list(action.shape) != expected:
+            raise ValueError(f"action must be {expected}, got {list(action.shape)}")
         if steps + 1 > self.capacity:
             raise ValueError(
                 f"an episode of {steps} steps does not fit a replay of {self.capacity} rows"
@@ -95,9 +88,9 @@ class SliceReplay:
         rows = slice(first, first + steps)
         self._rows["obs"][first : first + steps + 1] = obs.to(self.device)
         self._rows["action"][rows] = action.to(self.device)
-        self._rows["reward"][rows] = 0 if reward is None else reward.to(self.device)
+        self._rows["reward"][rows] = 0 if reward is None else torch.as_tensor(reward)
         self._rows["terminated"][rows] = 0
-        self._rows["terminated"][first + steps - 1] = float(terminated)
+        self._rows["terminated"][first + steps - 1] = float(episode.terminated)
         if self._images:
             age = torch.arange(steps + 1).clamp(max=STACK - 1)
             self._rows["age"][first : first + steps + 1] = age

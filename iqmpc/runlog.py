@@ -1,10 +1,9 @@
-"""What a run writes about itself: metrics.csv, TensorBoard and summary.json."""
+"""What a run writes about its progress: metrics.csv and TensorBoard."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iqmpc.files import naming, write_atomically
+from iqmpc.run_folder import RunFolder
 
 PROGRESS = ("env_steps", "updates", "episodes", "wall_s")
 RESULTS = ("return", "eval_return_mean", "eval_return_std", "eval_success_rate", "nonfinite_plans")
@@ -36,7 +36,7 @@ LEARNING = (
     "termination_recall",
     "termination_precision",
 )
-COLUMNS = PROGRESS + RESULTS + LEARNING
+COLUMNS: tuple[str, ...] = PROGRESS + RESULTS + LEARNING
 _LAST = 5
 
 
@@ -49,8 +49,8 @@ class RunLog:
     metrics.csv.damaged, with a warning. Without TensorBoard, or where it fails, a run goes on.
     """
 
-    def __init__(self, run: Path, *, since: int | None = None, evaluated: int = 0):
-        self._path = path = run / "metrics.csv"
+    def __init__(self, run: RunFolder, *, since: int | None = None, evaluated: int = 0):
+        self._path = path = run.metrics
         rows: list[dict[str, str]] = []
         if since is not None and path.exists():
             rows, damaged = read_rows(path)
@@ -76,7 +76,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self._board = SummaryWriter(
-                str(run / "tensorboard"), purge_step=None if since is None else since + 1
+                str(run.tensorboard), purge_step=None if since is None else since + 1
             )
         except Exception as error:  # of its own, of protobuf, of the file system
             self._without_board(error)
@@ -154,24 +154,7 @@ def _is_row(row: Mapping[str, str]) -> bool:
     return bool(steps) and whole and bool(row["wall_s"])
 
 
-def strict_json(values: Mapping[str, Any]) -> str:
-    """Strict JSON, in which a number that is not finite is null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: finite(inner) for key, inner in value.items()}
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            return [finite(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(values), indent=2, allow_nan=False)
-
-
-def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
-    write_atomically(run / "summary.json", (strict_json(summary) + "\n").encode())
-
-
-def last_evaluations(run: Path, *, before: int) -> dict[str, float | None]:
+def last_evaluations(run: RunFolder, *, before: int) -> dict[str, float | None]:
     """Mean and minimum over the last five evaluations on the way, or all where there were fewer.
 
     They are those of metrics.csv before step `before`: the evaluation that ends a run is not among
@@ -180,10 +163,10 @@ def last_evaluations(run: Path, *, before: int) -> dict[str, float | None]:
     that is not finite.
     """
     rows = []
-    if (run / "metrics.csv").exists():
+    if run.metrics.exists():
         rows = [
             r
-            for r in read_rows(run / "metrics.csv")[0]
+            for r in read_rows(run.metrics)[0]
             if _kept(r, before - 1, before - 1) and r["eval_return_mean"]
         ][-_LAST:]
     result: dict[str, float | None] = {}

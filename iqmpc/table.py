@@ -15,11 +15,11 @@ from typing import Any
 
 from rich.table import Table
 
-from iqmpc import checkpoint
-from iqmpc.compose import ablation
+from iqmpc.composition import ablation
 from iqmpc.errors import CheckpointError, IqmpcError, TaskError
 from iqmpc.evaluation import evaluate, mixed_correlation, open_run, ratio
 from iqmpc.files import write_atomically
+from iqmpc.run_folder import RunFolder
 from iqmpc.runlog import last_evaluations
 
 EPISODES = 20
@@ -50,7 +50,7 @@ def measure(run: Path, *, episodes: int, planner: bool = True) -> dict[str, Any]
     Returns the checkpoint's facts and the figures as `iqmpc eval` names them. Episodes follow from
     the run's seed + 10,000. Raises as `open_run` does.
     """
-    seed = checkpoint.load_config(run).seed + _SEED_OFFSET
+    seed = RunFolder(run).load_config().seed + _SEED_OFFSET
     agent, env = open_run(run, {"planner.enabled": planner}, seed=seed)
     try:
         figures = {**agent.facts, "episodes": episodes, "seed": seed}
@@ -82,16 +82,17 @@ def record(
     acts with the policy prior.
     Raises `CheckpointError` where `run` is no run or has no checkpoint, and as `measure` does.
     """
-    config = checkpoint.load_config(run)
-    if not checkpoint.exists(run):
+    folder = RunFolder(run)
+    config = folder.load_config()
+    if not folder.has_checkpoint:
         raise CheckpointError(f"{run} has no checkpoint")
-    summary = _read_json(run / "summary.json")
+    summary = folder.load_summary()
     agent = "planner" if planner and config.planner.enabled else "prior"
     enough = summary.get("episodes", 0) >= episodes and (
         agent == "planner" or not config.planner.enabled
     )
-    kept = run / f"evaluation-{agent}.json"
-    measured = _read_json(kept)
+    kept = folder.evaluation(agent)
+    measured = folder.load_json(kept)
     if (
         not summary
         or measured.get("env_steps") != summary["env_steps"]
@@ -116,7 +117,7 @@ def record(
     told = summary or measured
     reached = summary if enough else measured
     steps, demonstrator = told["env_steps"], told["demonstrator_return"]
-    last = last_evaluations(run, before=steps if summary else steps + 1)
+    last = last_evaluations(folder, before=steps if summary else steps + 1)
     of = "return" if reached["success_rate"] is None else "success"
     return _finite(
         {
@@ -268,16 +269,3 @@ def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
         k: v if not isinstance(v, float) else round(v, _DIGITS) if math.isfinite(v) else None
         for k, v in figures.items()
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file of a run folder says; nothing where there is none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} cannot be read: it holds no figures by name")
-    return found

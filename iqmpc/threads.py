@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import torch
 
-_threads: int | None = None
-_torchs: int | None = None  # as they were set here
-_default: int | None = None  # as torch, or who uses it, had set them before
+from iqmpc.config import Config
+
+_threads = 0  # 0: not set yet
+_torchs = 0  # as they were set here
+_default = 0  # as torch, or who uses it, had set them before
 
 
 def set_threads(count: int | None, *, torch_idle: bool = False) -> None:
@@ -29,3 +31,17 @@ def set_threads(count: int | None, *, torch_idle: bool = False) -> None:
 def threads() -> int:
     """Threads for a plan or an update made now."""
     return _threads or torch.get_num_threads()
+
+
+def prepare_torch(config: Config) -> None:
+    """Set the process to the run's `threads`, and torch to flush denormal numbers to zero."""
+    # Where the C++ library both plans and learns, torch has only trifles to do.
+    idle = (
+        (config.device == "cpu" or not torch.cuda.is_available())
+        and config.task.obs == "state"
+        and config.learner.mode in ("auto", "fused")
+        and config.planner.backend in ("auto", "cpu")
+        and config.planner.mode == "eager"  # else the reference plans
+    )
+    set_threads(config.threads, torch_idle=idle)
+    torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -29,13 +30,13 @@ class Recorder:
             if importlib.util.find_spec(module) is None:
                 raise IqmpcError("--video needs the extra 'video': pip install 'iqmpc[video]'")
         self.path = path
-        self._frames: list[np.ndarray] = []
+        self._frames: list[Any] = []  # uint8 [H, W, 3]
         self._fps = 30
 
     def __call__(self, env: gymnasium.Env) -> None:
         self._fps = env.metadata.get("render_fps") or self._fps
         try:
-            frame = env.render()
+            frame: Any = env.render()
         except TaskError:
             raise
         except Exception as error:

@@ -1,4 +1,8 @@
-"""Which kernel backends can run here, and which one an operation uses."""
+"""Which kernel backends can run here, and the one rule by which a backend is chosen.
+
+A backend speaks for itself: whoever has several of them asks each why it cannot serve, and gives
+the answers to `resolve`, which takes the one that was named or says what is against it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,14 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from iqmpc.errors import BackendError
+from iqmpc.errors import BackendError, IqmpcError
 
-# "auto" takes the first that the operation implements and the machine can run.
-_AUTO = ("triton", "cpu", "reference")
+# "auto" takes the first that can serve.
+AUTO = ("triton", "cpu", "reference")
 
 
 def available_backends() -> dict[str, str | None]:
@@ -25,34 +29,60 @@ def available_backends() -> dict[str, str | None]:
     return dict(_availability())
 
 
+def cannot_run(backend: str, asked: str) -> str | None:
+    """What keeps a backend from running on this machine where `asked` is asked for, or None.
+
+    Where the environment variable TRITON_INTERPRET is 1, "triton" by name is Triton's interpreter
+    on the CPU, which "auto" never takes.
+    """
+    reason = _availability()[backend]
+    if reason is None or (asked == backend == "triton" and interpreted()):
+        return None
+    return f"cannot run: {reason}"
+
+
+def resolve(
+    asked: str,
+    unfit: Mapping[str, str | None],
+    *,
+    order: Sequence[str],
+    setting: str,
+    error: type[IqmpcError] = BackendError,
+) -> str:
+    """The choice that a setting comes to: `asked`, or for "auto" the first of `order` that serves.
+
+    `unfit` says of every choice why it cannot serve, or None. A named choice is never replaced.
+    Raises `error` with the reason where the named one cannot serve, or with everyone's where none
+    can. "auto" warns, once, where it comes to the slow reference.
+    """
+    if asked == "auto":
+        chosen = next((name for name in order if unfit.get(name, "") is None), None)
+        against = "; ".join(f"{name} {unfit[name]}" for name in order if unfit.get(name))
+        if chosen is None:
+            raise error(f"no {setting} can serve: {against}")
+        if chosen == "reference":
+            _warn_once(f"using the slow reference in plain torch ({against})")
+        return chosen
+    if asked not in unfit:
+        raise error(f"unknown {setting} {asked!r}, expected auto, {', '.join(unfit)}")
+    if unfit[asked] is not None:
+        raise error(f"{setting}={asked} {unfit[asked]}")
+    return asked
+
+
 def resolve_backend(name: str, implemented: Collection[str]) -> str:
     """The backend to use for an operation that has the backends `implemented`.
 
     A name other than "auto" is returned as it is, or `BackendError` says what is missing. "auto" is
-    Triton on a machine with a CUDA device, else the C++ kernel, else the reference, which is slow
-    and therefore warned about, once. Where the environment variable TRITON_INTERPRET is 1, "triton"
-    by name is Triton's interpreter on the CPU, which "auto" never takes.
+    Triton on a machine with a CUDA device, else the C++ kernel, else the reference.
     """
-    reasons = {
-        backend: reason if backend in implemented else "not implemented for this operation"
-        for backend, reason in _availability().items()
+    unfit = {
+        backend: cannot_run(backend, name)
+        if backend in implemented
+        else "cannot run: not implemented for this operation"
+        for backend in _availability()
     }
-    if name == "auto":
-        chosen = next((backend for backend in _AUTO if reasons[backend] is None), None)
-        if chosen is None:
-            missing = "; ".join(f"{backend}: {reasons[backend]}" for backend in _AUTO)
-            raise BackendError(f"no backend can run ({missing})")
-        if chosen == "reference":
-            missing = "; ".join(f"{b}: {reasons[b]}" for b in _AUTO if b != "reference")
-            _warn_once(f"using the slow reference in plain torch ({missing})")
-        return chosen
-    if name not in reasons:
-        raise BackendError(f"unknown backend {name!r}, expected auto, {', '.join(reasons)}")
-    if name == "triton" and name in implemented and interpreted():
-        return name
-    if reasons[name] is not None:
-        raise BackendError(f"backend {name!r} cannot run: {reasons[name]}")
-    return name
+    return resolve(name, unfit, order=AUTO, setting="backend")
 
 
 def interpreted() -> bool:
@@ -81,5 +111,5 @@ def _availability() -> dict[str, str | None]:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    # Level 4 passes this function, resolve_backend and the operation, so that the caller is shown.
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    # Level 5 passes this function, the two that resolve and the operation: its caller is shown.
+    warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from iqmpc.kernels.weights import Layer, Weights
 
 
-class PackedWeights:
+class CpuWeights:
     """A read-only copy of a world model in the C++ kernels' layout, made once and used often.
 
     `precision` is "float32" or "bf16": the operands of matrix products. `isa` names one of

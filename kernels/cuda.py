@@ -8,7 +8,7 @@ from torch import Tensor
 from iqmpc.errors import BackendError
 from iqmpc.kernels.backends import available_backends
 from iqmpc.kernels.cpu import model_view
-from iqmpc.kernels.weights import Layer, Weights, map_layers
+from iqmpc.kernels.weights import Weights
 
 
 class CudaWeights:
@@ -44,12 +44,7 @@ class CudaWeights:
                     f"weights must be float32 for the cuda backend, got {_name(tensor.dtype)}"
                 )
         self.device = _cuda_device(device, weights.encoder[0].weight.device)
-        host = weights._replace(
-            **{
-                part: _host(getattr(weights, part))
-                for part in ("encoder", "dynamics", "policy", "critics")
-            }
-        )
+        host = weights.map(lambda t: t.detach().cpu())
         self.native = _C.CudaWorldModel(
             model_view(host), precision=precision, device=self.device.index
         )
@@ -92,10 +87,6 @@ def _cuda_device(device: torch.device | str | int | None, default: torch.device)
     if chosen.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return chosen
-
-
-def _host(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-    return map_layers(lambda t: t.detach().cpu(), layers)
 
 
 def _name(dtype: torch.dtype) -> str:

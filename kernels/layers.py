@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iqmpc.kernels.weights import Layer, Weights
+from iqmpc.kernels.weights import Layer, Weights, map_layers
 
 _EPS = 1e-5  # LayerNorm's, as in torch
 CONVOLUTIONS = ((7, 2), (5, 2), (3, 2), (3, 1))  # kernel and stride of the encoder of images
@@ -26,9 +26,9 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
         y = F.linear(x, layer.weight, layer.bias)
     else:
         y = torch.baddbmm(layer.bias.unsqueeze(1), x, layer.weight.transpose(1, 2))
-    if layer.gamma is None:
-        return y
     gamma, beta = layer.gamma, layer.beta
+    if gamma is None or beta is None:
+        return y
     if layer.weight.dim() == 2:
         return F.layer_norm(y, y.shape[-1:], gamma, beta, _EPS)
     return F.layer_norm(y, y.shape[-1:], eps=_EPS) * gamma.unsqueeze(1) + beta.unsqueeze(1)
@@ -139,6 +139,7 @@ def ensemble(layers: tuple[Layer, ...], x: Tensor, keep: Tensor | None = None) -
     if keep is None:
         x = mish(linear(first, x))
     else:  # NormedLinear is Linear -> Dropout -> LayerNorm -> Mish
+        assert first.gamma is not None and first.beta is not None
         x = linear(Layer(first.weight, first.bias), x) * keep
         x = F.layer_norm(x, x.shape[-1:], eps=_EPS)
         x = mish(x * first.gamma.unsqueeze(1) + first.beta.unsqueeze(1))
@@ -165,9 +166,7 @@ def random_pair(critics: int, generator: torch.Generator) -> Tensor:
 
 def draw_pair(layers: tuple[Layer, ...], pair: Tensor) -> tuple[Layer, ...]:
     """The two critics named by `pair` ([2] int64): only these are evaluated for Q_min."""
-    return tuple(
-        Layer(*(t if t is None else t.index_select(0, pair) for t in layer)) for layer in layers
-    )
+    return map_layers(lambda t: t.index_select(0, pair), layers)
 
 
 def q_min(pair: tuple[Layer, ...], z: Tensor, action: Tensor, keep: Tensor | None = None) -> Tensor:

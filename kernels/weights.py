@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iqmpc.frames import SIZE
+from iqmpc.observation import SIZE
+
+PARTS = ("encoder", "dynamics", "policy", "critics", "termination")  # of `Weights`: the networks
 
 
 class Layer(NamedTuple):
@@ -26,6 +28,11 @@ class Layer(NamedTuple):
     bias: Tensor
     gamma: Tensor | None = None
     beta: Tensor | None = None
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Layer:
+        """The same layer with `f` applied to every tensor."""
+        gamma, beta = (None if t is None else f(t) for t in (self.gamma, self.beta))
+        return Layer(f(self.weight), f(self.bias), gamma, beta)
 
 
 class Weights(NamedTuple):
@@ -68,8 +75,11 @@ class Weights(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""
-        parts = (self.encoder, self.dynamics, self.policy, self.critics, self.termination)
-        return [t for part in parts for t in layer_tensors(part)]
+        return [t for part in PARTS for t in layer_tensors(getattr(self, part))]
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Weights:
+        """The same model with `f` applied to every tensor of every part."""
+        return self._replace(**{part: map_layers(f, getattr(self, part)) for part in PARTS})
 
 
 def layer_tensors(layers: tuple[Layer, ...]) -> list[Tensor]:
@@ -79,7 +89,7 @@ def layer_tensors(layers: tuple[Layer, ...]) -> list[Tensor]:
 
 def map_layers(f: Callable[[Tensor], Tensor], layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     """Apply `f` to every tensor of a stack of layers."""
-    return tuple(Layer(*(t if t is None else f(t) for t in layer)) for layer in layers)
+    return tuple(layer.map(f) for layer in layers)
 
 
 def frozen(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
@@ -90,18 +100,13 @@ def frozen(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
 def snapshot(weights: Weights, dtype: torch.dtype = torch.float32) -> Weights:
     """A detached copy in `dtype`, for the planner. Refresh it in place with `refresh`."""
 
-    def copy(t: Tensor) -> Tensor:
-        return t.detach().to(dtype, copy=True)
-
-    return weights._replace(
-        **{
-            part: map_layers(copy, getattr(weights, part))
-            for part in ("encoder", "dynamics", "policy", "critics", "termination")
-        }
-    )
+    return weights.map(lambda t: t.detach().to(dtype, copy=True))
 
 
 @torch.no_grad()
 def refresh(target: Weights, source: Weights) -> None:
     """Copy `source` into the snapshot `target`, keeping its storage and what was compiled on it."""
-    torch._foreach_copy_(target.tensors(), [t.detach() for t in source.tensors()])
+    # The public copies go tensor by tensor.
+    torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+        target.tensors(), [t.detach() for t in source.tensors()]
+    )

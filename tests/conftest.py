@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from iqmpc import Config, Demonstrations, Episode
+from iqmpc import Config, Demonstrations
 from iqmpc.envs.pixels import FrameStack
-from iqmpc.frames import unstacked
+from iqmpc.episode import EpisodeBuffer
+from tests.demonstration_sets import (  # noqa: F401 - fixtures
+    assert_same,
+    demos,
+    make_episode,
+    write_format,
+    write_npz,
+)
 
 # The tensors here are tiny: a second thread would only be waited for.
 torch.set_num_threads(1)
@@ -104,23 +111,12 @@ def straight_line(env: gymnasium.Env, seeds: range) -> Demonstrations:
     episodes = []
     for seed in seeds:
         obs, _ = env.reset(seed=seed)
-        observations, actions, rewards, done = [obs], [], [], False
+        episode, done = EpisodeBuffer([obs]), False
         while not done:
             action = np.clip(-env.unwrapped.position / 0.2, -1, 1).astype(np.float32)
             obs, reward, _, done, info = env.step(action)
-            observations.append(obs)
-            actions.append(action)
-            rewards.append(reward)
-        rows = np.array(observations)
-        episodes.append(
-            Episode(
-                unstacked(rows) if rows.ndim == 4 else rows,
-                np.array(actions),
-                np.array(rewards, np.float32),
-                False,
-                bool(info["success"]),
-            )
-        )
+            episode.add(action, reward, obs)
+        episodes.append(episode.finish(success=bool(info["success"])))
     return Demonstrations("point", tuple(episodes), {"demonstrator": "straight line"})
 
 
@@ -132,3 +128,8 @@ def point_demonstrations() -> Demonstrations:
 @pytest.fixture
 def image_demonstrations(image_point_env) -> Demonstrations:
     return straight_line(image_point_env, range(2))
+
+
+@pytest.fixture
+def three(small_config):
+    return small_config.replace({"train.num_envs": 3})

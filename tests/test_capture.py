@@ -4,17 +4,19 @@ import contextlib
 import csv
 import gc
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import iqmpc.learner
-from iqmpc import Learner, Trainer, capture, checkpoint
+import iqmpc.update_backends
+from iqmpc import Episode, Learner, Trainer, capture
 from iqmpc.capture import WARM_UPS, CapturedStep
 from iqmpc.errors import ConfigError
 from iqmpc.kernels.weights import refresh, snapshot
 from iqmpc.replay import SliceReplay
+from iqmpc.run_folder import RunFolder
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
@@ -97,11 +99,13 @@ def learner_of(config, mode, monkeypatch, device="cpu", obs_shape=2):
     """`graph` on a CPU is the eager losses, recorded."""
     if mode != "graph" or device != "cpu":
         return Learner(obs_shape, 2, config.replace({"learner.mode": mode}), device)
-    monkeypatch.setattr(iqmpc.learner, "update_mode", lambda config, *_: config.learner.mode)
-    monkeypatch.setattr(iqmpc.learner, "CapturedStep", RecordedStep)
+    monkeypatch.setattr(
+        iqmpc.update_backends, "resolve_update", lambda config, *_: config.learner.mode
+    )
+    monkeypatch.setattr(iqmpc.update_backends, "CapturedStep", RecordedStep)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     learner = Learner(obs_shape, 2, config.replace({"learner.mode": "graph"}))
-    learner._captured.learner = learner
+    learner.backend.captured.learner = learner
     return learner
 
 
@@ -119,11 +123,13 @@ def replays(device="cpu", episodes=4):
 
 def add(replay, number, steps):
     g = torch.Generator().manual_seed(number)
-    replay.add_episode(
-        torch.randn(steps + 1, 2, generator=g),
-        torch.rand(steps, 2, generator=g) * 2 - 1,
-        torch.rand(steps, generator=g),
-        terminated=number % 2 == 0,
+    replay.add(
+        Episode(
+            torch.randn(steps + 1, 2, generator=g).numpy(),
+            (torch.rand(steps, 2, generator=g) * 2 - 1).numpy(),
+            torch.rand(steps, generator=g).numpy(),
+            terminated=number % 2 == 0,
+        )
     )
 
 
@@ -188,7 +194,7 @@ def test_a_recorded_update_is_the_eager_one(small_config, monkeypatch, changes):
         assert one == values(graph.learn(experts, behaviour))
         assert same_state(eager, graph)
         seen.append(one["critic_loss"])
-    assert graph._captured.captures == 1 and graph.updates == WARM_UPS + 9
+    assert graph.backend.captured.captures == 1 and graph.updates == WARM_UPS + 9
     assert len(set(seen)) == len(seen)
 
 
@@ -198,7 +204,7 @@ def test_a_recorded_update_that_is_not_finite_is_left_out(small_config, monkeypa
     eager = learner_of(config, "eager", monkeypatch)
     graph = learner_of(config, "graph", monkeypatch)
     experts, behaviour = replays()
-    behaviour.add_episode(torch.full((5, 2), torch.nan), torch.zeros(4, 2), torch.zeros(4))
+    behaviour.add(Episode(np.full((5, 2), np.nan, np.float32), np.zeros((4, 2), np.float32)))
     skipped = []
     for _ in range(WARM_UPS + 30):
         one = values(eager.learn(experts, behaviour))
@@ -206,7 +212,9 @@ def test_a_recorded_update_that_is_not_finite_is_left_out(small_config, monkeypa
         skipped.append(graph.skipped_updates)
     assert all(t.isfinite().all() for t in graph.weights.tensors())
     assert 0 < skipped[-1] < graph.updates == len(skipped) and skipped[-1] > skipped[WARM_UPS]
-    assert one["skipped_updates"] == float(skipped[-1]).hex() and graph._captured.captures == 1
+    assert (
+        one["skipped_updates"] == float(skipped[-1]).hex() and graph.backend.captured.captures == 1
+    )
 
 
 def test_a_recorded_update_from_images_is_the_eager_one(small_config, monkeypatch):
@@ -217,14 +225,17 @@ def test_a_recorded_update_from_images_is_the_eager_one(small_config, monkeypatc
     behaviour = SliceReplay((9, 64, 64), 2, horizon=3, capacity=100)
     behaviour._range_on_device = True
     for _ in range(WARM_UPS + 4):
-        behaviour.add_episode(
-            torch.randint(256, (9, 3, 64, 64), dtype=torch.uint8), torch.rand(8, 2), torch.rand(8)
+        frames, *rest = (
+            torch.randint(256, (9, 3, 64, 64), dtype=torch.uint8),
+            torch.rand(8, 2),
+            torch.rand(8),
         )
+        behaviour.add(Episode(frames.numpy(), *(x.numpy() for x in rest)))
         assert values(eager.learn(behaviour, behaviour)) == values(
             graph.learn(behaviour, behaviour)
         )
         assert same_state(eager, graph)
-    assert graph._captured.captures == 1
+    assert graph.backend.captured.captures == 1
 
 
 def test_a_recorded_update_follows_its_replay(small_config, monkeypatch):
@@ -240,11 +251,11 @@ def test_a_recorded_update_follows_its_replay(small_config, monkeypatch):
             )
         add(behaviour, number, 800)
     assert behaviour._line.data_ptr() != one and behaviour.allocations == 3
-    assert graph._captured.captures == 3  # one for each place where the rows were
+    assert graph.backend.captured.captures == 3  # one for each place where the rows were
     # demonstrations on both sides is another graph
     for _ in range(WARM_UPS + 2):
         assert values(eager.learn(experts, experts)) == values(graph.learn(experts, experts))
-    assert graph._captured.captures == 4
+    assert graph.backend.captured.captures == 4
 
 
 def test_static_tensors_stay_where_they_are(small_config, monkeypatch):
@@ -275,7 +286,7 @@ def test_static_tensors_stay_where_they_are(small_config, monkeypatch):
         assert learner.updates == WARM_UPS
         learner.learn(experts, behaviour)
     assert same_state(eager, graph) and addresses(graph) == where
-    assert graph._captured.captures == 1
+    assert graph.backend.captured.captures == 1
 
 
 def test_loading_a_state_without_moments_is_a_fresh_start(small_config, monkeypatch):
@@ -297,7 +308,9 @@ def test_host_work_in_an_update_would_be_seen(small_config, monkeypatch):
     graph = learner_of(small_config, "graph", monkeypatch)
     experts, behaviour = replays()
     with pytest.raises(RuntimeError, match="_local_scalar_dense.* makes the host wait"), Recorder():
-        graph._update_on_device(graph._batch(experts, behaviour))["critic_loss"].item()
+        graph.backend.update_on_device(graph.backend.batch(experts, behaviour))[
+            "critic_loss"
+        ].item()
     eager = learner_of(small_config, "eager", monkeypatch)
     graph = learner_of(small_config, "graph", monkeypatch)
     behaviour._range_on_device = False
@@ -334,19 +347,21 @@ def test_a_run_on_recorded_updates_is_the_eager_run(
         trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / name, **options)
         trainer.behaviour._range_on_device = trainer.experts._range_on_device = True
         if mode == "graph":
-            trainer.learner._captured.learner = trainer.learner
+            trainer.learner.backend.captured.learner = trainer.learner
         trainer.train()
         if mode == "graph":
-            assert trainer.learner._captured.captures == 1
+            assert trainer.learner.backend.captured.captures == 1
 
-    monkeypatch.setattr(iqmpc.learner, "update_mode", lambda config, *_: config.learner.mode)
-    monkeypatch.setattr(iqmpc.learner, "CapturedStep", RecordedStep)
+    monkeypatch.setattr(
+        iqmpc.update_backends, "resolve_update", lambda config, *_: config.learner.mode
+    )
+    monkeypatch.setattr(iqmpc.update_backends, "CapturedStep", RecordedStep)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     go("eager", "eager")
     go("graph", "graph")
     go("parts", "graph", 60)
     go("parts", "graph", resume=True)
-    one, *others = (checkpoint.newest(tmp_path / n)[1] for n in ("eager", "graph", "parts"))
+    one, *others = (RunFolder(tmp_path / n).newest()[1] for n in ("eager", "graph", "parts"))
     for other in others:
         assert all(torch.equal(one[k], other[k]) for k in one) and one.keys() == other.keys()
     one, two = (
@@ -404,7 +419,7 @@ def test_captured_updates_are_the_uncaptured_ones(small_config, monkeypatch, pen
         assert values(plain.learn(experts, behaviour)) == values(graph.learn(experts, behaviour))
         assert same_state(plain, graph)
         add(behaviour, number, 20 if number != 20 else 5000)
-    assert graph._captured.captures == 2
+    assert graph.backend.captured.captures == 2
     where = addresses(graph)
     state = {k: v.clone() for k, v in plain.state_dict().items()}
     sampler = plain.sampler.get_state()
@@ -430,7 +445,7 @@ def test_captured_updates_draw_anew(small_config, monkeypatch):
         for _ in range(20):
             metrics = values(graph.learn(experts, behaviour))
             seen.add((metrics["policy_loss"], metrics["consistency"], metrics["target_value"]))
-        assert graph._captured.captures == 1
+        assert graph.backend.captured.captures == 1
     assert len(seen) == 40
 
 

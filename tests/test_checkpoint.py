@@ -8,6 +8,7 @@ import torch
 from iqmpc import checkpoint
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.files import write_atomically
+from iqmpc.run_folder import RunFolder
 
 
 def tensors(step):
@@ -20,10 +21,10 @@ def tensors(step):
 
 def test_round_trip_keeps_the_last_two(tmp_path):
     for step in (10, 20, 30):
-        checkpoint.save(tmp_path, step, tensors(step), {"step": step, "wall_s": 1.5})
+        RunFolder(tmp_path).save(step, tensors(step), {"step": step, "wall_s": 1.5})
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_000000020.safetensors", "step_000000030.safetensors"]
-    path, loaded, meta = checkpoint.newest(tmp_path)
+    path, loaded, meta = RunFolder(tmp_path).newest()
     assert path.name == names[1] and meta == {"step": 30, "wall_s": 1.5}
     assert all(
         torch.equal(v, loaded[k]) and v.dtype == loaded[k].dtype for k, v in tensors(30).items()
@@ -56,23 +57,23 @@ def rewritten(old, new):
     ],
 )
 def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path, damage, reason):
-    checkpoint.save(tmp_path, 10, tensors(10), {})
-    bad = checkpoint.save(tmp_path, 20, tensors(20), {"wall_s": 3})
+    RunFolder(tmp_path).save(10, tensors(10), {})
+    bad = RunFolder(tmp_path).save(20, tensors(20), {"wall_s": 3})
     bad.write_bytes(damage(bad.read_bytes()))
     with pytest.warns(RuntimeWarning, match=f"step_000000020.*{reason}"):
-        path, loaded, _ = checkpoint.newest(tmp_path)
+        path, loaded, _ = RunFolder(tmp_path).newest()
     assert path.name == "step_000000010.safetensors" and loaded["b"] == 10
 
 
 def test_without_a_whole_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="there is none"):
-        checkpoint.newest(tmp_path)
-    checkpoint.save(tmp_path, 10, tensors(10), {}).write_bytes(b"x")
+        RunFolder(tmp_path).newest()
+    RunFolder(tmp_path).save(10, tensors(10), {}).write_bytes(b"x")
     with (
         pytest.warns(RuntimeWarning),
         pytest.raises(CheckpointError, match="none of 1 can be used"),
     ):
-        checkpoint.newest(tmp_path)
+        RunFolder(tmp_path).newest()
 
 
 def test_other_safetensors_files_are_refused(tmp_path):
@@ -108,27 +109,27 @@ def test_exclusive_writes_do_not_replace(tmp_path):
 
 def test_config_errors_name_the_run(tmp_path, small_config):
     with pytest.raises(CheckpointError, match="is no run folder: it has no config.yaml"):
-        checkpoint.load_config(tmp_path)
-    checkpoint.save_config(tmp_path, small_config, new=True)
-    assert checkpoint.load_config(tmp_path) == small_config
+        RunFolder(tmp_path).load_config()
+    RunFolder(tmp_path).save_config(small_config, new=True)
+    assert RunFolder(tmp_path).load_config() == small_config
     path = tmp_path / "config.yaml"
     path.write_text(path.read_text().replace("batch:", "bach:"))
     with pytest.raises(CheckpointError, match="config.yaml: unknown setting 'learner.bach'"):
-        checkpoint.load_config(tmp_path)
+        RunFolder(tmp_path).load_config()
     path.write_text("a: [")
     with pytest.raises(CheckpointError, match="config.yaml cannot be read"):
-        checkpoint.load_config(tmp_path)
+        RunFolder(tmp_path).load_config()
 
 
 def test_checkpoints_are_told_by_their_numbers(tmp_path):
     """A copy under another name is left alone, and does not count; numbers are no text."""
     folder = tmp_path / "checkpoints"
-    checkpoint.save(tmp_path, 999_999_990, tensors(1), {"step": 1})
+    RunFolder(tmp_path).save(999_999_990, tensors(1), {"step": 1})
     for name in ("step_best.safetensors", "step_zzz.safetensors", "step_10 (copy).safetensors"):
         (folder / name).write_bytes(b"mine")
     for step in (10**9, 10**9 + 10):
-        checkpoint.save(tmp_path, step, tensors(2), {"step": step})
-    assert checkpoint.newest(tmp_path)[2] == {"step": 10**9 + 10}
+        RunFolder(tmp_path).save(step, tensors(2), {"step": step})
+    assert RunFolder(tmp_path).newest()[2] == {"step": 10**9 + 10}
     assert sorted(p.name for p in folder.iterdir()) == [
         "step_10 (copy).safetensors",
         "step_1000000000.safetensors",
@@ -138,23 +139,23 @@ def test_checkpoints_are_told_by_their_numbers(tmp_path):
     ]
     for step in (2 * 10**9, 3 * 10**9):  # from elsewhere: what is written is kept nevertheless
         (folder / f"step_{step}.safetensors").write_bytes(b"mine")
-    assert checkpoint.save(tmp_path, 10**9 + 20, tensors(3), {}).exists()
+    assert RunFolder(tmp_path).save(10**9 + 20, tensors(3), {}).exists()
 
 
 def test_the_newest_beside_a_run_that_goes_on(tmp_path, monkeypatch):
     """Between the listing and the reading both are replaced by newer ones."""
-    checkpoint.save(tmp_path, 10, tensors(10), {})
+    RunFolder(tmp_path).save(10, tensors(10), {})
     load, lost = checkpoint.load, []
 
     def losing(path):
         if not lost:
             lost.append(path)
             path.unlink()
-            checkpoint.save(tmp_path, 20, tensors(20), {})
+            RunFolder(tmp_path).save(20, tensors(20), {})
         return load(path)
 
     monkeypatch.setattr(checkpoint, "load", losing)
-    path, loaded, _ = checkpoint.newest(tmp_path)
+    path, loaded, _ = RunFolder(tmp_path).newest()
     assert path.name == "step_000000020.safetensors" and loaded["b"] == 20
 
     def opened(*_, **__):
@@ -166,23 +167,22 @@ def test_the_newest_beside_a_run_that_goes_on(tmp_path, monkeypatch):
         pytest.warns(RuntimeWarning, match="unable to open file"),
         pytest.raises(CheckpointError, match="none of 1 can be used"),
     ):
-        checkpoint.newest(tmp_path)
+        RunFolder(tmp_path).newest()
 
 
 def test_a_checkpoint_that_is_not_finite_replaces_none(tmp_path):
-    checkpoint.save(tmp_path, 10, {"learner.a": torch.zeros(3)}, {})
+    RunFolder(tmp_path).save(10, {"learner.a": torch.zeros(3)}, {})
     with pytest.raises(
         CheckpointError,
-        match=r"step 20: 1 tensors of the learner are not finite "
+        match=r"step_000000020.safetensors: 1 tensors of the learner are not finite "
         r"\(the first is learner.b\)",
     ):
-        checkpoint.save(
-            tmp_path,
+        RunFolder(tmp_path).save(
             20,
             {"learner.a": torch.zeros(3), "learner.b": torch.tensor([0, torch.inf])},
             {},
         )
-    assert checkpoint.newest(tmp_path)[0].name == "step_000000010.safetensors"
+    assert RunFolder(tmp_path).newest()[0].name == "step_000000010.safetensors"
 
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(
@@ -213,15 +213,15 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(
 def test_hostile_settings_are_refused_in_one_line(tmp_path, text, said):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=said) as caught:
-        checkpoint.load_config(tmp_path)
+        RunFolder(tmp_path).load_config()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600 + len(str(tmp_path))
 
 
 def test_a_folder_is_held_by_one(tmp_path, monkeypatch):
-    with checkpoint.locked(tmp_path), pytest.raises(ConfigError, match="is being trained by"):
-        with checkpoint.locked(tmp_path):
+    with RunFolder(tmp_path).locked(), pytest.raises(ConfigError, match="is being trained by"):
+        with RunFolder(tmp_path).locked():
             pass
-    with checkpoint.locked(tmp_path):
+    with RunFolder(tmp_path).locked():
         pass
     assert not list(tmp_path.iterdir())
 
@@ -229,5 +229,5 @@ def test_a_folder_is_held_by_one(tmp_path, monkeypatch):
         raise OSError(errno.EBADF, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with checkpoint.locked(tmp_path):
+    with RunFolder(tmp_path).locked():
         pass

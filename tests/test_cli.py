@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from iqmpc import Config, Demonstrations, cli
+from iqmpc import Config, Demonstrations, __version__
 from iqmpc.cli import main
+from iqmpc.commands import train as train_command
+from iqmpc.console import print_summary
+from iqmpc.run_folder import RunFolder
 
 TINY = [
     "model.encoder_dim=16",
@@ -153,7 +156,7 @@ def test_a_busy_machine_is_said_and_changes_nothing(monkeypatch, threads, load, 
     monkeypatch.setattr("iqmpc.threads.threads", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0), raising=False)
-    hint = cli._busy_hint(Config(threads=threads))
+    hint = train_command._busy_hint(Config(threads=threads))
     assert hint == (
         f"the machine is busy (load {load} on 2 cores): threads=1 may be faster here "
         "than the default of 2"
@@ -174,6 +177,21 @@ def test_torchs_threads_do_not_keep_the_cores(monkeypatch, given, spins):
         monkeypatch.setenv(name, value)
     run_main(monkeypatch, "--help")
     assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+def test_the_version():
+    assert iqmpc("--version").stdout == f"iqmpc {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("iqmpc d", {"demos", "doctor"}), ("iqmpc eval runs --ba", {"--backend"})],
+)
+def test_a_shell_completes_commands_and_options(typed, offered):
+    words = typed.split()
+    asked = {"COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    done = iqmpc(env={"_IQMPC_COMPLETE": "complete_bash", **asked})
+    assert set(done.stdout.split()) == offered
 
 
 def test_the_command_line_loads_torch_after_that():
@@ -280,7 +298,7 @@ def test_video_is_written_or_says_what_is_missing(run, tmp_path):
 def test_doctor_names_backends_and_reasons():
     done = iqmpc("doctor", env={"COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
-    for word in ("torch", "reference", "cpu", "triton", "cuda", "avx"):
+    for word in ("torch", "reference", "cpu", "triton", "cuda", "avx", "fused", "graph"):
         assert word in done.stdout
     assert "not implemented" in done.stdout  # not every operation has every backend
     assert "sees no CUDA device" in " ".join(done.stdout.split()) or "sm_" in done.stdout
@@ -302,7 +320,14 @@ def test_doctor_names_backends_and_reasons():
             "torch sees no CUDA device",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
         ),
-        (["train", "planner.backend=cuda"], "backend 'cuda' cannot run"),
+        (
+            ["train", "planner.backend=cuda"],
+            "planner.backend must be one of auto, reference, cpu, triton, got 'cuda'",
+        ),
+        (
+            ["train", "planner.backend=cpu", "planner.mode=compile"],
+            "planner.backend=cpu compiles nothing, got planner.mode=compile",
+        ),
         (["train", "resume=nowhere"], "nowhere is no run folder"),
         (["train", "seed=-1"], "seed must lie in [0, 2**32), got -1"),
         (["train", "task.episode_length=0"], "task.episode_length must be at least 1, got 0"),
@@ -418,17 +443,14 @@ def test_a_signal_saves_and_prints_the_command_that_continues(number, tmp_path):
 
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
-    from iqmpc.cli import _unused
-    from iqmpc.config import Config
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda _: "20260101-120000")
-    first = _unused(Config(), claim=False)
+    first = RunFolder.unused(Config()).path
     assert not first.exists()
-    claimed = [_unused(Config(), claim=True) for _ in range(3)]
+    claimed = [RunFolder.unused(Config(), claim=True).path for _ in range(3)]
     assert [p.name for p in claimed] == [f"20260101-120000-seed0{end}" for end in ("", "-2", "-3")]
     assert claimed[0] == first and all(p.is_dir() for p in claimed)
-    assert _unused(Config(), claim=False).name.endswith("-4")
+    assert RunFolder.unused(Config()).path.name.endswith("-4")
 
 
 def test_a_run_is_resumed_where_its_data_have_moved(run, tmp_path):
@@ -468,9 +490,7 @@ def test_a_run_is_recorded_on_another_device_and_backend(run, tmp_path):
 
 
 def test_a_summary_of_costs_has_no_percentage(capsys):
-    from iqmpc.cli import _print_summary
-
-    _print_summary(
+    print_summary(
         {"task": "pendulum", "return_mean": -200.0, "demonstrator_return": -150.0, "ratio": None},
         Path("runs/x"),
     )

@@ -4,7 +4,7 @@ import math
 import pytest
 import yaml
 
-from iqmpc.compose import SUITES, ablation, compose, departures, options, parse
+from iqmpc.composition import SUITES, ablation, compose, departures, options, parse
 from iqmpc.config import Config, all_keys, names_task
 from iqmpc.envs import TASKS
 from iqmpc.errors import ConfigError
@@ -335,3 +335,21 @@ def test_departures_are_from_the_default_preset_where_none_is_named():
     assert departures(config) == {"learner.batch": 128}
     with pytest.raises(ConfigError, match="unknown preset 'gone'"):
         departures(config.replace({"preset": "gone"}))
+
+
+@pytest.mark.parametrize(
+    ("planner", "expected"),
+    [
+        (dict(mode="compile"), ("eager", None)),  # what the preset cpu said until 0.1
+        (dict(mode="compile", backend="cpu", threads=2), ("eager", 2)),
+        (dict(mode="compile", backend="reference", threads=2), ("compile", None)),
+        (dict(backend="triton", threads=2), ("eager", None)),
+        (dict(threads=2), ("eager", 2)),
+    ],
+)
+def test_settings_that_a_backend_ignored_are_not_restored(planner, expected):
+    config = Config.restored({"planner": planner, "seed": 3})
+    assert (config.planner.mode, config.planner.threads) == expected and config.seed == 3
+    assert Config.restored(config.to_dict()) == config
+    with pytest.raises(ConfigError, match="planner must be a mapping, got 7"):
+        Config.restored({"planner": 7})

@@ -1,16 +1,17 @@
 import dataclasses
-import importlib.util
 import math
 
 import pytest
 import torch
 
-from iqmpc import Learner, losses
+from iqmpc import Episode, Learner, losses
 from iqmpc.errors import ConfigError
+from iqmpc.kernels import backends
 from iqmpc.kernels.weights import map_layers, snapshot
-from iqmpc.learner import update_mode
 from iqmpc.losses import Batch
+from iqmpc.observation import ObservationSpec
 from iqmpc.replay import SliceReplay, join
+from iqmpc.update_backends import resolve_update
 
 
 def batch(experts=8, seed=0):
@@ -23,6 +24,10 @@ def batch(experts=8, seed=0):
         torch.zeros(3, rows),
         experts,
     )
+
+
+def drawn_episode(steps, **fields):
+    return Episode(torch.randn(steps + 1, 2).numpy(), torch.rand(steps, 2).numpy(), **fields)
 
 
 def with_(config, **learner):
@@ -499,7 +504,7 @@ def test_learning_is_an_update_on_slices_of_both_replays(small_config):
     """Drawn by the generator that was given, behaviour first."""
     replays = [SliceReplay(2, 2, horizon=3, capacity=100) for _ in range(2)]
     for replay in replays:
-        replay.add_episode(torch.randn(31, 2), torch.rand(30, 2), torch.rand(30))
+        replay.add(drawn_episode(30, rewards=torch.rand(30).numpy()))
     sampler = torch.Generator().manual_seed(7)
     learns = Learner(2, 2, small_config, sampler=sampler)
     updates = Learner(2, 2, small_config)
@@ -540,13 +545,13 @@ def image_batch(experts=4):
 
 def test_images_are_shifted_anew_in_every_update(small_config):
     learner, data = Learner((9, 64, 64), 2, small_config), image_batch()
-    shift = learner._model_noise(data).shift
+    shift = learner.backend.model_noise(data).shift
     assert shift.shape == (4, 8, 2) and shift.dtype == torch.int64
-    other = learner._model_noise(data).shift
+    other = learner.backend.model_noise(data).shift
     assert not torch.equal(shift, other)
     assert set(torch.cat([shift, other]).flatten().tolist()) == set(range(-3, 4))
     assert not torch.equal(shift[0], shift[1])  # s_t and s_{t+1} are moved independently
-    assert Learner(2, 2, small_config)._model_noise(batch(4)).shift is None
+    assert Learner(2, 2, small_config).backend.model_noise(batch(4)).shift is None
 
 
 def test_updates_on_images_repeat_and_change_the_encoder(small_config):
@@ -603,7 +608,7 @@ def fused_and_eager(config, monkeypatch):
 
     def drawn():
         experts = 0 if config.learner.objective == "td" else 8
-        draws = fused._fused.native.draws(eager.updates, 16, experts)
+        draws = fused.backend.fused.native.draws(eager.updates, 16, experts)
         return {k: torch.tensor(v) for k, v in draws.items()}
 
     def model_noise(data):
@@ -625,8 +630,8 @@ def fused_and_eager(config, monkeypatch):
         keep = d["keep_policy"] if config.learner.dropout == "always" else None
         return losses.PolicyNoise(d["policy"], d["policy_pair"], keep)
 
-    monkeypatch.setattr(eager, "_model_noise", model_noise)
-    monkeypatch.setattr(eager, "_policy_noise", policy_noise)
+    monkeypatch.setattr(eager.backend, "model_noise", model_noise)
+    monkeypatch.setattr(eager.backend, "policy_noise", policy_noise)
     return fused, eager
 
 
@@ -693,7 +698,8 @@ def test_fused_counts_and_leaves_out_what_is_not_finite(small_config):
 
 def test_what_learns_where(small_config, monkeypatch):
     def mode(obs_shape=(2,), device="cpu", **settings):
-        return update_mode(with_(small_config, **settings), torch.device(device), obs_shape)
+        spec = ObservationSpec(obs_shape)
+        return resolve_update(with_(small_config, **settings), torch.device(device), spec)
 
     images = (9, 64, 64)
     assert mode(mode="auto") == mode(mode="auto", precision="bf16") == "fused"
@@ -706,24 +712,28 @@ def test_what_learns_where(small_config, monkeypatch):
         mode(mode="fused", device="cuda")
     with pytest.raises(ConfigError, match="mode=graph needs a CUDA device, got cpu"):
         mode(mode="graph")
-    with pytest.raises(ConfigError, match="precision=bf16 needs learner.mode=fused, got eager"):
+    with pytest.raises(
+        ConfigError, match="mode=eager computes in float32, got learner.precision=b"
+    ):
         mode(mode="eager", precision="bf16")
-    with pytest.raises(ConfigError, match="got compile .fused takes flat observations"):
+    with pytest.raises(
+        ConfigError, match="no learner.mode can serve: fused takes flat observations"
+    ):
         mode(mode="auto", precision="bf16", obs_shape=images)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "_availability", lambda: {"cpu": "iqmpc._C is not built"})
     assert mode(mode="auto") == "compile"
-    with pytest.raises(ConfigError, match="mode=fused needs the compiled extension iqmpc._C"):
+    with pytest.raises(ConfigError, match="mode=fused cannot run: iqmpc._C is not built"):
         mode(mode="fused")
 
 
 def test_fused_learns_from_replays_as_they_grow(small_config):
     learners = [Learner(2, 2, with_(small_config, mode="fused")) for _ in range(2)]
     experts, behaviour = (SliceReplay(2, 2, horizon=3, capacity=10_000) for _ in range(2))
-    experts.add_episode(torch.randn(31, 2), torch.rand(30, 2))
+    experts.add(drawn_episode(30))
     with pytest.raises(ValueError, match="no episode of at least 3 steps"):
         learners[0].learn(experts, behaviour)
     for length in (5, 5000, 20):  # the second one makes the replay's tensors move
-        behaviour.add_episode(torch.randn(length + 1, 2), torch.rand(length, 2))
+        behaviour.add(drawn_episode(length))
         one, two = (learner.learn(experts, behaviour) for learner in learners)
         assert one == two
     assert behaviour.allocations > 1

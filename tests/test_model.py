@@ -164,7 +164,10 @@ def test_q_min_is_of_the_pair_and_drops_in_its_order():
 def test_images_have_an_encoder_of_convolutions():
     model = WorldModel((9, 64, 64), 2, SMALL)
     weights = model.weights()
-    assert weights.obs_shape == model.obs_shape == (9, 64, 64) and weights.latent_dim == 16
+    assert (
+        weights.obs_shape == model.observation_spec.shape == (9, 64, 64)
+        and weights.latent_dim == 16
+    )
     assert [tuple(x.weight.shape) for x in weights.encoder] == [
         (32, 9, 7, 7),
         (32, 32, 5, 5),
@@ -178,7 +181,8 @@ def test_images_have_an_encoder_of_convolutions():
     z = model.encode(torch.randint(0, 256, (3, 9, 64, 64), dtype=torch.uint8))
     torch.testing.assert_close(z.unflatten(-1, (2, 8)).sum(-1), torch.ones(3, 2))
     assert z.std(0).mean() > 1e-3  # images differ in their latents from the start
-    assert WorldModel(5, 2, SMALL).obs_shape == WorldModel((5,), 2, SMALL).obs_shape == (5,)
+    for flat in (5, (5,)):
+        assert WorldModel(flat, 2, SMALL).observation_spec.shape == (5,)
 
 
 @pytest.mark.parametrize("shape", [(9, 84, 84), (64, 64), ()])

@@ -7,7 +7,7 @@ import torch
 from iqmpc import Planner, WorldModel, losses
 from iqmpc.config import ModelConfig, PlannerConfig
 from iqmpc.errors import BackendError
-from iqmpc.kernels import layers, mppi_plan
+from iqmpc.kernels import layers
 
 MODEL = ModelConfig(encoder_dim=16, hidden_dim=16, latent_dim=16, critics=3)
 CONFIG = PlannerConfig(samples=32, elites=8, policy_trajectories=4, iterations=3)
@@ -18,13 +18,13 @@ def config(request):
     return dataclasses.replace(CONFIG, backend=request.param)
 
 
-def make(config, *, num_envs=1, seed=0, action_dim=2, model=MODEL):
+def make(config, *, problems=1, seed=0, action_dim=2, model=MODEL):
     torch.manual_seed(3)
     model = WorldModel(5, action_dim, model)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return Planner(
-        model.weights(), config, discount=0.95, beta=1e-3, num_envs=num_envs, seed=seed
+        model.weights(), config, discount=0.95, entropy_coef=1e-3, problems=problems, seed=seed
     ), model
 
 
@@ -41,7 +41,7 @@ def make(config, *, num_envs=1, seed=0, action_dim=2, model=MODEL):
     ],
 )
 def test_actions_are_in_range(config, shape, score, explore):
-    planner, _ = make(dataclasses.replace(config, score=score, **shape), num_envs=3, action_dim=1)
+    planner, _ = make(dataclasses.replace(config, score=score, **shape), problems=3, action_dim=1)
     for _ in range(4):
         action = planner.plan(torch.randn(3, 5) * 10, explore=explore)
         assert action.shape == (3, 1) and action.dtype == torch.float32
@@ -75,7 +75,7 @@ def test_same_seed_same_plans_other_seed_other_plans(config):
 
 
 def test_reset_forgets(config):
-    planner, _ = make(config, num_envs=2)
+    planner, _ = make(config, problems=2)
     planner.plan(torch.randn(2, 5))
     planner.reset(0)
     assert planner.mean[0].count_nonzero() == 0 and planner.mean[1].count_nonzero() > 0
@@ -98,7 +98,7 @@ def test_problems_in_a_batch_are_independent(config):
     obs = torch.randn(3, 5)
     changed = obs.clone()
     changed[1] += 5
-    together, other = (make(config, num_envs=3)[0].plan(o) for o in (obs, changed))
+    together, other = (make(config, problems=3)[0].plan(o) for o in (obs, changed))
     torch.testing.assert_close(together[[0, 2]], other[[0, 2]])
     assert not torch.allclose(together[1], other[1])
 
@@ -116,7 +116,7 @@ def test_a_step_can_be_repeated_from_its_state(config):
 
 @pytest.mark.parametrize("part", ["encoder", "dynamics", "policy", "critics"])
 def test_nan_weights_never_reach_the_action(config, part):
-    planner, model = make(config, num_envs=2)
+    planner, model = make(config, problems=2)
     for p in getattr(model, part).parameters():
         p.data.fill_(torch.nan)
     planner.publish(model.weights())
@@ -179,8 +179,8 @@ def test_without_planning_the_prior_acts(config):
 @pytest.mark.slow
 def test_compiled_is_eager():
     config = dataclasses.replace(CONFIG, backend="reference")
-    eager, _ = make(config, num_envs=2)
-    compiled, _ = make(dataclasses.replace(config, mode="compile"), num_envs=2)
+    eager, _ = make(config, problems=2)
+    compiled, _ = make(dataclasses.replace(config, mode="compile"), problems=2)
     for _ in range(3):
         obs = torch.randn(2, 5)
         torch.testing.assert_close(compiled.plan(obs), eager.plan(obs), rtol=1e-4, atol=1e-4)
@@ -205,7 +205,7 @@ def test_backends_without_graphs_need_no_setting(config, capture):
 
 
 def test_misses_are_counted():
-    planner, _ = make(dataclasses.replace(CONFIG, budget_us=1e-3), num_envs=2)
+    planner, _ = make(dataclasses.replace(CONFIG, budget_us=1e-3), problems=2)
     action = planner.plan(torch.randn(2, 5))
     assert action.isfinite().all() and planner.missed_plans == 1
     assert planner.state_dict()["missed_plans"] == 1
@@ -261,10 +261,10 @@ def test_a_budget_counts_what_encoding_images_took(monkeypatch):
 
 
 def test_wrong_observations_and_backends_are_named(config):
-    planner, _ = make(config, num_envs=2)
+    planner, _ = make(config, problems=2)
     with pytest.raises(ValueError, match=r"obs must be \[2, 5\], got \[1, 5\]"):
         planner.plan(torch.randn(1, 5))
-    with pytest.raises(BackendError, match="backend 'cuda' cannot run"):
+    with pytest.raises(BackendError, match="unknown planner.backend 'cuda', expected auto, ref"):
         make(dataclasses.replace(CONFIG, backend="cuda"))
 
 
@@ -273,40 +273,60 @@ def test_wrong_observations_and_backends_are_named(config):
     [
         (
             dict(backend="reference", precision="bf16"),
-            "backend 'reference' computes in float32 or float64, got planner.precision=bf16",
+            "backend=reference computes in float32 or float64, got planner.precision=bf16",
         ),
         (
             dict(backend="reference", budget_us=5.0),
-            "backend 'reference' keeps to no planner.budget_us",
+            "backend=reference keeps to no planner.budget_us",
         ),
         (
             dict(backend="cpu", precision="float64"),
-            "backend 'cpu' computes in float32 or bf16, got planner.precision=float64",
+            "backend=cpu computes in float32 or bf16, got planner.precision=float64",
         ),
         (
             dict(precision="float64", budget_us=5.0),
-            "no backend can serve these settings: reference "
-            "keeps to no planner.budget_us; cpu computes in",
+            "no planner.backend can serve: triton computes in .*; "
+            "cpu computes in .*; reference keeps to no planner.budget_us",
         ),
         (
             dict(backend="reference", precision="tf32"),
-            "backend 'reference' computes in float32 or float64, got planner.precision=tf32",
+            "backend=reference computes in float32 or float64, got planner.precision=tf32",
         ),
-        (dict(backend="cpu", precision="tf32"), "backend 'cpu' computes in float32 or bf16, got "),
+        (dict(backend="cpu", precision="tf32"), "backend=cpu computes in float32 or bf16, got "),
         (
             dict(backend="triton", precision="float64"),
-            "backend 'triton' computes in float32, tf32 or bf16, got planner.precision=float64",
+            "backend=triton computes in float32, tf32 or bf16, got planner.precision=float64",
         ),
-        (dict(backend="triton", budget_us=5.0), "backend 'triton' keeps to no planner.budget_us"),
-        (dict(backend="triton"), "backend 'triton' needs weights on a CUDA device, got cpu"),
+        (dict(backend="triton", budget_us=5.0), "backend=triton keeps to no planner.budget_us"),
+        (dict(backend="triton"), "backend=triton needs weights on a CUDA device, got cpu"),
         (
             dict(backend="reference", capture=True),
-            "backend 'reference' captures no CUDA graph, got planner.capture=true",
+            "backend=reference captures no CUDA graph, got planner.capture=true",
         ),
-        (dict(backend="cpu", capture=True), "backend 'cpu' captures no CUDA graph, got "),
+        (dict(backend="cpu", capture=True), "backend=cpu captures no CUDA graph, got "),
+        (
+            dict(backend="cpu", mode="compile"),
+            "planner.backend=cpu compiles nothing, got planner.mode=compile",
+        ),
+        (
+            dict(backend="triton", mode="compile"),
+            "planner.backend=triton compiles nothing, got planner.mode=compile",
+        ),
+        (
+            dict(backend="triton", threads=2),
+            "planner.backend=triton has no threads of its own, got planner.threads=2",
+        ),
+        (
+            dict(backend="reference", threads=2),
+            "planner.backend=reference has no threads of its own, got planner.threads=2",
+        ),
+        (
+            dict(mode="compile", threads=2),
+            "no planner.backend can serve: triton compiles .*; cpu compiles .*; reference has no ",
+        ),
         (
             dict(capture=True),
-            "no backend can serve these settings: reference captures no CUDA graph, ",
+            "no planner.backend can serve: triton needs weights .*; cpu captures no CUDA graph, ",
         ),
     ],
 )
@@ -367,34 +387,31 @@ def test_planning_does_not_fall_for_what_critics_say_of_terminal_states(config):
         )
         after = {}
         for weights in (model.weights(), model.weights()._replace(termination=())):
-            planner = Planner(weights, settings, discount=0.95, num_envs=3)
+            planner = Planner(weights, settings, discount=0.95, problems=3)
             after[bool(weights.termination)] = x + planner.plan(x) / 2
         assert (after[True] < 1.01).all()
         assert (after[False] > 1.08).all()  # they are believed without the head
 
 
-def test_gpu_backends_are_refused_for_a_termination_head_and_auto_passes_over_them(monkeypatch):
+def test_triton_is_refused_for_a_termination_head_and_auto_passes_over_it(monkeypatch):
     model = WorldModel(5, 2, MODEL, termination=True)
     assert Planner(model.weights(), CONFIG, discount=0.9).backend == "cpu"
-    monkeypatch.setitem(mppi_plan.BACKENDS, "triton", None)
     monkeypatch.setattr(
         "iqmpc.kernels.backends._availability",
         lambda: {"reference": None, "cpu": "not built", "triton": None, "cuda": None},
     )
-    for name in ("triton", "cuda"):
-        with pytest.raises(
-            BackendError,
-            match=f"backend '{name}' takes no model with a "
-            r"termination head \(model.termination\)",
-        ):
-            Planner(model.weights(), dataclasses.replace(CONFIG, backend=name), discount=0.9)
+    with pytest.raises(
+        BackendError,
+        match=r"backend=triton takes no model with a termination head \(model.termination\)",
+    ):
+        Planner(model.weights(), dataclasses.replace(CONFIG, backend="triton"), discount=0.9)
     with pytest.warns(RuntimeWarning, match="using the slow reference"):
         assert Planner(model.weights(), CONFIG, discount=0.9).backend == "reference"
 
 
 def test_images_are_planned_for(config):
     model = WorldModel((3, 64, 64), 2, MODEL)
-    planner = Planner(model.weights(), config, discount=0.95, num_envs=2)
+    planner = Planner(model.weights(), config, discount=0.95, problems=2)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     assert planner.plan(images).abs().max() <= 1
     with pytest.raises(ValueError, match=r"obs must be \[2, 3, 64, 64\], got \[1, 3, 64, 64\]"):
@@ -402,7 +419,7 @@ def test_images_are_planned_for(config):
     with pytest.raises(ValueError, match="images must be uint8, got torch.float32"):
         planner.plan(images / 255)
     alone = Planner(
-        model.weights(), dataclasses.replace(config, enabled=False), discount=0.95, num_envs=2
+        model.weights(), dataclasses.replace(config, enabled=False), discount=0.95, problems=2
     )
     expected = torch.tanh(model.pi(model.encode(images))[0])
     torch.testing.assert_close(alone.plan(images), expected, rtol=1e-4, atol=1e-4)

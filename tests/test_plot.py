@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from iqmpc import checkpoint, compose
+from iqmpc import compose
 from iqmpc import plot as module
 from iqmpc.errors import CheckpointError, IqmpcError
 from iqmpc.plot import over_seeds, plot, read_curve
-from iqmpc.runlog import RunLog, write_summary
+from iqmpc.run_folder import RunFolder
+from iqmpc.runlog import RunLog
 
 
 @pytest.fixture
@@ -15,15 +16,15 @@ def make_run(tmp_path):
     def make(seed=0, words=(), steps=(10, 20, 30), scale=1.0, demonstrator=90.0):
         run = tmp_path / f"seed{seed}{'-'.join(words)}"
         run.mkdir()
-        checkpoint.save_config(run, compose([f"seed={seed}", *words]), new=True)
-        log = RunLog(run)
+        RunFolder(run).save_config(compose([f"seed={seed}", *words]), new=True)
+        log = RunLog(RunFolder(run))
         for step in steps:
             at = {"env_steps": step, "updates": step, "episodes": 1, "wall_s": 6.0 * step}
             log.write({**at, "return": 5.0})
             log.write({**at, "eval_return_mean": scale * step})
         log.close()
         if demonstrator is not None:
-            write_summary(run, {"demonstrator_return": demonstrator})
+            RunFolder(run).save_summary({"demonstrator_return": demonstrator})
         return run
 
     return make

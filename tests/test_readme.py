@@ -57,7 +57,7 @@ def test_every_command_exists():
     from typer.testing import CliRunner
 
     from iqmpc.cli import app
-    from iqmpc.compose import compose
+    from iqmpc.composition import compose
 
     lines = [
         line.split("#")[0].strip()

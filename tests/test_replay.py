@@ -1,18 +1,21 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iqmpc.frames import stacked, unstacked
+from iqmpc.episode import Episode
+from iqmpc.observation import stacked, unstacked
 from iqmpc.replay import SliceReplay, join
 
 
 def episode(number, steps):
     """Rows that name their episode and step: obs = [number, t], action = [number + t / 1000]."""
-    t = torch.arange(steps + 1, dtype=torch.float32)
-    obs = torch.stack([torch.full_like(t, number), t], 1)
-    return obs, (number + t[:steps] / 1000).unsqueeze(1), t[:steps]
+    t = np.arange(steps + 1, dtype=np.float32)
+    obs = np.stack([np.full_like(t, number), t], 1)
+    return Episode(obs, (number + t[:steps, None] / 1000), t[:steps])
 
 
 def check(batch, horizon):
@@ -35,7 +38,7 @@ def test_slices_never_cross_an_episode(lengths, horizon, capacity):
     replay = SliceReplay(2, 1, horizon=horizon, capacity=capacity)
     generator = torch.Generator().manual_seed(0)
     for number, steps in enumerate(lengths):
-        replay.add_episode(*episode(number, steps))
+        replay.add(episode(number, steps))
         assert sum(s + 1 for _, s in replay._episodes) <= capacity
         if replay.slices:
             check(replay.sample(64, generator), horizon)
@@ -50,9 +53,9 @@ def test_an_episode_of_which_a_row_is_overwritten_is_gone(steps, held):
     """Three episodes of six rows fill the ring; the fourth takes five, six or seven of them."""
     replay = SliceReplay(2, 1, horizon=3, capacity=18)
     for number in range(3):
-        replay.add_episode(*episode(number, 5))
+        replay.add(episode(number, 5))
     assert replay.slices == 9
-    replay.add_episode(*episode(3, steps))
+    replay.add(episode(3, steps))
     batch = replay.sample(500, torch.Generator().manual_seed(0))
     check(batch, 3)
     assert batch.obs[0, :, 0].unique().tolist() == held
@@ -70,7 +73,7 @@ def test_an_old_tail_is_dropped_when_the_ring_begins_again():
         (4, 5, [2, 3, 4]),  # over 1, up to row 10
         (5, 7, [5]),
     ):  # begins again, over 3 and 4; 2 is the oldest
-        replay.add_episode(*episode(number, steps))
+        replay.add(episode(number, steps))
         batch = replay.sample(500, torch.Generator().manual_seed(0))
         check(batch, 3)
         assert batch.obs[0, :, 0].unique().tolist() == held
@@ -78,8 +81,8 @@ def test_an_old_tail_is_dropped_when_the_ring_begins_again():
 
 def test_every_slice_is_drawn():
     replay = SliceReplay(2, 1, horizon=3, capacity=100)
-    replay.add_episode(*episode(0, 5))
-    replay.add_episode(*episode(1, 3))
+    replay.add(episode(0, 5))
+    replay.add(episode(1, 3))
     batch = replay.sample(2000, torch.Generator().manual_seed(0))
     starts = {(int(n), int(t)) for n, t in batch.obs[0]}
     assert starts == {(0, 0), (0, 1), (0, 2), (1, 0)} and replay.slices == 4
@@ -90,9 +93,9 @@ def test_a_range_on_the_device_draws_every_slice_alike():
     replay = SliceReplay(2, 1, horizon=3, capacity=10_000)
     replay._range_on_device = True
     generator = torch.Generator().manual_seed(0)
-    replay.add_episode(*episode(0, 5))
+    replay.add(episode(0, 5))
     memory = [t.data_ptr() for t in (*replay._rows.values(), replay._line, replay._count)]
-    replay.add_episode(*episode(1, 9))
+    replay.add(episode(1, 9))
     drawn = replay.sample(100_000, generator)
     check(drawn, 3)
     slices, count = drawn.obs[0].unique(dim=0, return_counts=True)
@@ -102,7 +105,7 @@ def test_a_range_on_the_device_draws_every_slice_alike():
         t.data_ptr() for t in (*replay._rows.values(), replay._line, replay._count)
     ]
     for number in range(2, 12):
-        replay.add_episode(*episode(number, 500))
+        replay.add(episode(number, 500))
     assert replay.allocations == 2 and memory[0] != replay._rows["obs"].data_ptr()
     drawn = replay.sample(10_000, generator)
     check(drawn, 3)
@@ -111,15 +114,15 @@ def test_a_range_on_the_device_draws_every_slice_alike():
 
 def test_an_empty_state_empties_the_replay():
     replay = SliceReplay(2, 1, horizon=3, capacity=100)
-    replay.add_episode(*episode(0, 5))
+    replay.add(episode(0, 5))
     replay.load_state_dict(SliceReplay(2, 1, horizon=3, capacity=100).state_dict())
     assert replay.slices == len(replay) == 0
 
 
 def test_termination_is_the_last_step_alone():
     replay = SliceReplay(2, 1, horizon=2, capacity=100)
-    replay.add_episode(*episode(0, 4), terminated=True)
-    replay.add_episode(*episode(1, 4))
+    replay.add(replace(episode(0, 4), terminated=True))
+    replay.add(episode(1, 4))
     batch = replay.sample(500, torch.Generator().manual_seed(0))
     last = (batch.obs[:-1, :, 0] == 0) & (batch.obs[:-1, :, 1] == 3)
     assert torch.equal(batch.terminated, last.float()) and last.any()
@@ -129,7 +132,7 @@ def test_memory_grows_with_use():
     replay = SliceReplay(2, 1, horizon=2, capacity=10_000_000)
     assert len(replay._rows["obs"]) < 10_000
     for number in range(20):
-        replay.add_episode(*episode(number, 500))
+        replay.add(episode(number, 500))
     assert len(replay) == 10_000
     check(replay.sample(500, torch.Generator().manual_seed(0)), 2)
 
@@ -137,18 +140,18 @@ def test_memory_grows_with_use():
 def test_state_round_trip_draws_the_same():
     first = SliceReplay(2, 1, horizon=3, capacity=60)
     for number in range(8):
-        first.add_episode(*episode(number, 11))
+        first.add(episode(number, 11))
     second = SliceReplay(2, 1, horizon=3, capacity=60)
     second.load_state_dict(first.state_dict())
     for replay in (first, second):
-        replay.add_episode(*episode(9, 17))
+        replay.add(episode(9, 17))
     a, b = (r.sample(50, torch.Generator().manual_seed(1)) for r in (first, second))
     assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
 
 
 def test_join_puts_demonstrations_first():
     replay = SliceReplay(2, 1, horizon=3, capacity=60)
-    replay.add_episode(*episode(4, 10))
+    replay.add(episode(4, 10))
     one, two = (replay.sample(n, torch.Generator().manual_seed(n)) for n in (3, 5))
     batch = join(one, two)
     assert batch.experts == 3 and batch.obs.shape == (4, 8, 2)
@@ -157,13 +160,13 @@ def test_join_puts_demonstrations_first():
 
 def test_what_does_not_fit_is_named():
     replay = SliceReplay(2, 1, horizon=3, capacity=20)
-    obs, action, reward = episode(0, 5)
+    whole = episode(0, 5)
     with pytest.raises(ValueError, match=r"obs must be \[6, 2\], got \[5, 2\]"):
-        replay.add_episode(obs[:-1], action, reward)
+        replay.add(replace(whole, observations=whole.observations[:-1]))
     with pytest.raises(ValueError, match=r"action must be \[5, 1\], got \[5, 2\]"):
-        replay.add_episode(obs, action.expand(-1, 2), reward)
+        replay.add(replace(whole, actions=whole.actions.repeat(2, axis=1)))
     with pytest.raises(ValueError, match="an episode of 20 steps does not fit a replay of 20"):
-        replay.add_episode(*episode(0, 20))
+        replay.add(episode(0, 20))
     with pytest.raises(ValueError, match="no episode of at least 3 steps"):
         replay.sample(1, torch.Generator())
 
@@ -174,9 +177,9 @@ def image_replay(**options):
 
 def image_episode(number, steps):
     """Frames that name their episode and step in two pixels."""
-    frames = torch.zeros(steps + 1, 1, 64, 64, dtype=torch.uint8)
-    frames[:, 0, 0, 0], frames[:, 0, 0, 1] = number, torch.arange(steps + 1, dtype=torch.uint8)
-    return frames, (number + torch.arange(steps) / 1000).unsqueeze(1)
+    frames = np.zeros((steps + 1, 1, 64, 64), np.uint8)
+    frames[:, 0, 0, 0], frames[:, 0, 0, 1] = number, np.arange(steps + 1)
+    return Episode(frames, np.float32(number + np.arange(steps)[:, None] / 1000))
 
 
 def test_images_are_kept_once_and_drawn_as_they_were_observed(image_point_env):
@@ -185,9 +188,8 @@ def test_images_are_kept_once_and_drawn_as_they_were_observed(image_point_env):
         rows = [image_point_env.reset(seed=seed)[0]]
         actions = np.random.default_rng(seed).uniform(-1, 1, (12, 2)).astype(np.float32)
         rows += [image_point_env.step(action)[0] for action in actions]
-        actions = torch.tensor(actions[:, :1])
-        replay.add_episode(torch.tensor(unstacked(np.array(rows))), actions)
-        episodes.append((torch.tensor(np.array(rows)), actions))
+        replay.add(Episode(unstacked(np.array(rows)), actions[:, :1]))
+        episodes.append((torch.tensor(np.array(rows)), torch.tensor(actions[:, :1])))
     assert replay._rows["obs"].dtype == torch.uint8
     assert replay._rows["obs"].shape[1:] == (1, 64, 64)
     batch = replay.sample(300, torch.Generator().manual_seed(0))
@@ -214,7 +216,7 @@ def test_images_are_kept_once_and_drawn_as_they_were_observed(image_point_env):
 def test_a_stack_never_reaches_into_another_episode(lengths):
     replay, generator = image_replay(capacity=31), torch.Generator().manual_seed(0)
     for number, steps in enumerate(lengths):
-        replay.add_episode(*image_episode(number, steps))
+        replay.add(image_episode(number, steps))
         obs = replay.sample(40, generator).obs
         names, t = obs[:, :, :, 0, 0], obs[:, :, :, 0, 1].int()
         assert torch.all(names == names[:1, :, :1])
@@ -226,17 +228,18 @@ def test_a_stack_never_reaches_into_another_episode(lengths):
 def test_images_continue_from_a_state_dict():
     one, two = image_replay(), image_replay()
     for number in range(5):
-        one.add_episode(*image_episode(number, 9))
+        one.add(image_episode(number, 9))
     two.load_state_dict(one.state_dict())
     for replay in (one, two):
-        replay.add_episode(*image_episode(9, 5))
+        replay.add(image_episode(9, 5))
     a, b = (r.sample(50, torch.Generator().manual_seed(1)) for r in (one, two))
     assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
 
 
 def test_frames_that_do_not_fit_are_named():
-    frames, action = image_episode(0, 5)
+    whole = image_episode(0, 5)
+    frames = whole.observations
     with pytest.raises(ValueError, match=r"obs must be \[6, 1, 64, 64\], got \[6, 3, 64, 64\]"):
-        image_replay().add_episode(torch.tensor(stacked(frames.numpy())), action)
+        image_replay().add(replace(whole, observations=stacked(frames)))
     with pytest.raises(ValueError, match="frames must be uint8, got torch.float32"):
-        image_replay().add_episode(frames.float(), action)
+        image_replay().add(replace(whole, observations=frames.astype(np.float32)))

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from iqmpc.runlog import COLUMNS, RunLog, last_evaluations, read_rows, strict_json, write_summary
+from iqmpc.files import strict_json
+from iqmpc.run_folder import RunFolder
+from iqmpc.runlog import COLUMNS, RunLog, last_evaluations, read_rows
 
 
 def row(step, **values):
@@ -14,7 +16,7 @@ def row(step, **values):
 
 @pytest.fixture
 def run(tmp_path):
-    log = RunLog(tmp_path)
+    log = RunLog(RunFolder(tmp_path))
     for step in (10, 20, 30, 40):
         log.write(row(step, **{"return": float(step)}))
     log.close()
@@ -31,7 +33,7 @@ def test_damaged_lines_are_set_aside(run, byte):
     lines[2] = lines[2][:1] + byte + lines[2][1:]
     (run / "metrics.csv").write_bytes(b"".join(lines))
     with pytest.warns(RuntimeWarning, match=r"csv: [12] damaged lines, now in metrics.csv.dam"):
-        RunLog(run, since=30).close()
+        RunLog(RunFolder(run), since=30).close()
     rows, damaged = read_rows(run / "metrics.csv")
     assert [r["env_steps"] for r in rows] == ["10", "30"] and not damaged
     assert (run / "metrics.csv.damaged").stat().st_size
@@ -57,7 +59,7 @@ def test_an_older_runs_columns_are_completed(tmp_path):
 
 
 def test_a_fault_of_tensorboard_does_not_end_a_run(run, monkeypatch):
-    log = RunLog(run, since=40)
+    log = RunLog(RunFolder(run), since=40)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -71,11 +73,13 @@ def test_a_fault_of_tensorboard_does_not_end_a_run(run, monkeypatch):
     (run / "file").touch()
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", full)
     with pytest.warns(RuntimeWarning, match="TensorBoard"):
-        RunLog(run, since=60).close()
+        RunLog(RunFolder(run), since=60).close()
 
 
 def test_summaries_are_strict_json(tmp_path):
-    write_summary(tmp_path, {"a": float("nan"), "b": [np.float64("inf"), 1.5], "c": None, "d": "x"})
+    RunFolder(tmp_path).save_summary(
+        {"a": float("nan"), "b": [np.float64("inf"), 1.5], "c": None, "d": "x"}
+    )
     text = (tmp_path / "summary.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {
         "a": None,
@@ -87,7 +91,7 @@ def test_summaries_are_strict_json(tmp_path):
 
 
 def write_rows(run, rows):
-    log = RunLog(run)
+    log = RunLog(RunFolder(run))
     for step, values in rows:
         log.write(row(step, **values))
     log.close()
@@ -107,7 +111,7 @@ def test_the_last_five_evaluations_on_the_way(tmp_path):
             (80, evaluation(1000.0, 1.0)),
         ],
     )
-    assert last_evaluations(tmp_path, before=80) == {
+    assert last_evaluations(RunFolder(tmp_path), before=80) == {
         "last5_return_mean": 5.0,
         "last5_return_min": 3.0,
         "last5_success_mean": pytest.approx(0.5),
@@ -115,7 +119,7 @@ def test_the_last_five_evaluations_on_the_way(tmp_path):
     }
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("76,6")  # which a crash left incomplete
-    assert last_evaluations(tmp_path, before=80)["last5_return_mean"] == 5.0
+    assert last_evaluations(RunFolder(tmp_path), before=80)["last5_return_mean"] == 5.0
 
 
 def test_fewer_evaluations_and_none(tmp_path):
@@ -125,10 +129,10 @@ def test_fewer_evaluations_and_none(tmp_path):
         "last5_success_mean": None,
         "last5_success_min": None,
     }
-    assert last_evaluations(tmp_path, before=10) == nothing
+    assert last_evaluations(RunFolder(tmp_path), before=10) == nothing
     write_rows(tmp_path, [(10, evaluation(4.0)), (20, evaluation(2.0)), (30, evaluation(9.0))])
-    assert last_evaluations(tmp_path, before=10) == nothing
-    assert last_evaluations(tmp_path, before=30) == {
+    assert last_evaluations(RunFolder(tmp_path), before=10) == nothing
+    assert last_evaluations(RunFolder(tmp_path), before=30) == {
         **nothing,
         "last5_return_mean": 3.0,
         "last5_return_min": 2.0,
@@ -137,6 +141,6 @@ def test_fewer_evaluations_and_none(tmp_path):
 
 def test_what_is_not_finite_is_no_figure(tmp_path):
     write_rows(tmp_path, [(10, evaluation(float("nan"), 1.0)), (20, evaluation(2.0, 1.0))])
-    found = last_evaluations(tmp_path, before=30)
+    found = last_evaluations(RunFolder(tmp_path), before=30)
     assert found["last5_return_mean"] is None and found["last5_return_min"] is None
     assert found["last5_success_mean"] == found["last5_success_min"] == 1.0

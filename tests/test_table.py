@@ -6,9 +6,10 @@ import os
 import pytest
 import torch
 
-from iqmpc import checkpoint, compose, table
+from iqmpc import compose, table
 from iqmpc.errors import CheckpointError, IqmpcError, TaskError
-from iqmpc.runlog import RunLog, write_summary
+from iqmpc.run_folder import RunFolder
+from iqmpc.runlog import RunLog
 
 SUMMARY = {
     "env_steps": 100,
@@ -45,12 +46,12 @@ def make_run(tmp_path):
     ):
         run = tmp_path / name
         run.mkdir()
-        checkpoint.save_config(run, compose(["task=walker-walk", *words]), new=True)
+        RunFolder(run).save_config(compose(["task=walker-walk", *words]), new=True)
         if checkpoints:
-            checkpoint.save(run, 100, {"a": torch.zeros(1)}, {})
+            RunFolder(run).save(100, {"a": torch.zeros(1)}, {})
         if summary is not None:
-            write_summary(run, summary)
-        log = RunLog(run)
+            RunFolder(run).save_summary(summary)
+        log = RunLog(RunFolder(run))
         for step, mean, success in [*evaluations, (100, 1e6, None)]:
             log.write(
                 {
@@ -123,7 +124,7 @@ def test_too_few_episodes_are_evaluated_anew_and_kept(make_run, measuring):
     table.record(run, episodes=30)
     table.record(run, planner=False)
     assert measuring.asked == [(20, True), (30, True), (20, False)]
-    write_summary(run, {**SUMMARY, "env_steps": 200})  # the run has gone on
+    RunFolder(run).save_summary({**SUMMARY, "env_steps": 200})  # the run has gone on
     measuring.figures = {**MEASURED, "env_steps": 200}
     table.record(run)
     assert measuring.asked[3:] == [(0, True)]

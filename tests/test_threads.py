@@ -3,7 +3,7 @@
 import torch
 
 from iqmpc import threads
-from iqmpc.agent import prepare_torch
+from iqmpc.threads import prepare_torch
 
 
 def test_runs_of_one_process_do_not_take_threads_from_each_other(small_config, monkeypatch):

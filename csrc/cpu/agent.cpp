@@ -1,5 +1,7 @@
 #include "iqmpc/agent.hpp"
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -7,7 +9,6 @@
 #include <fstream>
 #include <map>
 #include <string>
-#include <sys/stat.h>
 #include <utility>
 #include <vector>
 
@@ -36,7 +37,7 @@ std::vector<unsigned char> content_of(const std::string& path) {
   const auto fail = [&](const std::string& why) {
     throw AgentError(Reason::unreadable, path + " cannot be read: " + why);
   };
-  struct stat about {};
+  struct stat about{};
   if (::stat(path.c_str(), &about) != 0) fail(std::strerror(errno));
   if (!S_ISREG(about.st_mode)) fail("it is no file");
   if (about.st_size > kLargestFile) fail("it is larger than any agent");
@@ -85,8 +86,7 @@ class Weights {
       const detail::Tensor* beta = row(layer + "beta", out, members, stacked);
       for (std::size_t k = 0; k < members; ++k) {
         const auto at = [&](const detail::Tensor* tensor, std::ptrdiff_t each) {
-          return tensor == nullptr ? nullptr
-                                   : tensor->data + static_cast<std::ptrdiff_t>(k) * each;
+          return tensor == nullptr ? nullptr : tensor->data + static_cast<std::ptrdiff_t>(k) * each;
         };
         result[k].push_back(
             {at(weight, out * in), at(bias, out), at(gamma, out), at(beta, out), out, in});
@@ -125,8 +125,8 @@ class Weights {
 
   static void check_members(const std::string& name, const detail::Tensor& tensor,
                             std::size_t members, bool stacked) {
-    if (stacked && (tensor.shape.empty() ||
-                    tensor.shape.front() != static_cast<std::ptrdiff_t>(members))) {
+    if (stacked &&
+        (tensor.shape.empty() || tensor.shape.front() != static_cast<std::ptrdiff_t>(members))) {
       throw std::invalid_argument(name + " must be of " + std::to_string(members) + " critics");
     }
   }
@@ -219,12 +219,12 @@ void read_interface(const Json& about, std::ptrdiff_t obs_dim, std::ptrdiff_t ac
   const Json& action = about.at("action", "the agent");
   info.action_names = list<std::string>(action.at("names", "action"), "action.names", action_dim,
                                         text("action.names"));
-  info.action_low = list<double>(action.at("low", "action"), "action.low", action_dim,
-                                 number("action.low"));
-  info.action_high = list<double>(action.at("high", "action"), "action.high", action_dim,
-                                  number("action.high"));
-  info.action_repeat = static_cast<std::ptrdiff_t>(
-      about.at("action_repeat", "the agent").count("action_repeat"));
+  info.action_low =
+      list<double>(action.at("low", "action"), "action.low", action_dim, number("action.low"));
+  info.action_high =
+      list<double>(action.at("high", "action"), "action.high", action_dim, number("action.high"));
+  info.action_repeat =
+      static_cast<std::ptrdiff_t>(about.at("action_repeat", "the agent").count("action_repeat"));
   const Json& period = about.at("control_period_s", "the agent");
   if (!period.is_null()) info.control_period = period.number("control_period_s");
   info.task = about.at("task", "the agent").text("task");

@@ -1,5 +1,3 @@
-#include "iqmpc.h"
-
 #include <algorithm>
 #include <cmath>
 #include <exception>
@@ -9,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "iqmpc.h"
 #include "iqmpc/agent.hpp"
 
 struct iqmpc_agent {

@@ -67,7 +67,8 @@ std::string Sha256::hex() {
   add(length, 8);
   std::string text;
   for (const std::uint32_t word : state_) {
-    for (int shift = 28; shift >= 0; shift -= 4) text.push_back("0123456789abcdef"[word >> shift & 15]);
+    for (int shift = 28; shift >= 0; shift -= 4)
+      text.push_back("0123456789abcdef"[word >> shift & 15]);
   }
   return text;
 }

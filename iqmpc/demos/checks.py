@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from iqmpc.config import names_task
 from iqmpc.demos.types import Defect, Draft
-from iqmpc.frames import LARGEST, SIZE
+from iqmpc.observation import LARGEST, SIZE, ObservationSpec
 
 
 def find_defects(
@@ -81,7 +82,8 @@ def _find(
     layout = ("[T+1, O]", (widths["observations"],), np.float32)
     if 2 * len(frames) > len(episodes):
         channels = Counter(array.shape[1] for array in frames).most_common(1)[0][0]
-        layout = (f"[T+1, C, {SIZE}, {SIZE}]", (channels, SIZE, SIZE), np.uint8)
+        spec = ObservationSpec.of_frames(channels)
+        layout = (f"[T+1, C, {SIZE}, {SIZE}]", spec.row_shape, spec.dtype)
         if channels == 0:
             yield at("observations", "images without channels", "at least 1")
         if obs_dim is not None:
@@ -111,7 +113,7 @@ def _is_frames(value: object) -> bool:
 
 def _episode_defects(
     at: Callable[..., Defect],
-    episode: Mapping[str, object],
+    episode: Mapping[str, Any],
     layout: tuple[str, tuple[int | None, ...], type],
     action_dim: int | None,
     range_hint: str,

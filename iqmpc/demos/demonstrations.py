@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from iqmpc.demos import formats, hdf5, isolated
+from iqmpc.demos import formats
 from iqmpc.demos.checks import find_defects
-from iqmpc.demos.types import Defect, DemonstrationError, Draft, Episode, Facts
+from iqmpc.demos.formats import isolated, native
+from iqmpc.demos.types import Defect, DemonstrationError, Draft, Facts
+from iqmpc.episode import Episode
 from iqmpc.files import write_atomically
-from iqmpc.frames import STACK, is_image
+from iqmpc.observation import ObservationSpec
 
 _DATA = Path(__file__).parent / "data"
 
@@ -36,18 +39,35 @@ class Demonstrations:
         object.__setattr__(self, "episodes", tuple(self.episodes))
         object.__setattr__(self, "provenance", dict(self.provenance))
         episodes = [vars(episode) for episode in self.episodes]
-        draft = Draft(f"{self.task} (in memory)", self.task, episodes, self.provenance)
-        _raise_any(draft)
+        _check(Draft(f"{self.task} (in memory)", self.task, episodes, self.provenance))
+
+    @classmethod
+    def _checked(
+        cls, task: str, episodes: Sequence[Episode], provenance: Mapping[str, str]
+    ) -> Demonstrations:
+        """A set of what has passed the checks, which are not made again."""
+        demos = object.__new__(cls)
+        for name, value in (
+            ("task", task),
+            ("episodes", tuple(episodes)),
+            ("provenance", dict(provenance)),
+        ):
+            object.__setattr__(demos, name, value)
+        return demos
 
     def __len__(self) -> int:
         """The number of episodes."""
         return len(self.episodes)
 
     @property
+    def observation_spec(self) -> ObservationSpec:
+        """What one observation is."""
+        return self.episodes[0].observation_spec
+
+    @property
     def obs_shape(self) -> tuple[int, ...]:
         """Of one observation: (O,), or (3C, 64, 64) where they are images."""
-        shape = self.episodes[0].observations.shape[1:]
-        return (STACK * shape[0], *shape[1:]) if is_image(shape) else shape
+        return self.observation_spec.shape
 
     @property
     def action_dim(self) -> int:
@@ -61,9 +81,8 @@ class Demonstrations:
 
     def returns(self) -> np.ndarray | None:
         """Undiscounted return of every episode, float64 [N]; None where rewards are absent."""
-        if self.episodes[0].rewards is None:
-            return None
-        return np.array([episode.rewards.sum(dtype=np.float64) for episode in self.episodes])
+        returns = [e.undiscounted_return for e in self.episodes if e.rewards is not None]
+        return np.array(returns) if returns else None
 
     @property
     def return_mean(self) -> float | None:
@@ -74,15 +93,14 @@ class Demonstrations:
     @property
     def success_rate(self) -> float | None:
         """Share of episodes that ended in success, in [0, 1]; None where the task defines none."""
-        if self.episodes[0].success is None:
-            return None
-        return float(np.mean([episode.success for episode in self.episodes]))
+        known = [episode.success for episode in self.episodes if episode.success is not None]
+        return float(np.mean(known)) if known else None
 
     def select(self, n: int) -> Demonstrations:
         """The set of the first n episodes; DemonstrationError unless 1 <= n <= len(self)."""
         if not 1 <= n <= len(self):
             raise DemonstrationError(f"{n} episodes asked of {self.task}, which has {len(self)}")
-        return Demonstrations(self.task, self.episodes[:n], self.provenance)
+        return self._checked(self.task, self.episodes[:n], self.provenance)
 
     @classmethod
     def load(
@@ -117,12 +135,12 @@ class Demonstrations:
         action_dim: int | None = None,
     ) -> Demonstrations:
         """What a reader returned, checked as `load` says."""
-        _raise_any(draft, task=task, obs_dim=obs_dim, action_dim=action_dim)
+        _check(draft, task=task, obs_dim=obs_dim, action_dim=action_dim)
         episodes = [
             Episode(**{k: bool(v) if isinstance(v, np.bool_) else v for k, v in episode.items()})
             for episode in draft.episodes
         ]
-        return cls(draft.task, tuple(episodes), draft.provenance)
+        return cls._checked(draft.task, episodes, draft.provenance)
 
     @classmethod
     def packaged(cls, task: str) -> Demonstrations:
@@ -138,7 +156,7 @@ class Demonstrations:
         path = Path(path)
         if path.suffix.lower() not in (".h5", ".hdf5"):
             raise DemonstrationError(f"{path}: demonstrations are saved as .h5 or .hdf5")
-        payload = hdf5.encode(self.task, self.episodes, self.provenance)
+        payload = native.encode(self.task, self.episodes, self.provenance)
         try:
             write_atomically(path, payload)
         except OSError as error:
@@ -161,7 +179,7 @@ def packaged_path(task: str) -> Path:
     return _DATA / f"{task}.h5"
 
 
-def _raise_any(draft: Draft | Defect, **expected: str | int | None) -> None:
+def _check(draft: Draft | Defect, **expected: Any) -> None:
     defects = list(find_defects(draft, **expected))
     if defects:
         raise DemonstrationError.of(defects)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,6 @@ def draw(demos: Demonstrations, out: Path) -> None:
     save_figure(figure, out)
 
 
-def _say(axis: object, text: str) -> None:
+def _say(axis: Any, text: str) -> None:
     axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes)
     axis.set(xticks=[], yticks=[])

@@ -4,33 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from iqmpc.errors import IqmpcError
 
 MAX_LISTED = 5
-
-
-@dataclass(frozen=True, eq=False)
-class Episode:
-    """One recorded episode of T environment steps.
-
-    observations: float32 [T+1, O]; row t is what the demonstrator saw before action t, the last
-        row what followed the last action. Of images every frame once, uint8 [T+1, C, 64, 64]: what
-        was seen at row t is `iqmpc.frames.stacked(observations)[t]`.
-    actions: float32 [T, A] in [-1, 1].
-    rewards: float32 [T], or None where they were not recorded. For reporting only: the method
-        never sees them.
-    terminated: whether the last row is a terminal state (not merely a time limit).
-    success: whether the task was solved at the last step; None where the task defines none.
-    """
-
-    observations: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray | None = None
-    terminated: bool = False
-    success: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -95,9 +75,9 @@ class Draft:
     """
 
     source: str
-    task: object
-    episodes: Sequence[dict[str, object] | Defect]
-    provenance: object
+    task: Any
+    episodes: Sequence[dict[str, Any] | Defect]
+    provenance: Any
     action_range: tuple[np.ndarray, np.ndarray] | None = None
     range_hint: str = ""
 

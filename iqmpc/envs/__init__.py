@@ -8,12 +8,14 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.spaces import Box, Dict
 
 from iqmpc.config import TaskConfig
 from iqmpc.envs import dmcontrol, gym, maniskill, myosuite
+from iqmpc.envs.interface import HasSpaces
 from iqmpc.envs.noise import TransitionNoise
 from iqmpc.errors import TaskError
-from iqmpc.frames import SIZE, STACK, is_image
+from iqmpc.observation import SIZE, STACK, ObservationSpec
 
 _SUITES = {
     "dmcontrol": dmcontrol.make,
@@ -23,20 +25,17 @@ _SUITES = {
 }
 
 # The same values as in configs/task, which a test compares.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "dmcontrol": {},
+    "myosuite": dict(episode_length=100, action_repeat=1, gradient_penalty=True),
+    "maniskill": dict(episode_length=100, action_repeat=2, gradient_penalty=True),
+}
 TASKS: dict[str, TaskConfig] = {
-    name: TaskConfig(name=name, suite=suite, **how)
-    for suite, names, how in (
-        ("dmcontrol", dmcontrol.TASKS, {}),
-        (
-            "myosuite",
-            myosuite.TASKS,
-            dict(episode_length=100, action_repeat=1, gradient_penalty=True),
-        ),
-        (
-            "maniskill",
-            maniskill.TASKS,
-            dict(episode_length=100, action_repeat=2, gradient_penalty=True),
-        ),
+    name: TaskConfig(name=name, suite=suite, **_SETTINGS[suite])
+    for suite, names in (
+        ("dmcontrol", dmcontrol.TASKS),
+        ("myosuite", myosuite.TASKS),
+        ("maniskill", maniskill.TASKS),
     )
     for name in names
 }
@@ -78,31 +77,32 @@ def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any)
     return TransitionNoise(env, task.transition_noise) if task.transition_noise else env
 
 
-def check_spaces(env: gymnasium.Env, name: str) -> tuple[tuple[int, ...], int]:
-    """The shape of observations, (O,) or (3C, 64, 64), and A; `TaskError` where they do not fit."""
+def check_spaces(env: HasSpaces, name: str) -> tuple[ObservationSpec, int]:
+    """What is observed, and A; `TaskError` where an environment's spaces do not fit the method."""
     obs, action = env.observation_space, env.action_space
-    images = (
-        isinstance(obs, gymnasium.spaces.Box)
-        and is_image(obs.shape)
-        and obs.dtype == np.uint8
-        and obs.shape[0] % STACK == 0
-        and obs.shape[1:] == (SIZE, SIZE)
-    )
-    if not images and (not isinstance(obs, gymnasium.spaces.Box) or len(obs.shape) != 1):
-        hint = (
-            "; wrap it: iqmpc.envs.gym.FlatObservation(env)"
-            if isinstance(obs, gymnasium.spaces.Dict)
-            else ""
-        )
+    spec = _observation_spec(obs)
+    if spec is None:
+        hint = "; wrap it: iqmpc.envs.gym.FlatObservation(env)" if isinstance(obs, Dict) else ""
         raise TaskError(
             f"{name}: the observation space must be a flat Box, or one of uint8 images "
             f"[{STACK}C, {SIZE}, {SIZE}], got {obs}{hint}"
         )
-    if not isinstance(action, gymnasium.spaces.Box) or len(action.shape) != 1:
+    if not isinstance(action, Box) or len(action.shape) != 1:
         raise TaskError(f"{name}: the action space must be a flat Box, got {action}")
     if not (np.all(action.low == -1) and np.all(action.high == 1)):
         raise TaskError(
             f"{name}: actions must lie in [-1, 1], got [{action.low.min():g}, "
             f"{action.high.max():g}]; wrap it: gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)"
         )
-    return obs.shape, action.shape[0]
+    return spec, action.shape[0]
+
+
+def _observation_spec(space: gymnasium.Space) -> ObservationSpec | None:
+    """What a space describes; None where it is neither a flat Box nor one of stacked images."""
+    if not isinstance(space, Box):
+        return None
+    try:
+        spec = ObservationSpec(space.shape)
+    except ValueError:
+        return None
+    return None if spec.images and space.dtype != spec.dtype else spec

@@ -13,11 +13,11 @@ import numpy as np
 
 from iqmpc.config import TaskConfig
 from iqmpc.envs.actions import scaled
-from iqmpc.envs.description import Description, indexed
+from iqmpc.envs.description import indexed
 from iqmpc.envs.extras import GL_ADVICE, cannot_render, import_extra
 from iqmpc.envs.pixels import FrameStack
 from iqmpc.errors import TaskError
-from iqmpc.frames import SIZE
+from iqmpc.observation import SIZE
 
 # name of the task -> (domain, task) of dm_control
 TASKS = {
@@ -110,9 +110,9 @@ class DMControlEnv(gymnasium.Env):
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": fps}
         self._seed, self._steps = seed, 0
 
-    def describe_interface(self) -> Description:
+    def describe_interface(self) -> TaskInterface:
         model, spec = self._env.physics.model, self._env.action_spec()
-        return Description(
+        return TaskInterface(
             tuple(
                 name
                 for key, part in self._env.observation_spec().items()

@@ -6,7 +6,9 @@ import contextlib
 import importlib
 import io
 import logging
+import platform
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -17,6 +19,8 @@ GL_ADVICE = (
     "without a screen, rendering needs EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri, or "
     "libosmesa6, and MUJOCO_GL=egl or MUJOCO_GL=osmesa to choose one"
 )
+# Extras that newer Pythons cannot have: labmaze, NumPy below 1.24 (pyproject.toml).
+NEWEST_PYTHON = {"dmcontrol": (3, 12), "myosuite": (3, 12), "maniskill": (3, 11)}
 # Every graphics library raises its own type.
 _GRAPHICS = re.compile(
     r"gl\b|^gl|egl|osmesa|glfw|glx|x11|display|framebuffer|vulkan", re.IGNORECASE
@@ -35,8 +39,8 @@ def cannot_render(error: Exception) -> TaskError:
 def import_extra(module: str, suite: str, extra: str) -> ModuleType:
     """Import a suite's module without what it prints.
 
-    Raises `TaskError`: with the extra to install where the package is missing, and with the
-    import's own message where it is there and broken.
+    Raises `TaskError`: with the extra to install where the package is missing, or the Python that
+    it needs, and with the import's own message where it is there and broken.
     """
     package = module.partition(".")[0]
     try:
@@ -44,6 +48,12 @@ def import_extra(module: str, suite: str, extra: str) -> ModuleType:
             return importlib.import_module(module)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
+            newest = NEWEST_PYTHON.get(extra, sys.version_info)
+            if sys.version_info[:2] > newest:
+                raise TaskError(
+                    f"{suite} needs Python 3.{newest[1]} or older, this is "
+                    f"{platform.python_version()}"
+                ) from None
             raise TaskError(
                 f"{suite} needs the extra {extra!r}: pip install 'iqmpc[{extra}]'"
             ) from None

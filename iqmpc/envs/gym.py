@@ -17,9 +17,10 @@ from gymnasium.spaces import Box, Dict
 from iqmpc.config import TaskConfig
 from iqmpc.envs import interface
 from iqmpc.envs.actions import scaled
-from iqmpc.envs.description import Description, indexed, seconds
-from iqmpc.envs.pixels import FrameStack, resized
+from iqmpc.envs.description import indexed, seconds
+from iqmpc.envs.pixels import FrameStack, is_raw_image, resized
 from iqmpc.errors import TaskError
+from iqmpc.task_interface import TaskInterface
 
 
 class FlatObservation(gymnasium.ObservationWrapper):
@@ -43,7 +44,7 @@ class FlatObservation(gymnasium.ObservationWrapper):
             if key not in members:
                 raise TaskError(f"the observation has no {key!r} (it has: {', '.join(members)})")
             space = members[key]
-            if len(self._keys) == 1 and _is_image(space):
+            if len(self._keys) == 1 and is_raw_image(space):
                 self._image, self.observation_space = True, space
                 return
             number = isinstance(space, Box) and space.dtype.kind in "biuf"
@@ -69,7 +70,7 @@ class FlatObservation(gymnasium.ObservationWrapper):
         return parts[0] if self._image else np.concatenate([np.ravel(part) for part in parts])
 
 
-def _members(space: Dict, prefix: str = "") -> list[tuple[str, gymnasium.Space]]:
+def _members(space: Dict, prefix: str = "") -> list[tuple[str, Any]]:
     found = []
     for key in sorted(space.spaces):
         member = space.spaces[key]
@@ -104,7 +105,8 @@ class ControlEnv(gymnasium.Wrapper):
         terminates: bool = True,
     ):
         _check_box(env.action_space, f"{task.name}: the action space")
-        low, high = env.action_space.low, env.action_space.high
+        actions: Any = env.action_space
+        low, high = actions.low, actions.high
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise TaskError(
                 f"{task.name}: the action space must be bounded, got {env.action_space}"
@@ -118,7 +120,7 @@ class ControlEnv(gymnasium.Wrapper):
                 f"{task.name}: task.obs_keys chooses from a dictionary of "
                 f"observations, the environment's are {env.observation_space}"
             )
-        images = _is_image(env.observation_space)
+        images = is_raw_image(env.observation_space)
         if not images:
             _check_box(env.observation_space, f"{task.name}: the observation space")
         super().__init__(env)
@@ -133,9 +135,9 @@ class ControlEnv(gymnasium.Wrapper):
         self._success, self._terminates = success, terminates
         self._seed, self._steps = seed, 0
 
-    def describe_interface(self) -> Description:
+    def describe_interface(self) -> TaskInterface:
         flat, period = isinstance(self.env, FlatObservation), seconds(self.unwrapped)
-        return Description(
+        return TaskInterface(
             self.env.names if flat else indexed("obs", self.observation_space.shape),
             indexed("action", self.action_space.shape),
             tuple(map(float, self._low)),
@@ -192,7 +194,7 @@ def make(
     else:
         env = _registered(task.env_id, options)
     env = ControlEnv(env, task, seed=seed)
-    if _is_image(env.observation_space):
+    if is_raw_image(env.observation_space):
         return FrameStack(env, resized, env.observation_space.shape[2])
     if task.obs == "pixels":
         raise TaskError(
@@ -243,15 +245,6 @@ def _called(path: str, options: dict[str, Any]) -> Any:
     except ValueError:  # a builtin, which has no signature
         pass
     return function(**options)
-
-
-def _is_image(space: gymnasium.Space) -> bool:
-    return (
-        isinstance(space, Box)
-        and space.dtype == np.uint8
-        and len(space.shape) == 3
-        and space.shape[2] in (1, 3)
-    )
 
 
 def _check_box(space: gymnasium.Space, what: str) -> None:

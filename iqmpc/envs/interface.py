@@ -11,16 +11,26 @@ import math
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
 
 from iqmpc.errors import TaskError
-from iqmpc.frames import LARGEST, observed
+from iqmpc.observation import LARGEST
 
 _RESET = "(observation, info)"
 _STEP = "(observation, reward, terminated, truncated, info)"
+
+
+class HasSpaces(Protocol):
+    """What has an environment's spaces: one itself, or what stands for one elsewhere."""
+
+    @property
+    def observation_space(self) -> gymnasium.Space: ...
+
+    @property
+    def action_space(self) -> gymnasium.Space: ...
 
 
 def reset(env: gymnasium.Env, **how: Any) -> tuple[Any, dict[str, Any]]:
@@ -49,8 +59,9 @@ def step(env: gymnasium.Env, action: np.ndarray) -> tuple[Any, float, bool, bool
     )
 
 
-def observation(obs: Any, space: gymnasium.spaces.Box) -> np.ndarray:
-    """A copy of what was observed: float32 [O], or an image of the space's dtype.
+def observation(obs: Any, space: gymnasium.Space) -> np.ndarray:
+    """A copy of what was observed: float32 [O], or an image of the space's dtype, whether it is
+    stacked already or not. A copy, since an environment may write its next observation there.
 
     Raises `TaskError` for another shape, for an image of another type, and for a value that is
     not finite or beyond ±`LARGEST`, by its index.
@@ -69,10 +80,11 @@ def observation(obs: Any, space: gymnasium.spaces.Box) -> np.ndarray:
         )
     if found.shape != space.shape:
         raise TaskError(f"the observation has shape {found.shape}, its space {space.shape}")
-    if len(space.shape) == 3 and found.dtype != space.dtype:
+    flat = found.ndim == 1
+    if not flat and found.dtype != space.dtype:
         raise TaskError(f"the image is {found.dtype}, its space {space.dtype}")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf
-        found = observed(found)
+        found = np.array(found, np.float32 if flat else None)
     if found.dtype.kind == "f":
         sound = np.abs(found) <= LARGEST  # false for NaN
         if not sound.all():

@@ -93,10 +93,12 @@ def _has_vulkan() -> bool:
 
 
 def _load_null_vulkan() -> None:
+    found = importlib.util.find_spec("iqmpc._null_vulkan")
     try:
-        library = importlib.util.find_spec("iqmpc._null_vulkan").origin
-        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-    except (AttributeError, OSError) as error:
+        if found is None or found.origin is None:
+            raise OSError("there is no iqmpc._null_vulkan")
+        ctypes.CDLL(found.origin, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
         raise TaskError(
             "ManiSkill2 needs Vulkan's library (Debian: apt-get install libvulkan1), and iqmpc's "
             f"replacement for it was not built: {error}"

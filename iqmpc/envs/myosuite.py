@@ -27,7 +27,8 @@ class _Seeded(gymnasium.Wrapper):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
-            self.unwrapped.seed(seed)
+            env: Any = self.unwrapped
+            env.seed(seed)
         return self.env.reset()
 
 

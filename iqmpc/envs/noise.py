@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
@@ -30,9 +30,11 @@ class TransitionNoise(gymnasium.Wrapper):
             self._random = np.random.default_rng([seed, 1])
         return self.env.reset(seed=seed, options=options)
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
         # Both draws at every step, so that p changes how many are used and not which.
         uniform = self._random.uniform(-1, 1, self.action_space.shape).astype(np.float32)
         replaced = bool(self._random.random() < self.p)
-        *result, info = self.env.step(uniform if replaced else action)
-        return (*result, {**info, "replaced": replaced})
+        obs, reward, terminated, truncated, info = self.env.step(uniform if replaced else action)
+        return obs, reward, terminated, truncated, {**info, "replaced": replaced}

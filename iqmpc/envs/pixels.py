@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from iqmpc.frames import SIZE, STACK
+from iqmpc.observation import SIZE, STACK, ObservationSpec
 
 
 class FrameStack(gymnasium.Wrapper):
@@ -21,8 +21,8 @@ class FrameStack(gymnasium.Wrapper):
 
     def __init__(self, env: gymnasium.Env, frame: Callable[[Any], np.ndarray], channels: int = 3):
         super().__init__(env)
-        shape = (STACK * channels, SIZE, SIZE)
-        self.observation_space = gymnasium.spaces.Box(0, 255, shape, np.uint8)
+        spec = ObservationSpec.of_frames(channels)
+        self.observation_space = gymnasium.spaces.Box(0, 255, spec.shape, spec.dtype)
         self._frame, self._frames = frame, deque[np.ndarray](maxlen=STACK)
 
     def reset(
@@ -41,20 +41,35 @@ class FrameStack(gymnasium.Wrapper):
 class FrameRecorder(gymnasium.Wrapper):
     """Leaves observations as they are and keeps the frames that a `FrameStack` would observe.
 
-    `frames` holds those of the latest episode, uint8 [3, 64, 64] each; for DMControl tasks.
+    For DMControl tasks.
     """
+
+    @property
+    def frames(self) -> np.ndarray:
+        """Those of the latest episode, uint8 [T+1, 3, 64, 64]."""
+        return np.stack(self._frames)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         result = self.env.reset(seed=seed, options=options)
-        self.frames = [self.unwrapped.frame()]
+        self._frames = [self.unwrapped.frame()]
         return result
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         result = self.env.step(action)
-        self.frames.append(self.unwrapped.frame())
+        self._frames.append(self.unwrapped.frame())
         return result
+
+
+def is_raw_image(space: gymnasium.Space) -> bool:
+    """Whether a space is of images as `resized` takes them, not of frames that are stacked."""
+    return (
+        isinstance(space, gymnasium.spaces.Box)
+        and space.dtype == np.uint8
+        and len(space.shape) == 3
+        and space.shape[2] in (1, 3)
+    )
 
 
 def resized(image: np.ndarray) -> np.ndarray:

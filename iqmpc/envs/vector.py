@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
-import gymnasium
 import numpy as np
 
 from iqmpc.envs import check_spaces, interface
+from iqmpc.envs.interface import HasSpaces
+from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.errors import TaskError
 from iqmpc.seeding import stream_seed
-
-
-@dataclass(eq=False)
-class Recording:
-    """An episode so far: T+1 observations, float32 [O] or images, T actions float32 [A], T rewards.
-
-    `number` counts the run's episodes from 0.
-    """
-
-    observations: list[np.ndarray]
-    number: int
-    actions: list[np.ndarray] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    terminated: bool = False
 
 
 class VectorEnv:
@@ -43,7 +30,7 @@ class VectorEnv:
 
     def __init__(
         self,
-        envs: Sequence[gymnasium.Env],
+        envs: Sequence[HasSpaces],
         name: str,
         *,
         seed: int = 0,
@@ -55,13 +42,14 @@ class VectorEnv:
             raise ValueError("no environment was given")
         if len({id(env) for env in envs}) < len(envs):
             raise TaskError(f"{name}: each of the {len(envs)} environments must be another object")
-        self.envs, self.name, self.seed, self.started = list(envs), name, seed, 0
+        self.envs: list[Any] = list(envs)  # of a `WorkerVectorEnv` its workers
+        self.name, self.seed, self.started = name, seed, 0
         self._episode_length, self._cut_before = episode_length, False
         self._on_message = on_message or (lambda text: None)
-        self.obs_shape, self.action_dim = check_spaces(envs[0], name)
+        self.observation_spec, self.action_dim = check_spaces(envs[0], name)
         for index, env in enumerate(envs[1:], 1):
             check_alike(env, envs[0], f"{name}: environment {index}", "environment 0")
-        self._episodes: list[Recording | None] = [None] * len(envs)
+        self._episodes: list[EpisodeBuffer | None] = [None] * len(envs)
         self.restarts = 0  # of environments: those in this process are never restarted
 
     def __len__(self) -> int:
@@ -80,7 +68,7 @@ class VectorEnv:
             )
             self.started += len(waiting)
             for index, obs in self._reset(numbers).items():
-                self._episodes[index] = Recording([obs], numbers[index])
+                self._episodes[index] = EpisodeBuffer([obs], numbers[index])
             waiting = self._idle()
         return idle
 
@@ -89,7 +77,7 @@ class VectorEnv:
         """The latest of all, [N, O] or [N, 3C, 64, 64]; `RuntimeError` before `start`."""
         return np.stack([self._running(index).observations[-1] for index in range(len(self))])
 
-    def step(self, actions: np.ndarray) -> list[Recording]:
+    def step(self, actions: np.ndarray) -> list[Episode]:
         """Step the first n environments with actions float32 [n, A], n <= N.
 
         Returns the episodes that ended with this step, whole and in the order of the environments.
@@ -99,22 +87,20 @@ class VectorEnv:
         ended = []
         for index, (obs, reward, terminated, truncated) in self._step(actions).items():
             episode = episodes[index]
-            episode.observations.append(obs)
-            episode.actions.append(actions[index])
-            episode.rewards.append(reward)
+            episode.add(actions[index], reward, obs)
             over = terminated or truncated
             if not over and len(episode.actions) == self._episode_length:
                 over = True
                 self._say_cut()
             if over:
-                episode.terminated = terminated
                 self._episodes[index] = None
-                ended.append(episode)
+                with interface.at(self._place(episode.number, len(episode.actions))):
+                    ended.append(episode.finish(terminated=terminated))
         return ended
 
-    def cut(self) -> list[Recording]:
+    def cut(self) -> list[Episode]:
         """End all episodes where they are; returns those that have made a step."""
-        unfinished = [e for e in self._episodes if e is not None and e.actions]
+        unfinished = [e.finish() for e in self._episodes if e is not None and e.actions]
         self._episodes = [None] * len(self)
         return unfinished
 
@@ -158,14 +144,14 @@ class VectorEnv:
     def _idle(self) -> list[int]:
         return [index for index, episode in enumerate(self._episodes) if episode is None]
 
-    def _running(self, index: int) -> Recording:
+    def _running(self, index: int) -> EpisodeBuffer:
         episode = self._episodes[index]
         if episode is None:
             raise RuntimeError(f"environment {index} is in no episode: call start() first")
         return episode
 
 
-def check_alike(env: gymnasium.Env, other: gymnasium.Env, name: str, other_name: str) -> None:
+def check_alike(env: HasSpaces, other: HasSpaces, name: str, other_name: str) -> None:
     """`TaskError` where `env`'s spaces do not fit the method or are not those of `other`."""
     check_spaces(env, name)
     for space in ("observation_space", "action_space"):

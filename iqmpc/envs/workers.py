@@ -61,12 +61,11 @@ class WorkerVectorEnv(VectorEnv):
         episode_length: int | None = None,
         on_message: Callable[[str], None] | None = None,
     ):
-        check_spaces(like, name)
+        spec, _ = check_spaces(like, name)
         spaces = _Spaces(like.observation_space, like.action_space)
-        kind = np.uint8 if spaces.observation_space.dtype == np.uint8 else np.float32
         rows = len(factories)
         self._actions = _Shared(rows, spaces.action_space.shape, np.float32)
-        self._observations = _Shared(rows, spaces.observation_space.shape, kind)
+        self._observations = _Shared(rows, spec.shape, spec.dtype)
         workers = [
             _Worker(index, factory, name, spaces, self._observations, self._actions, timeout_s)
             for index, factory in enumerate(factories)
@@ -157,8 +156,8 @@ class WorkerVectorEnv(VectorEnv):
 
 
 class _Spaces(NamedTuple):
-    observation_space: gymnasium.spaces.Box
-    action_space: gymnasium.spaces.Box
+    observation_space: Any  # flat Boxes or one of images, as `check_spaces` has seen to
+    action_space: Any
 
 
 class _Failure(Exception):
@@ -294,7 +293,8 @@ def _serve(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are the parent's, which closes the pipe
     faulthandler.enable()  # where a simulator crashes, the last words are Python's
-    env, observation, action = None, observations.array[index], actions.array[index]
+    env: gymnasium.Env | None = None
+    observation, action = observations.array[index], actions.array[index]
 
     def make() -> tuple:
         nonlocal env
@@ -303,6 +303,7 @@ def _serve(
         return ()
 
     def act(seed: int | None) -> tuple:
+        assert env is not None  # made before anything is asked of it
         if seed is None:
             obs, *answer, _ = interface.step(env, action)
         else:

@@ -87,7 +87,8 @@ class FusedUpdate:
             precision=precision,
             threads=threads,
             isa=isa,
-            **settings._asdict(),
+            beta=settings.entropy_coef,
+            **{k: v for k, v in settings._asdict().items() if k != "entropy_coef"},
         )
 
     def learn(
@@ -151,7 +152,7 @@ def _arrays(rows: Rows) -> tuple[np.ndarray, ...]:
 
 def _result(values: Sequence[float]) -> tuple[dict[str, float], bool, bool]:
     *metrics, model_skipped, policy_skipped = values
-    return dict(zip(METRICS, metrics, strict=True)), model_skipped, policy_skipped
+    return dict(zip(METRICS, metrics, strict=True)), bool(model_skipped), bool(policy_skipped)
 
 
 def _stack(
@@ -169,10 +170,10 @@ def _stack(
 
     result = []
     for i, layer in enumerate(layers):
-        other = averages[i] if averages is not None else Layer(None, None)
+        other = None if averages is None else averages[i]
         result.append(
             tuple(
-                parameter(f"{part} layer {i} {name}", t, getattr(other, name))
+                parameter(f"{part} layer {i} {name}", t, getattr(other, name, None))
                 for name, t in zip(Layer._fields, layer, strict=True)
                 if t is not None
             )

@@ -28,7 +28,7 @@ def iq_update_reference(
     """
     s, w = settings, state.weights
     loss, latents, metrics = losses.model_loss(
-        w, state.targets, batch, model_noise, s, s.discount, s.beta, s.c_gp > 0
+        w, state.targets, batch, model_noise, s, s.discount, s.entropy_coef, s.c_gp > 0
     )
     encoder = layer_tensors(w.encoder)
     others = [t for part in (w.dynamics, w.critics, w.termination) for t in layer_tensors(part)]
@@ -36,7 +36,7 @@ def iq_update_reference(
     gradients, norm = _step(state, loss, encoder + others, rates, model_steps, s.grad_clip)
 
     policy_loss, policy_metrics = losses.policy_loss(
-        w, latents, policy_noise, s.rho, s.beta, s.entropy
+        w, latents, policy_noise, s.rho, s.entropy_coef, s.entropy
     )
     policy = layer_tensors(w.policy)
     policy_gradients, policy_norm = _step(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 class UpdateSettings(NamedTuple):
-    """Symbols as in `LearnerConfig`. `beta` is the entropy coefficient in force, `c_gp` is 0 where
-    there is no gradient penalty, `average_rate` is read where an average is kept."""
+    """Symbols as in `LearnerConfig`. `entropy_coef` is β·A or β, the one in force, `c_gp` is 0
+    where there is no gradient penalty, `average_rate` is read where an average is kept."""
 
     objective: str
-    entropy: str
+    entropy: Literal["exact", "presquash"]
     horizon: int
     rho: float
     discount: float
     alpha: float
-    beta: float
+    entropy_coef: float
     c_cons: float
     c_iq: float
     c_gp: float
@@ -41,18 +41,18 @@ class UpdateSettings(NamedTuple):
     def of(cls, config: Config, action_dim: int) -> UpdateSettings:
         """Those of a run with actions of size `action_dim`."""
         s = config.learner
-        given = {name: getattr(s, name) for name in cls._fields if hasattr(s, name)}
-        return cls(
-            **given
-            | dict(
-                discount=config.discount,
-                beta=config.entropy_coefficient(action_dim),
-                c_gp=s.c_gp if config.gradient_penalty and s.objective != "td" else 0.0,
-                dropout=config.model.dropout,
-                dropout_always=s.dropout == "always",
-                average_rate=config.agent.average_rate,
-            )
-        )
+        values: dict[str, Any] = {
+            name: getattr(s, name) for name in cls._fields if hasattr(s, name)
+        }
+        values |= {
+            "discount": config.discount,
+            "entropy_coef": config.entropy_coefficient(action_dim),
+            "c_gp": s.c_gp if config.gradient_penalty and s.objective != "td" else 0.0,
+            "dropout": config.model.dropout,
+            "dropout_always": s.dropout == "always",
+            "average_rate": config.agent.average_rate,
+        }
+        return cls(**values)
 
 
 class UpdateState(NamedTuple):

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from iqmpc.config import PlannerConfig
 from iqmpc.kernels import layers
+from iqmpc.kernels.backends import cannot_run
 from iqmpc.kernels.cpu import LiveView, as_array
-from iqmpc.kernels.mppi_plan.types import Plan
+from iqmpc.kernels.mppi_plan.types import Plan, unserved_precision, unused
 from iqmpc.kernels.weights import Weights, map_layers
 from iqmpc.threads import threads
 
@@ -23,27 +24,37 @@ class CpuPlan:
     The GIL is released while a plan runs; `publish` may be called meanwhile, from another thread.
     """
 
+    @staticmethod
+    def unfit(weights: Weights, config: PlannerConfig) -> str | None:
+        device = weights.encoder[0].weight.device
+        return (
+            unserved_precision(config, "float32", "bf16")
+            or (None if device.type == "cpu" else f"needs weights on the CPU, got {device}")
+            or unused(config, "threads", "budget_us")
+            or cannot_run("cpu", config.backend)
+        )
+
     def __init__(
         self,
         weights: Weights,
         config: PlannerConfig,
         *,
         discount: float,
-        beta: float = 0.0,
-        num_envs: int = 1,
+        entropy_coef: float = 0.0,  # of the unrolled score, which the advantage form does without
+        problems: int = 1,
         seed: int = 0,
         isa: str | None = None,
     ):
         from iqmpc import _C
 
-        self.num_envs = num_envs
+        self.problems = problems
         self._view = LiveView()
         self._keep_encoder(weights)
         packed = _C.WorldModel(self._view.of(weights), precision=config.precision, isa=isa)
         self.action_dim: int = packed.action_dim
         self.native = _C.Planner(
             packed,
-            num_envs=num_envs,
+            num_envs=problems,
             horizon=config.horizon,
             samples=config.samples,
             elites=config.elites,
@@ -65,7 +76,7 @@ class CpuPlan:
         if self._encoder is not None:
             with torch.no_grad():
                 obs = layers.encode(self._encoder, obs)
-        action = torch.empty(self.num_envs, self.action_dim)
+        action = torch.empty(self.problems, self.action_dim)
         array = as_array("obs", obs.float().contiguous())
         spent_us = 1e6 * (time.perf_counter() - started)
         iterations, samples, nonfinite, missed, late, elapsed_us = self.native.plan(
@@ -84,11 +95,11 @@ class CpuPlan:
             encoder = map_layers(lambda t: t.detach().clone(), weights.encoder)
             self._encoder = weights._replace(encoder=encoder, dynamics=(), policy=(), critics=())
 
-    def reset(self, env: int | None = None) -> None:
-        if env is None:
+    def reset(self, problem: int | None = None) -> None:
+        if problem is None:
             self.native.reset()
         else:
-            self.native.reset(env)
+            self.native.reset(problem)
 
     @property
     def mean(self) -> Tensor:

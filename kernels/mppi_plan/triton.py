@@ -25,7 +25,7 @@ from iqmpc.kernels.weights import Weights
 _BLOCK = 1024  # numbers that a program of the elementwise kernels makes
 _POLICY_ROOT = tl.constexpr(3)  # where π(z_0) lies in the root, in widths
 _ROOTS = rollout._ROOTS
-_SIZES = ["count", "uniforms", "critics", "total", "horizon", "samples", "prior", "elites"]
+_SIZES = ["count", "uniforms", "critics", "total", "horizon", "samples", "num_policy", "elites"]
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def _draw_kernel(
 
 
 @triton.jit
-def _prior_of(root, e, a, eps, log_std_min, log_std_max, WIDTH: tl.constexpr):
+def _policy_action(root, e, a, eps, log_std_min, log_std_max, WIDTH: tl.constexpr):
     """tanh(μ + σ ε) of π(z_0), for problems e and actions a."""
     at = root + e * (_ROOTS * WIDTH) + _POLICY_ROOT * WIDTH + 2 * a
     return rollout.squashed(tl.load(at), tl.load(at + 1), eps, log_std_min, log_std_max)
@@ -113,7 +113,7 @@ def _act_kernel(
     a = tl.arange(0, BLOCK)
     eps = tl.load(explore + e * A + a, mask=a < A, other=0.0)
     eps *= tl.load(control + 2).to(tl.float32)
-    x = _prior_of(root, e, tl.minimum(a, A - 1), eps, log_std_min, log_std_max, WIDTH)
+    x = _policy_action(root, e, tl.minimum(a, A - 1), eps, log_std_min, log_std_max, WIDTH)
     tl.store(out + e * (A + 1) + a, _in_range(x), mask=a < A)
     bad = tl.max(((x != x) & (a < A)).to(tl.int32), 0)  # tanh is never infinite
     tl.store(out + e * (A + 1) + A, bad.to(tl.float32))
@@ -124,10 +124,10 @@ def _begin_kernel(
     root,
     mean,  # [E, H, A] of the plan before
     policy_noise,  # [E, H, P, A]
-    noise,  # [E, H, S - P, A]
+    sample_noise,  # [E, H, S - P, A]
     actions,  # [E, H, S, A]
     total,  # E * H * S * A
-    horizon, samples, prior, std_max, log_std_min, log_std_max,
+    horizon, samples, num_policy, std_max, log_std_min, log_std_max,
     A: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """The first actions of the policy's trajectories and the samples of the first iteration."""
@@ -138,17 +138,17 @@ def _begin_kernel(
     et = line // samples
     e = et // horizon
     t = et % horizon
-    drawn = (i < total) & (s >= prior)
-    first = (i < total) & (s < prior) & (t == 0)
+    drawn = (i < total) & (s >= num_policy)
+    first = (i < total) & (s < num_policy) & (t == 0)
 
     centre = tl.load(mean + (et + 1) * A + a, mask=drawn & (t + 1 < horizon), other=0.0)
-    at = (et * (samples - prior) + s - prior) * A + a
-    x = centre + std_max * tl.load(noise + at, mask=drawn, other=0.0)
+    at = (et * (samples - num_policy) + s - num_policy) * A + a
+    x = centre + std_max * tl.load(sample_noise + at, mask=drawn, other=0.0)
     x = tl.minimum(tl.maximum(x, -1.0), 1.0)
 
     e = tl.where(first, e, 0)  # beyond the end nothing may be read
-    eps = tl.load(policy_noise + (et * prior + s) * A + a, mask=first, other=0.0)
-    x = tl.where(first, _prior_of(root, e, a, eps, log_std_min, log_std_max, WIDTH), x)
+    eps = tl.load(policy_noise + (et * num_policy + s) * A + a, mask=first, other=0.0)
+    x = tl.where(first, _policy_action(root, e, a, eps, log_std_min, log_std_max, WIDTH), x)
     tl.store(actions + i, x, mask=drawn | first)
 
 
@@ -157,16 +157,16 @@ def _improve_kernel(
     control, root,
     actions,  # [E, H, S, A]
     returns,  # [E, S]
-    noise,  # [E, H, S - P, A] of the next iteration
+    sample_noise,  # [E, H, S - P, A] of the next iteration
     uniform,  # [E, elites]
     explore,  # [E, A]
     mean,  # [E, H, A]
     out,  # [E, A + 1]
-    horizon, samples, prior, elites, temperature, std_min, std_max,
-    LAST: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, SAMPLES: tl.constexpr,
+    horizon, samples, num_policy, elites, temperature, std_min, std_max,
+    CHOOSE: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr, SAMPLES: tl.constexpr,
     ELITES: tl.constexpr, BLOCK_A: tl.constexpr, LINES: tl.constexpr,
 ):
-    """Refit, then sample anew in place; of the LAST iteration instead the mean and the action.
+    """Refit, then sample anew in place; to CHOOSE, after the last one, the mean and the action.
 
     Grid: problems, steps, blocks of actions. A program reads and writes the actions of its own step
     and block, and ranks for itself.
@@ -177,7 +177,7 @@ def _improve_kernel(
     line = (e * horizon + t).to(tl.int64)
     here = actions + line * samples * A
     centre, std = fit(here, chosen, w, a, A, elites, std_min, std_max, ELITES)
-    if LAST:
+    if CHOOSE:
         finite = tl.sum(w, 0) > 0
         tl.store(mean + line * A + a, tl.where(finite, centre, 0.0), mask=a < A)
         if t == 0:
@@ -197,14 +197,14 @@ def _improve_kernel(
                 tl.store(out + e * (A + 1) + A, tl.where(finite, 0.0, 1.0))
     else:
         tl.debug_barrier()  # the elites have been read
-        drawn = samples - prior
+        drawn = samples - num_policy
         for first in range(0, drawn, LINES):
             s = first + tl.arange(0, LINES)
             mask = (s < drawn)[:, None] & (a < A)[None, :]
-            eps = tl.load(noise + (line * drawn + s)[:, None] * A + a[None, :], mask=mask,
+            eps = tl.load(sample_noise + (line * drawn + s)[:, None] * A + a[None, :], mask=mask,
                           other=0.0)
             x = centre[None, :] + std[None, :] * eps
-            tl.store(here + (prior + s)[:, None] * A + a[None, :],
+            tl.store(here + (num_policy + s)[:, None] * A + a[None, :],
                      tl.minimum(tl.maximum(x, -1.0), 1.0), mask=mask)
 
 
@@ -222,8 +222,8 @@ class TritonPlan:
     """
 
     def __init__(
-        self, weights: Weights, config: PlannerConfig, *, discount: float, beta: float = 0.0,
-        num_envs: int = 1, seed: int = 0, schedule: str | None = None,
+        self, weights: Weights, config: PlannerConfig, *, discount: float,
+        entropy_coef: float = 0.0, problems: int = 1, seed: int = 0, schedule: str | None = None,
     ):
         capture = not INTERPRETED if config.capture is None else config.capture
         if capture and INTERPRETED:
@@ -236,7 +236,7 @@ class TritonPlan:
         reason = encoder_unfit(weights)
         if reason is not None:
             raise ValueError(reason)
-        self.config, self.num_envs, self.step = config, num_envs, 0
+        self.config, self.problems, self.step = config, problems, 0
         self.weights = w = TritonWeights(weights, precision=config.precision)
         self.device, self.iterations = w.device, config.iterations_for(w.action_dim)
         self._discount, self._seed = float(discount), seed
@@ -244,7 +244,7 @@ class TritonPlan:
         self.schedule = schedule
         self._graph: torch.cuda.CUDAGraph | None = None
         if INTERPRETED:
-            self.schedule = schedule or rollout.resolve_schedule(self._iterations[0])
+            self.schedule = schedule or rollout.resolve_schedule(self._sample_launches[0])
         else:
             self._side = torch.cuda.Stream(self.device)
             self._prepare(capture)
@@ -275,8 +275,8 @@ class TritonPlan:
     def publish(self, weights: Weights) -> None:
         self.weights.refresh(weights)
 
-    def reset(self, env: int | None = None) -> None:
-        self.mean[slice(None) if env is None else env] = 0
+    def reset(self, problem: int | None = None) -> None:
+        self.mean[slice(None) if problem is None else problem] = 0
 
     def draws(self) -> PlanNoise:
         """What the last plan drew, as the reference's `compute` takes it.
@@ -285,29 +285,30 @@ class TritonPlan:
         """
         n = self._noise
         return PlanNoise(
-            prior=n["prior"], prior_score=n["prior_score"], samples=torch.stack(n["samples"]),
-            score=torch.stack(n["score"]), root=torch.zeros_like(n["explore"]),
-            explore=n["explore"] * self._control[2], gumbel=-torch.log(-torch.log(self._uniform)),
-            pair=self._pair)
+            policy_noise=n["policy_noise"], policy_score_noise=n["policy_score_noise"],
+            sample_noise=torch.stack(n["sample_noise"]), score_noise=torch.stack(n["score_noise"]),
+            root=torch.zeros_like(n["explore"]), explore=n["explore"] * self._control[2],
+            gumbel=-torch.log(-torch.log(self._uniform)), pair=self._pair)
 
     def _allocate(self) -> None:
         """The memory of a plan: a graph reads and writes it again and again."""
-        c, w, envs, device = self.config, self.weights, self.num_envs, self.device
-        action_dim, horizon, prior = w.action_dim, c.horizon, c.policy_trajectories
-        drawn, steps = c.samples - prior, horizon - 1
-        shapes = dict(prior=(envs, horizon, prior, action_dim), explore=(envs, action_dim),
-                      prior_score=(envs, steps, prior, action_dim))
-        each = dict(samples=(envs, horizon, drawn, action_dim),
-                    score=(envs, steps, drawn, action_dim))
+        c, w, problems, device = self.config, self.weights, self.problems, self.device
+        action_dim, horizon, num_policy = w.action_dim, c.horizon, c.policy_trajectories
+        drawn, steps = c.samples - num_policy, horizon - 1
+        shapes = dict(policy_noise=(problems, horizon, num_policy, action_dim),
+                      explore=(problems, action_dim),
+                      policy_score_noise=(problems, steps, num_policy, action_dim))
+        each = dict(sample_noise=(problems, horizon, drawn, action_dim),
+                    score_noise=(problems, steps, drawn, action_dim))
         # 16 bytes each, for wide loads
         sizes = {name: -(-torch.Size(shape).numel() // 4) * 4
                  for name, shape in (shapes | each).items()}
         total = sum(sizes[name] * (self.iterations if name in each else 1) for name in sizes)
-        largest = max(total, envs * horizon * c.samples * action_dim)
+        largest = max(total, problems * horizon * c.samples * action_dim)
         if largest >= 2**31:
             raise ValueError(
-                f"a plan for {envs} problems at once needs {largest} random numbers or actions, "
-                f"and the triton backend counts to {2**31 - 1}: plan for fewer")
+                f"a plan for {problems} problems at once needs {largest} random numbers or "
+                f"actions, and the triton backend counts to {2**31 - 1}: plan for fewer")
         self._normal = torch.empty(total, device=device)
         parts = iter(self._normal.split(
             [sizes[name] for name in shapes]
@@ -319,37 +320,40 @@ class TritonPlan:
         self._noise = {name: take(shape) for name, shape in shapes.items()}
         self._noise |= {name: [take(shape) for _ in range(self.iterations)]
                         for name, shape in each.items()}
-        self._uniform = torch.empty(envs, c.elites, device=device)
+        self._uniform = torch.empty(problems, c.elites, device=device)
         self._pair = torch.zeros(2, dtype=torch.int64, device=device)
-        self._root = rollout.new_root(w, envs)
-        self.actions = torch.empty(envs, horizon, c.samples, action_dim, device=device)
-        self.returns = torch.empty(envs, c.samples, device=device)
-        self.mean = torch.zeros(envs, horizon, action_dim, device=device)
-        self._out = torch.zeros(envs, action_dim + 1, device=device)
+        self._root = rollout.new_root(w, problems)
+        self.actions = torch.empty(problems, horizon, c.samples, action_dim, device=device)
+        self.returns = torch.empty(problems, c.samples, device=device)
+        self.mean = torch.zeros(problems, horizon, action_dim, device=device)
+        self._out = torch.zeros(problems, action_dim + 1, device=device)
         self._host_out = _on_host(self._out)
         # Seed, step and whether to explore, [3] int64, and the observations [E, O] in one piece.
-        self._inputs = torch.zeros(32 + 4 * envs * w.obs_shape[0], dtype=torch.uint8, device=device)
+        self._inputs = torch.zeros(32 + 4 * problems * w.obs_shape[0], dtype=torch.uint8,
+                                   device=device)
         self._host_inputs = _on_host(self._inputs)
         (self._control, self._obs), (self._host_control, self._host_obs) = (
-            (x[:24].view(torch.int64), x[32:].view(torch.float32).view(envs, w.obs_shape[0]))
+            (x[:24].view(torch.int64), x[32:].view(torch.float32).view(problems, w.obs_shape[0]))
             for x in (self._inputs, self._host_inputs))
 
-        def rollouts(first: int, last: int, noise: Tensor, acting: Tensor | None = None
-                     ) -> rollout.Rollout:
-            return rollout.Rollout(
-                w, self.actions[:, :, first:last], noise, self._pair, self._discount,
-                self.returns[:, first:last], self._root, c.samples, acting)
+        def launch(first: int, last: int, score_noise: Tensor, policy_noise: Tensor | None = None
+                   ) -> rollout.Launch:
+            return rollout.Launch(
+                w, self.actions[:, :, first:last], score_noise, self._pair, self._discount,
+                self.returns[:, first:last], self._root, c.samples, policy_noise)
 
-        self._iterations = [rollouts(prior, c.samples, noise) for noise in self._noise["score"]]
-        self._prior = rollouts(0, prior, self._noise["prior_score"], self._noise["prior"])
+        self._sample_launches = [
+            launch(num_policy, c.samples, noise) for noise in self._noise["score_noise"]]
+        self._policy_launch = launch(
+            0, num_policy, self._noise["policy_score_noise"], self._noise["policy_noise"])
 
     def _prepare(self, capture: bool) -> None:
         with torch.no_grad(), torch.cuda.device(self.device):
             if self.schedule is None and self.config.enabled:
                 self._draw()
-                rollout.start(self._iterations[0], self._obs)
+                rollout.start(self._sample_launches[0], self._obs)
                 self._begin()
-                self.schedule = rollout.resolve_schedule(self._iterations[0])
+                self.schedule = rollout.resolve_schedule(self._sample_launches[0])
             self._plan()
             self.mean.zero_()
             if capture:
@@ -359,10 +363,10 @@ class TritonPlan:
         """One plan, from the inputs on the device to the action: launches, and nothing else."""
         c, n = self.config, self._noise
         self._draw()
-        rollout.start(self._iterations[0], self._obs, rollouts=c.enabled)
+        rollout.start(self._sample_launches[0], self._obs, imagine=c.enabled)
         if not c.enabled:
             w = self.weights
-            _act_kernel[(self.num_envs,)](
+            _act_kernel[(self.problems,)](
                 self._control, self._root, n["explore"], self._out, w.log_std_min,
                 w.log_std_max, A=w.action_dim, WIDTH=w.width, BLOCK=power_of_two(w.action_dim),
                 **LAUNCH)
@@ -373,15 +377,17 @@ class TritonPlan:
         if beside:
             self._side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._side):
-                rollout.score_trajectories(self._prior)
+                rollout.score_trajectories(self._policy_launch)
         elif c.policy_trajectories:
-            rollout.score_trajectories(self._prior)
-        for i, iteration in enumerate(self._iterations):
+            rollout.score_trajectories(self._policy_launch)
+        for i, launch in enumerate(self._sample_launches):
             if c.samples > c.policy_trajectories:
-                rollout.score_samples(iteration, self.schedule)
+                rollout.score_samples(launch, self.schedule)
             if beside and i == 0:
                 torch.cuda.current_stream().wait_stream(self._side)
-            self._improve(i)
+            if i + 1 < self.iterations:
+                self._improve(i)
+        self._choose()
 
     def _draw(self) -> None:
         count, uniforms = self._normal.numel() // 4, self._uniform.numel()
@@ -395,25 +401,29 @@ class TritonPlan:
         c, w, n = self.config, self.weights, self._noise
         total = self.actions.numel()
         _begin_kernel[(triton.cdiv(total, _BLOCK),)](
-            self._root, self.mean, n["prior"], n["samples"][0], self.actions, total, c.horizon,
-            c.samples, c.policy_trajectories, c.std_max, w.log_std_min, w.log_std_max,
+            self._root, self.mean, n["policy_noise"], n["sample_noise"][0], self.actions, total,
+            c.horizon, c.samples, c.policy_trajectories, c.std_max, w.log_std_min, w.log_std_max,
             A=w.action_dim, WIDTH=w.width, BLOCK=_BLOCK, **LAUNCH)
 
     def _improve(self, iteration: int) -> None:
-        c, w, n = self.config, self.weights, self._noise
-        last = iteration + 1 == self.iterations
+        self._refit(self._noise["sample_noise"][iteration + 1], choose=False)
+
+    def _choose(self) -> None:
+        self._refit(self._noise["sample_noise"][0], choose=True)  # which it does not read
+
+    def _refit(self, sample_noise: Tensor, *, choose: bool) -> None:
+        c, w = self.config, self.weights
         elites = power_of_two(c.elites)
         # Narrow where few programs would have to draw all samples, as wide as serves otherwise.
-        narrow = 8 if self.num_envs <= 4 else 32
+        narrow = 8 if self.problems <= 4 else 32
         block = min(power_of_two(w.action_dim), narrow, max(1, HELD // elites))
-        grid = (self.num_envs, c.horizon, triton.cdiv(w.action_dim, block))
+        grid = (self.problems, c.horizon, triton.cdiv(w.action_dim, block))
         _improve_kernel[grid](
-            self._control, self._root, self.actions, self.returns,
-            n["samples"][0 if last else iteration + 1], self._uniform, n["explore"], self.mean,
-            self._out, c.horizon, c.samples, c.policy_trajectories, c.elites, c.temperature,
-            c.std_min, c.std_max, LAST=last, A=w.action_dim, WIDTH=w.width,
-            SAMPLES=power_of_two(c.samples), ELITES=elites, BLOCK_A=block,
-            LINES=max(1, 2048 // block), num_warps=8, **LAUNCH)
+            self._control, self._root, self.actions, self.returns, sample_noise, self._uniform,
+            self._noise["explore"], self.mean, self._out, c.horizon, c.samples,
+            c.policy_trajectories, c.elites, c.temperature, c.std_min, c.std_max, CHOOSE=choose,
+            A=w.action_dim, WIDTH=w.width, SAMPLES=power_of_two(c.samples), ELITES=elites,
+            BLOCK_A=block, LINES=max(1, 2048 // block), num_warps=8, **LAUNCH)
 
 
 def _on_host(tensor: Tensor) -> Tensor:

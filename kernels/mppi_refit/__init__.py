@@ -1,4 +1,9 @@
-"""Refit the sampling distribution of MPPI to its elites (IQ-MPC, Algorithm 1)."""
+"""Refit the sampling distribution of MPPI to its elites (IQ-MPC, Algorithm 1).
+
+A plan's backends refit inside a plan of their own and do not call `mppi_refit`. The operation is
+the contract that holds the reference and Triton to one meaning (`tests/kernels/mppi_refit`); the
+C++ planner's refit is held to the same reference by the tests of whole plans.
+"""
 
 from __future__ import annotations
 

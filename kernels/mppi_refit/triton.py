@@ -107,14 +107,14 @@ def mppi_refit_triton(
     CUDA graph, after one call with the same shapes that was not.
     """
     check_tensors(actions=actions, returns=returns)
-    envs, horizon, samples, action_dim = actions.shape
-    mean, std = actions.new_empty(2, envs, horizon, action_dim)
-    index = torch.empty(envs, elites, dtype=torch.int64, device=actions.device)
-    weight = returns.new_empty(envs, elites)
+    problems, horizon, samples, action_dim = actions.shape
+    mean, std = actions.new_empty(2, problems, horizon, action_dim)
+    index = torch.empty(problems, elites, dtype=torch.int64, device=actions.device)
+    weight = returns.new_empty(problems, elites)
     rows = power_of_two(elites)
     block_a = max(1, min(power_of_two(action_dim), HELD // rows))
     with torch.no_grad(), torch.cuda.device_of(actions):
-        _refit_kernel[(envs, horizon, triton.cdiv(action_dim, block_a))](
+        _refit_kernel[(problems, horizon, triton.cdiv(action_dim, block_a))](
             actions.contiguous(), returns.contiguous(), mean, std, index, weight, samples,
             action_dim, elites, temperature, std_min, std_max, SAMPLES=power_of_two(samples),
             ELITES=rows, BLOCK_A=block_a, num_warps=8, **LAUNCH)

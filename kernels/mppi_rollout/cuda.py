@@ -13,11 +13,11 @@ def mppi_rollout_cuda(
     weights: Weights | CudaWeights,
     z0: Tensor,  # [E, Z]
     actions: Tensor,  # [E, H, S, A]
-    policy_noise: Tensor,  # [E, H-1, S, A] (advantage) or [E, H+1, S, A] (unrolled)
+    score_noise: Tensor,  # [E, H-1, S, A] (advantage) or [E, H+1, S, A] (unrolled)
     critic_pair: Tensor,  # [2] int64
     discount: float,
     score: str,
-    entropy: float = 0.0,
+    entropy_coef: float = 0.0,
 ) -> Tensor:  # [E, S]
     """See `iqmpc.kernels.mppi_rollout.mppi_rollout`. C-contiguous float32 CUDA tensors.
 
@@ -34,22 +34,24 @@ def mppi_rollout_cuda(
             if not 0 <= k < weights.num_critics:
                 raise ValueError(f"critic_pair must lie in [0, {weights.num_critics}), got {k}")
         critic_pair = critic_pair.to(weights.device, torch.int64)
-    envs, horizon, samples, _ = actions.shape
-    returns = torch.empty(envs, samples, device=weights.device)
+    problems, horizon, samples, _ = actions.shape
+    returns = torch.empty(problems, samples, device=weights.device)
     # From torch's allocator, which knows the stream: freed at once, reused after the kernels.
-    work = torch.empty(weights.native.work_bytes(envs), dtype=torch.uint8, device=weights.device)
+    work = torch.empty(
+        weights.native.work_bytes(problems), dtype=torch.uint8, device=weights.device
+    )
     _C.cuda_rollout(
         weights.native,
-        problems=envs,
+        problems=problems,
         horizon=horizon,
         samples=samples,
         z0=weights.address("z0", z0),
         actions=weights.address("actions", actions),
-        policy_noise=weights.address("policy_noise", policy_noise),
+        policy_noise=weights.address("score_noise", score_noise),
         critic_pair=weights.address("critic_pair", critic_pair, torch.int64),
         discount=discount,
         score=score,
-        entropy=entropy,
+        entropy=entropy_coef,
         returns=returns.data_ptr(),
         work=work.data_ptr(),
         stream=torch.cuda.current_stream(weights.device).cuda_stream,

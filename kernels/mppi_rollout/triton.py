@@ -64,7 +64,7 @@ _SHARED, _SAVED = tl.constexpr(tables.SHARED), tl.constexpr(tables.SAVED)
 _NONE, _GIVEN = tl.constexpr(tables.NONE), tl.constexpr(tables.GIVEN)
 _FIELDS = tl.constexpr(len(tables.Job._fields))
 (_KIND, _SLOT, _WEIGHT, _INPUTS, _OUTPUTS, _VECTOR, _FEATURES, _ACTION_WEIGHT, _ACTION, _STEP,
- _INIT, _SOURCE, _SAVE, _X, _OUT, _PRIOR, _IN_VECTORS, _IN_FEATURES) = (
+ _INIT, _SOURCE, _SAVE, _X, _OUT, _POLICY_ACTION, _IN_VECTORS, _IN_FEATURES) = (
     tl.constexpr(i) for i in range(len(tables.Job._fields)))
 
 
@@ -142,7 +142,7 @@ def _layer(
     matrices, vectors,  # `TritonWeights`'
     root,  # [E, _ROOTS * WIDTH] z_0's part of the first layers
     actions,  # [E, H, pitch, A], from the first of the S samples
-    prior,  # [M, A] of this tile: ã_t
+    policy_action,  # [M, A] of this tile: ã_t
     samples, horizon, pitch,
     raw_size,  # of a line that RAW reads
     IN: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr,
@@ -200,7 +200,7 @@ def _layer(
         size = tl.where(action == _GIVEN, A, 0)  # one of the two loads is of nothing
         taken = tl.load(actions + given[:, None] * A + a[None, :],
                         mask=live[:, None] & (a < size)[None, :], other=0.0)
-        taken += tl.load(prior[:, None] + a[None, :],
+        taken += tl.load(policy_action[:, None] + a[None, :],
                          mask=live[:, None] & (a < A - size)[None, :], other=0.0)
         weight = matrices + _place(job + _ACTION_WEIGHT)
         weight += member * outputs * ACTIONS
@@ -234,13 +234,13 @@ def _draw(
 
 @triton.jit
 def _score_noise(
-    noise,  # [E, T, S, A], at the draws for z_1
+    score_noise,  # [E, T, S, A], at the draws for z_1
     noise_stride,  # of a problem
     job, m, samples, A: tl.constexpr,
 ):
     """[M] pointers to the draws of ã_t, t >= 1."""
     step = tl.load(job + _STEP)
-    return noise + m // samples * noise_stride + ((step - 1) * samples + m % samples) * A
+    return score_noise + m // samples * noise_stride + ((step - 1) * samples + m % samples) * A
 
 
 @triton.jit
@@ -293,9 +293,9 @@ def _chain_kernel(
     pair,  # [2] int64
     root,  # [E, _ROOTS * WIDTH] float32
     actions,  # [E, H, pitch, A], from the first of the S samples
-    noise,  # [E, T, S, A], at the draws for z_1
+    score_noise,  # [E, T, S, A], at the draws for z_1
     scratch,  # [programs * BLOCK_M, 4 * WIDTH], the operands' dtype
-    priors,  # [programs * BLOCK_M, A] float32
+    policy_actions,  # [programs * BLOCK_M, A] float32
     returns,  # [E, pitch], from the first of the S samples
     job_count, rows, samples, horizon, pitch, noise_stride, critics,
     discount, log_std_min, log_std_max,
@@ -307,7 +307,7 @@ def _chain_kernel(
     WHOLE: tl.constexpr = BLOCK_N >= WIDTH
     line = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = scratch + line.to(tl.int64) * (4 * WIDTH)
-    prior = priors + line.to(tl.int64) * A
+    policy_action = policy_actions + line.to(tl.int64) * A
     dtype: tl.constexpr = scratch.dtype.element_ty
     valid = _valid(pair, critics)
     for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
@@ -315,7 +315,7 @@ def _chain_kernel(
         live = m < rows
         total = tl.zeros((BLOCK_M,), tl.float32)
         other_given = tl.zeros((BLOCK_M,), tl.float32)  # Q of the pair's first critic
-        other_prior = tl.zeros((BLOCK_M,), tl.float32)
+        other_policy = tl.zeros((BLOCK_M,), tl.float32)
         factor = tl.full((), 1.0, tl.float32)
         for i in range(0, job_count):
             job = jobs + i * _FIELDS
@@ -329,11 +329,11 @@ def _chain_kernel(
                 cols = tl.arange(0, BLOCK_N)
                 acc = _layer(
                     job, member, cols, row, square, m, live, matrices, vectors, root, actions,
-                    prior, samples, horizon, pitch, 0, _READY, GROUP, WIDTH, A, ACTIONS, PRECISION,
-                    BLOCK_K)
+                    policy_action, samples, horizon, pitch, 0, _READY, GROUP, WIDTH, A, ACTIONS,
+                    PRECISION, BLOCK_K)
                 if kind == _POLICY:
-                    _draw(acc, 0, _score_noise(noise, noise_stride, job, m, samples, A), prior,
-                          live, log_std_min, log_std_max, A)
+                    _draw(acc, 0, _score_noise(score_noise, noise_stride, job, m, samples, A),
+                          policy_action, live, log_std_min, log_std_max, A)
                 else:
                     rstd = tl.rsqrt(tl.sum(acc * acc, 1) / features + _EPS)
                     q += _finish(acc, rstd, job, member, cols, row, vectors, kind, GROUP)
@@ -343,11 +343,11 @@ def _chain_kernel(
                     cols = n0 + tl.arange(0, BLOCK_N)
                     acc = _layer(
                         job, member, cols, row, square, m, live, matrices, vectors, root, actions,
-                        prior, samples, horizon, pitch, 0, _READY, GROUP, WIDTH, A, ACTIONS,
+                        policy_action, samples, horizon, pitch, 0, _READY, GROUP, WIDTH, A, ACTIONS,
                         PRECISION, BLOCK_K)
                     if kind == _POLICY:
-                        _draw(acc, n0, _score_noise(noise, noise_stride, job, m, samples, A),
-                              prior, live, log_std_min, log_std_max, A)
+                        _draw(acc, n0, _score_noise(score_noise, noise_stride, job, m, samples, A),
+                              policy_action, live, log_std_min, log_std_max, A)
                     else:
                         square += tl.sum(acc * acc, 1)
                         tl.store(out[:, None] + cols[None, :], _operand(acc, dtype),
@@ -363,12 +363,12 @@ def _chain_kernel(
             if kind == _HEAD:
                 bias = vectors + _place(job + _VECTOR) + member * outputs * _VECTORS
                 q += tl.load(bias + 4 * outputs)
-                drawn = tl.load(job + _PRIOR) == 1
+                drawn = tl.load(job + _POLICY_ACTION) == 1
                 if tl.load(job + _SLOT) == 0:
-                    other_prior = tl.where(drawn, q, other_prior)
+                    other_policy = tl.where(drawn, q, other_policy)
                     other_given = tl.where(drawn, other_given, q)
                 else:  # Q(z_t, ã_t) comes before Q(z_t, a_t), the last of its t
-                    best = _minimum(q, tl.where(drawn, other_prior, other_given))
+                    best = _minimum(q, tl.where(drawn, other_policy, other_given))
                     total += factor * tl.where(drawn, -best, best)
                     factor = tl.where(drawn, factor, factor * discount)
             # What this job stored is read by other threads in the next.
@@ -388,11 +388,11 @@ def _chain_kernel(
 def _stage_kernel(
     matrices, vectors, jobs, pair,  # as in `_chain_kernel`
     raw,  # [E, raw_size] float32 of a RAW stage: z_0 or observations
-    root, actions, noise,  # as in `_chain_kernel`
-    acting,  # [E, H, S, A] draws of the actions that ACT takes
+    root, actions, score_noise,  # as in `_chain_kernel`
+    policy_noise,  # [E, H, S, A] draws of the actions that ACT takes
     scratch,  # [rows, columns], the operands' dtype
     squares,  # [rows, columns / _PAD] float32: sums over _PAD pre-activations
-    priors,  # [rows, A] float32
+    policy_actions,  # [rows, A] float32
     rows, columns, samples, horizon, pitch, noise_stride, critics, raw_size,
     log_std_min, log_std_max,
     tuned_for,  # what the choice of tiles depends on
@@ -410,7 +410,7 @@ def _stage_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = m < rows
     line = m.to(tl.int64)
-    prior = priors + line * A
+    policy_action = policy_actions + line * A
     member = _member(job, pair, critics)
     rstd = tl.zeros((BLOCK_M,), tl.float32)
     if IN == _RAW:
@@ -424,18 +424,18 @@ def _stage_kernel(
             squares + at, mask=(slot < _place(job + _INPUTS) // _PAD)[None, :], other=0.0)
         rstd += tl.rsqrt(tl.sum(parts, 1) / tl.load(job + _IN_FEATURES).to(tl.float32) + _EPS)
     acc = _layer(
-        job, member, cols, line_in, rstd, m, live, matrices, vectors, root, actions, prior,
+        job, member, cols, line_in, rstd, m, live, matrices, vectors, root, actions, policy_action,
         samples, horizon, pitch, raw_size, IN, GROUP, WIDTH, A, ACTIONS, PRECISION, BLOCK_K)
     kind = tl.load(job + _KIND)
     if kind == _ROOT:
         tl.store(root + line[:, None] * (_ROOTS * WIDTH) + (_place(job + _OUT) + cols)[None, :],
                  acc, mask=live[:, None] & (cols < outputs)[None, :])
     elif kind == _POLICY:
-        _draw(acc, first, _score_noise(noise, noise_stride, job, m, samples, A), prior, live,
-              log_std_min, log_std_max, A)
+        _draw(acc, first, _score_noise(score_noise, noise_stride, job, m, samples, A),
+              policy_action, live, log_std_min, log_std_max, A)
     elif kind == _ACT:
         step = m // samples * horizon + tl.load(job + _STEP)
-        _draw(acc, first, acting + (step * samples + m % samples) * A,
+        _draw(acc, first, policy_noise + (step * samples + m % samples) * A,
               actions + (step * pitch + m % samples) * A, live, log_std_min, log_std_max, A)
     else:
         row = scratch + line * columns
@@ -505,11 +505,11 @@ def mppi_rollout_triton(
     weights: Weights | TritonWeights,
     z0: Tensor,  # [E, Z]
     actions: Tensor,  # [E, H, S, A]
-    policy_noise: Tensor,  # [E, H-1, S, A] (advantage) or [E, H+1, S, A] (unrolled)
+    score_noise: Tensor,  # [E, H-1, S, A] (advantage) or [E, H+1, S, A] (unrolled)
     critic_pair: Tensor,  # [2] int64, on the same device: it is not fetched
     discount: float,
     score: str,
-    entropy: float = 0.0,
+    entropy_coef: float = 0.0,
     *,
     schedule: str | None = None,
 ) -> Tensor:  # [E, S]
@@ -526,30 +526,30 @@ def mppi_rollout_triton(
     """
     if schedule is not None and schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    check_tensors(critic_pair, z0=z0, actions=actions, policy_noise=policy_noise)
+    check_tensors(critic_pair, z0=z0, actions=actions, score_noise=score_noise)
     if isinstance(weights, Weights):
         check_tensors(critic_pair, weights=weights.dynamics[0].weight)
         weights = TritonWeights(weights)
-    envs, horizon, samples, _ = actions.shape
-    returns = actions.new_empty(envs, samples)
+    problems, horizon, samples, _ = actions.shape
+    returns = actions.new_empty(problems, samples)
     first = score == "unrolled"  # of the draws, the one for z_1
-    rollout = Rollout(
-        weights, actions.contiguous(), policy_noise.contiguous()[:, first:], critic_pair,
-        float(discount), returns, new_root(weights, envs), samples)
+    launch = Launch(
+        weights, actions.contiguous(), score_noise.contiguous()[:, first:], critic_pair,
+        float(discount), returns, new_root(weights, problems), samples)
     # Triton launches on the current device.
     with torch.no_grad(), torch.cuda.device_of(z0):
         root = _table(weights, tables.root_stage, horizon)
-        _launch_stages(rollout, root, envs, raw=weights.latents(z0))
-        score_samples(rollout, schedule or resolve_schedule(rollout))
+        _launch_stages(launch, root, problems, raw=weights.latents(z0))
+        score_samples(launch, schedule or resolve_schedule(launch))
         if score == "unrolled":
             _, log_prob = layers.policy_sample(
-                weights.as_policy(), z0, policy_noise[:, 0, 0])
-            returns.sub_((entropy * log_prob).unsqueeze(1))
+                weights.as_policy(), z0, score_noise[:, 0, 0])
+            returns.sub_((entropy_coef * log_prob).unsqueeze(1))
     return returns
 
 
-class Rollout(NamedTuple):
-    """What a rollout is launched with. `noise` begins with the draws for z_1.
+class Launch(NamedTuple):
+    """What a rollout is launched with. `score_noise` begins with the draws for z_1.
 
     `actions` and `returns` may be the first or last of the samples in a larger memory, with `pitch`
     samples in a row.
@@ -557,13 +557,13 @@ class Rollout(NamedTuple):
 
     weights: TritonWeights
     actions: Tensor  # [E, H, S, A]
-    noise: Tensor  # [E, T, S, A]
+    score_noise: Tensor  # [E, T, S, A]
     pair: Tensor  # [2]
     discount: float
     returns: Tensor  # [E, S]
     root: Tensor  # [E, ROOTS * width]
     pitch: int
-    acting: Tensor | None = None  # [E, H, S, A] draws for the actions of `tables.trajectories`
+    policy_noise: Tensor | None = None  # [E, H, S, A] draws for the actions that ACT takes
 
     def sizes(self) -> tuple[int, int, int]:
         """E, H, S"""
@@ -573,29 +573,29 @@ class Rollout(NamedTuple):
         """Arguments that all layers' kernels take."""
         w = self.weights
         return dict(
-            noise_stride=self.noise.stride(0), pitch=self.pitch, critics=w.num_critics,
+            noise_stride=self.score_noise.stride(0), pitch=self.pitch, critics=w.num_critics,
             log_std_min=w.log_std_min, log_std_max=w.log_std_max, GROUP=w.group, WIDTH=w.width,
             A=w.action_dim, ACTIONS=w.actions, PRECISION=w.product, BLOCK_K=w.block)
 
 
-def new_root(w: TritonWeights, envs: int) -> Tensor:
+def new_root(w: TritonWeights, problems: int) -> Tensor:
     """Memory for what the samples of a problem share, [E, ROOTS * width]."""
-    return torch.empty(envs, tables.ROOTS * w.width, device=w.device)
+    return torch.empty(problems, tables.ROOTS * w.width, device=w.device)
 
 
-def start(r: Rollout, obs: Tensor, *, rollouts: bool = True) -> None:
-    """obs [E, O] -> the root of `r`: z_0's part of the first layers, if `rollouts`, and π(z_0)."""
-    envs, horizon, _ = r.sizes()
+def start(r: Launch, obs: Tensor, *, imagine: bool = True) -> None:
+    """obs [E, O] -> the root of `r`: z_0's part of the first layers, if `imagine`, and π(z_0)."""
+    problems, horizon, _ = r.sizes()
     _launch_stages(
-        r, _table(r.weights, tables.start, horizon if rollouts else 0), envs, raw=obs)
+        r, _table(r.weights, tables.start, horizon if imagine else 0), problems, raw=obs)
 
 
-def score_trajectories(r: Rollout) -> None:
+def score_trajectories(r: Launch) -> None:
     """Roll π through d from the a_0 in `r.actions`, and score the trajectories."""
     _latency(r, tables.trajectories)
 
 
-def score_samples(r: Rollout, schedule: str) -> None:
+def score_samples(r: Launch, schedule: str) -> None:
     """Score the actions of `r`, whose root is there."""
     _throughput(r) if schedule == "throughput" else _latency(r, tables.stages)
 
@@ -603,7 +603,7 @@ def score_samples(r: Rollout, schedule: str) -> None:
 _measured: dict[tuple[object, ...], str] = {}
 
 
-def resolve_schedule(r: Rollout, timer: Callable[[Callable[[], None]], float] | None = None) -> str:
+def resolve_schedule(r: Launch, timer: Callable[[Callable[[], None]], float] | None = None) -> str:
     """The faster schedule for rollouts of this size on this device, timed once.
 
     The answer is kept in the process and, as those of the tile sizes, in Triton's cache directory,
@@ -612,9 +612,9 @@ def resolve_schedule(r: Rollout, timer: Callable[[Callable[[], None]], float] | 
     answers untimed in the interpreter, inside a capture, and where the latency schedule's scratch
     memory would be too large.
     """
-    w, (envs, horizon, samples) = r.weights, r.sizes()
-    rows = envs * samples
-    guess = choose_schedule(envs, samples, w.device)
+    w, (problems, horizon, samples) = r.weights, r.sizes()
+    rows = problems * samples
+    guess = choose_schedule(problems, samples, w.device)
     columns = _table(w, tables.stages, horizon)[0].columns
     if rows * columns * w.dtype.itemsize > _LARGEST:
         return "throughput"
@@ -635,32 +635,33 @@ def resolve_schedule(r: Rollout, timer: Callable[[Callable[[], None]], float] | 
     return _measured[key]
 
 
-def choose_schedule(envs: int, samples: int, device: torch.device) -> str:
+def choose_schedule(problems: int, samples: int, device: torch.device) -> str:
     """A guess: `throughput` where tiles of 64 rows give every multiprocessor one, else `latency`.
 
     With fewer tiles, whole trajectories would leave multiprocessors idle.
     """
-    tiles = -(-envs * samples // 64)
+    tiles = -(-problems * samples // 64)
     return "throughput" if tiles >= multiprocessors(device) else "latency"
 
 
-def _throughput(r: Rollout) -> None:
-    w, (envs, horizon, samples) = r.weights, r.sizes()
+def _throughput(r: Launch) -> None:
+    w, (problems, horizon, samples) = r.weights, r.sizes()
     chain, table = _table(w, tables.chain, horizon)
-    rows, lines = envs * samples, _TALLEST * multiprocessors(w.device)
+    rows, lines = problems * samples, _TALLEST * multiprocessors(w.device)
     lines = min(lines, rows + _TALLEST)  # with the last tile's padding
     scratch = w.matrices.new_empty(lines, chain.columns)
-    priors = w.vectors.new_empty(lines, w.action_dim)
+    policy_actions = w.vectors.new_empty(lines, w.action_dim)
     _chain_kernel[lambda meta: (
         min(triton.cdiv(rows, meta["BLOCK_M"]), lines // meta["BLOCK_M"]),)](
-        w.matrices, w.vectors, table, r.pair, r.root, r.actions, r.noise, scratch, priors,
-        r.returns, job_count=len(chain.jobs), rows=rows, samples=samples, horizon=horizon,
+        w.matrices, w.vectors, table, r.pair, r.root, r.actions, r.score_noise, scratch,
+        policy_actions, r.returns, job_count=len(chain.jobs), rows=rows, samples=samples,
+        horizon=horizon,
         discount=r.discount, tuned_for=power_of_two(rows), **r.constants(), **LAUNCH)
 
 
-def _latency(r: Rollout, program: Callable[[TritonWeights, int], tables.Stages]) -> None:
-    w, (envs, horizon, samples) = r.weights, r.sizes()
-    rows = envs * samples
+def _latency(r: Launch, program: Callable[[TritonWeights, int], tables.Stages]) -> None:
+    w, (problems, horizon, samples) = r.weights, r.sizes()
+    rows = problems * samples
     program, *stages = _table(w, program, horizon)
     scratch, squares = _launch_stages(r, (program, *stages), rows)
     before = w.critics[1]
@@ -673,7 +674,7 @@ def _latency(r: Rollout, program: Callable[[TritonWeights, int], tables.Stages])
 
 
 def _launch_stages(
-    r: Rollout, table: tuple[Any, ...], rows: int, *, raw: Tensor | None = None
+    r: Launch, table: tuple[Any, ...], rows: int, *, raw: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run a program of stages on `rows` lines: scratch memory and sums of squares.
 
@@ -684,17 +685,18 @@ def _launch_stages(
     lines = -(-rows // _TALLEST) * _TALLEST
     scratch = w.matrices.new_empty(lines, program.columns)
     squares = w.vectors.new_empty(lines, max(1, program.columns // PAD))
-    priors = w.vectors.new_empty(lines, w.action_dim)
+    policy_actions = w.vectors.new_empty(lines, w.action_dim)
     raw = r.root if raw is None else raw.contiguous()
-    acting = r.noise if r.acting is None else r.acting
+    policy_noise = r.score_noise if r.policy_noise is None else r.policy_noise
     for stage, jobs in zip(program.stages, stages, strict=True):
         widest = max(job.outputs for job in stage.jobs)
         count = len(stage.jobs)
         _stage_kernel[lambda meta, widest=widest, count=count: (
             triton.cdiv(rows, meta["BLOCK_M"]), triton.cdiv(widest, meta["BLOCK_N"]), count)](
-            w.matrices, w.vectors, jobs, r.pair, raw, r.root, r.actions, r.noise, acting, scratch,
-            squares, priors, rows=rows, columns=program.columns, samples=samples, horizon=horizon,
-            raw_size=raw.shape[1], tuned_for=power_of_two(rows * count), IN=stage.inputs,
+            w.matrices, w.vectors, jobs, r.pair, raw, r.root, r.actions, r.score_noise,
+            policy_noise, scratch, squares, policy_actions, rows=rows, columns=program.columns,
+            samples=samples, horizon=horizon, raw_size=raw.shape[1],
+            tuned_for=power_of_two(rows * count), IN=stage.inputs,
             SLOTS=w.slots, **r.constants(), **LAUNCH)
     return scratch, squares
 

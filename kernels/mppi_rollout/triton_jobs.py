@@ -22,7 +22,7 @@ ROOTS = 4  # regions of what all samples of a problem share: see `root_stage` an
 # Job.init: what the product is added to: the bias, z_0's part of it, or a saved z_t part.
 BIAS, SHARED, SAVED = range(3)
 # Job.action: none, the trajectory's a_t or the policy's ã_t.
-NONE, GIVEN, PRIOR = range(3)
+NONE, GIVEN, POLICY_ACTION = range(3)
 
 
 class Job(NamedTuple):
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     save: int  # column for the product before the action's part, -1: not kept
     x: int
     out: int
-    prior: int  # of a HEAD: 1 where the action is ã_t
+    policy_action: int  # of a HEAD: 1 where the action is ã_t
     in_vectors: int  # of the layer that made x, where x is still to be normalised
     in_features: int
 
@@ -112,7 +112,7 @@ def chain(w: TritonWeights, horizon: int) -> Chain:
     def critic(c: int, action: int, t: int, **how: int) -> None:
         jobs.append(_job(w.critics, 0, MISH, slot=c, action=action, step=t, out=first, **how))
         jobs.append(_job(w.critics, 1, HEAD, slot=c, x=first, out=second,
-                         prior=action == PRIOR))
+                         policy_action=action == POLICY_ACTION))
 
     for t in range(horizon):
         if t:
@@ -121,7 +121,7 @@ def chain(w: TritonWeights, horizon: int) -> Chain:
             jobs.append(_job(w.policy, 2, POLICY, x=second, step=t))
         for c in range(2):
             if t:
-                critic(c, PRIOR, t, x=z, save=saved)
+                critic(c, POLICY_ACTION, t, x=z, save=saved)
                 critic(c, GIVEN, t, init=SAVED, source=saved)
             else:
                 critic(c, GIVEN, t, init=SHARED, source=c * w.width)
@@ -140,7 +140,7 @@ def stages(w: TritonWeights, horizon: int) -> Stages:
     def two() -> list[int]:
         return [next(region), next(region)]
 
-    z, policy, dynamics, given, prior = next(region), two(), two(), two(), two()
+    z, policy, dynamics, given, policy_action = next(region), two(), two(), two(), two()
     saved = two(), two()  # by the parity of t: one is read while the other is written
     heads = next(region)
 
@@ -177,9 +177,9 @@ def stages(w: TritonWeights, horizon: int) -> Stages:
             result.append(Stage(MISH, parts[2]))
         late = ([], [])
         if t:
-            late = ([_job(w.critics, 0, MISH, slot=c, action=PRIOR, step=t, init=SAVED,
-                          source=saved[t % 2][c], out=prior[c]) for c in range(2)],
-                    seconds(prior, 2 * t))
+            late = ([_job(w.critics, 0, MISH, slot=c, action=POLICY_ACTION, step=t, init=SAVED,
+                          source=saved[t % 2][c], out=policy_action[c]) for c in range(2)],
+                    seconds(policy_action, 2 * t))
     result += [Stage(MISH, jobs) for jobs in late if jobs]
     return Stages(heads + 2 * (2 * horizon - 1) * w.width, heads, result)
 
@@ -191,7 +191,7 @@ def trajectories(w: TritonWeights, horizon: int) -> Stages:
     def two() -> list[int]:
         return [next(region), next(region)]
 
-    z, policy, dynamics, given, prior = next(region), two(), two(), two(), two()
+    z, policy, dynamics, given, policy_action = next(region), two(), two(), two(), two()
     heads = next(region)
     result: list[Stage] = []
     for t in range(horizon):
@@ -205,7 +205,7 @@ def trajectories(w: TritonWeights, horizon: int) -> Stages:
                 Stage(MISH, [_job(w.policy, 2, kind, **from_policy) for kind in (ACT, POLICY)]),
             ]
         first, second = [], []
-        for action, hidden in ((GIVEN, given), (PRIOR, prior))[:2 if t else 1]:
+        for action, hidden in ((GIVEN, given), (POLICY_ACTION, policy_action))[:2 if t else 1]:
             number = 2 * t - (action == GIVEN) if t else 0
             second += _seconds(w, hidden, heads + 2 * number * w.width)
             for c in range(2):
@@ -241,11 +241,11 @@ def _seconds(w: TritonWeights, hidden: list[int], out: int) -> list[Job]:
 def _job(
     layers: tuple[PackedLayer, ...], index: int, kind: int, *, slot: int = -1, x: int | None = None,
     action: int = NONE, step: int = 0, init: int = BIAS, source: int = 0, save: int = -1,
-    out: int = 0, prior: int = 0, producer: PackedLayer | None = None,
+    out: int = 0, policy_action: int = 0, producer: PackedLayer | None = None,
 ) -> Job:
     layer = layers[index]
     return Job(
         kind, slot, layer.weight, 0 if x is None else layer.inputs,
         layer.outputs, layer.vectors, layer.features, layer.action_weight, action, step, init,
-        source, save, x or 0, out, int(prior), producer.vectors if producer else 0,
+        source, save, x or 0, out, int(policy_action), producer.vectors if producer else 0,
         producer.features if producer else 1)

@@ -39,7 +39,7 @@ def test_scores_are_the_unrolled_returns(critics: int, pair: list[int]) -> None:
     actions = normal(ENVS, HORIZON, SAMPLES, ACTIONS).clamp(-1, 1)
     noise = normal(ENVS, HORIZON + 1, SAMPLES, ACTIONS)
     expected = mppi_rollout(
-        w, z0, actions, noise, kept, DISCOUNT, "unrolled", entropy=ENTROPY, backend="reference"
+        w, z0, actions, noise, kept, DISCOUNT, "unrolled", entropy_coef=ENTROPY, backend="reference"
     )
     assert expected.std(1).min() > 0.01  # the samples differ
     found = scores(w, z0, actions, noise, kept, DISCOUNT, ENTROPY)
@@ -68,7 +68,7 @@ def test_an_iteration_is_a_rollout_and_a_refit() -> None:
     drawn = (mean.unsqueeze(2) + std.unsqueeze(2) * draws).clamp(-1, 1)
     actions = torch.cat([prior, drawn], dim=2)
     returns = mppi_rollout(
-        w, z0, actions, noise, pair, DISCOUNT, "unrolled", entropy=ENTROPY, backend="reference"
+        w, z0, actions, noise, pair, DISCOUNT, "unrolled", entropy_coef=ENTROPY, backend="reference"
     )
     new_mean, new_std, index, weight = mppi_refit(
         actions,

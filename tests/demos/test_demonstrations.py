@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iqmpc.demos import DemonstrationError, Demonstrations
+from iqmpc.demos import DemonstrationError, Demonstrations, demonstrations
 from iqmpc.demos.checks import find_defects
 from iqmpc.demos.demonstrations import packaged_path, packaged_tasks
 from iqmpc.demos.formats import read
@@ -104,6 +104,23 @@ def test_an_unsound_set_cannot_be_built(make_episode):
     message = r"^t \(in memory\), episode 0, actions: found 2.0 at \[0, 0\] and 7 more, "
     with pytest.raises(DemonstrationError, match=message):
         Demonstrations("t", (make_episode(actions=actions),))
+
+
+def test_a_set_is_checked_once_on_its_way_in(demos, tmp_path, monkeypatch):
+    checks = []
+    monkeypatch.setattr(
+        demonstrations,
+        "find_defects",
+        lambda *args, **how: checks.append(args) or find_defects(*args, **how),
+    )
+    demos.save(tmp_path / "set.h5")
+    assert not checks  # it was checked when it was made
+    found = Demonstrations.load(tmp_path / "set.h5")
+    assert len(checks) == 1
+    found.select(2).save(tmp_path / "two.h5")
+    assert len(checks) == 1
+    Demonstrations.packaged("walker-walk").select(5)
+    assert len(checks) == 2
 
 
 def test_the_error_is_the_users_and_a_value_error():

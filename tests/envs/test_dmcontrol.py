@@ -9,6 +9,7 @@ import pytest
 from iqmpc import make_env
 from iqmpc.envs import check_spaces
 from iqmpc.errors import TaskError
+from iqmpc.observation import ObservationSpec
 
 DIMENSIONS = {
     "hopper-hop": (15, 4),
@@ -28,7 +29,7 @@ DIMENSIONS = {
 def test_dimensions_dtype_and_determinism(task):
     env = make_env(task, episode_length=4)
     obs_dim, action_dim = DIMENSIONS[task]
-    assert check_spaces(env, task) == ((obs_dim,), action_dim)
+    assert check_spaces(env, task) == (ObservationSpec((obs_dim,)), action_dim)
     actions = np.random.default_rng(0).uniform(-1, 1, (4, DIMENSIONS[task][1]))
     runs = []
     for seed in (7, 8, 7):

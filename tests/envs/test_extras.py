@@ -5,19 +5,21 @@ import sys
 import pytest
 
 from iqmpc import make_env
-from iqmpc.envs.extras import import_extra
+from iqmpc.envs.extras import NEWEST_PYTHON, import_extra
 from iqmpc.errors import TaskError
 
 
-@pytest.mark.parametrize(
-    "task, package, extra",
-    [
+@pytest.fixture(
+    params=[
         ("walker-walk", "dm_control", "dmcontrol"),
         ("myo-key-turn", "myosuite", "myosuite"),
         ("pick-cube", "mani_skill2", "maniskill"),
     ],
+    ids=lambda param: param[0],
 )
-def test_a_missing_suite_says_which_extra_to_install(monkeypatch, task, package, extra):
+def missing(request, monkeypatch):
+    """A task whose suite is not installed, and its extra."""
+    task, package, extra = request.param
     for name in [n for n in sys.modules if n.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
 
@@ -27,7 +29,20 @@ def test_a_missing_suite_says_which_extra_to_install(monkeypatch, task, package,
                 raise ModuleNotFoundError(f"No module named {name!r}", name=package)
 
     monkeypatch.setattr(sys, "meta_path", [Hidden(), *sys.meta_path])
+    return task, extra
+
+
+def test_a_missing_suite_says_which_extra_to_install(missing, monkeypatch):
+    task, extra = missing
+    monkeypatch.setitem(NEWEST_PYTHON, extra, sys.version_info[:2])
     with pytest.raises(TaskError, match=rf"needs the extra '{extra}': pip install 'iqmpc\[{extra}"):
+        make_env(task)
+
+
+def test_where_no_install_would_help_it_says_which_python_to_take(missing, monkeypatch):
+    task, extra = missing
+    monkeypatch.setitem(NEWEST_PYTHON, extra, (3, 9))
+    with pytest.raises(TaskError, match=r"needs Python 3\.9 or older, this is 3\.\d+"):
         make_env(task)
 
 

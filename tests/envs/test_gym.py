@@ -10,6 +10,7 @@ from iqmpc.config import TaskConfig
 from iqmpc.envs import check_spaces
 from iqmpc.envs.gym import ControlEnv
 from iqmpc.errors import ConfigError, TaskError
+from iqmpc.observation import ObservationSpec
 
 
 def task(env_id, **settings):
@@ -71,7 +72,7 @@ def module(tmp_path, monkeypatch):
 
 def test_a_registered_environment():
     env = make_env(task("Pendulum-v1"), seed=3)
-    assert check_spaces(env, "pendulum") == ((3,), 1)
+    assert check_spaces(env, "pendulum") == (ObservationSpec((3,)), 1)
     runs = []
     for seed in (5, 6, 5):
         rows, steps, ended = [env.reset(seed=seed)[0]], 0, False
@@ -105,14 +106,14 @@ def test_mujoco(env_id):
     if env_id not in gymnasium.registry:
         pytest.skip(f"gymnasium {gymnasium.__version__} has no {env_id}")
     env = make_env(task(env_id))
-    assert check_spaces(env, env_id) == ((17,), 6)
+    assert check_spaces(env, env_id) == (ObservationSpec((17,)), 6)
     env.reset(seed=0)
     assert np.isfinite(env.step(np.ones(6))[0]).all()
 
 
 def test_an_entry_point_with_a_dictionary_of_observations(module):
     env = make_env(task(f"{module}:reach", action_repeat=2))
-    assert check_spaces(env, "reach") == ((3,), 2)
+    assert check_spaces(env, "reach") == (ObservationSpec((3,)), 2)
     obs, _ = env.reset(seed=0)
     np.testing.assert_array_equal(obs, np.float32([0, 0.25, 0.25]))  # in the order of the keys
     obs, reward, terminated, truncated, info = env.step(np.array([0.5, -1.0]))
@@ -127,7 +128,7 @@ def test_an_entry_point_with_a_dictionary_of_observations(module):
 
 def test_images_are_resized_and_stacked(module):
     env = make_env(task(f"{module}:pixels", action_repeat=2))
-    assert check_spaces(env, "pixels") == ((3, 64, 64), 2)
+    assert check_spaces(env, "pixels") == (ObservationSpec((3, 64, 64)), 2)
     first, _ = env.reset(seed=0)
     assert env.observation_space.contains(first) and np.all(first == 100)
     second = env.step(np.zeros(2))[0]

@@ -8,7 +8,7 @@ import pytest
 from gymnasium import spaces
 
 from iqmpc import Agent, Config, WorldModel, evaluate
-from iqmpc.demos.make import Demonstrator, record
+from iqmpc.demonstrators import Demonstrator, record
 from iqmpc.envs import interface
 from iqmpc.envs.gym import ControlEnv
 from iqmpc.envs.vector import VectorEnv
@@ -227,7 +227,7 @@ def test_an_action_that_is_changed_in_place_is_recorded_as_it_was_sent():
         episodes = [e for _ in range(4) for e in envs.step(actions)]
         envs.close()
         assert np.array(episodes[0].actions).tolist() == [[0.5, 0.5]] * 4
-        assert episodes[0].rewards == [1.0] * 4
+        assert episodes[0].rewards.tolist() == [1.0] * 4
     result = evaluate(agent(), InPlace(), episodes=1)
     assert np.abs(result.episodes[0].actions).max() <= 1
     assert result.episodes[0].rewards.shape == (4,)
@@ -269,3 +269,19 @@ def test_images_keep_their_type():
     assert copy.dtype == np.uint8 and (copy == 3).all()
     with pytest.raises(TaskError, match="the image is float64, its space uint8"):
         interface.observation(image / 255, space)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "kept"),
+    [
+        (np.float64, (4,), np.float32),
+        (np.uint8, (4,), np.float32),
+        (np.uint8, (3, 64, 64), np.uint8),
+        (np.uint8, (32, 48, 3), np.uint8),  # not stacked yet
+    ],
+)
+def test_observations_are_copied(dtype, shape, kept):
+    obs = np.ones(shape, dtype)
+    copy = interface.observation(obs, gymnasium.spaces.Box(0, 255, shape, dtype))
+    obs[:] = 0
+    assert copy.dtype == kept and np.all(copy == 1)

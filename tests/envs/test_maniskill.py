@@ -9,6 +9,7 @@ import pytest
 from iqmpc import compose, make_env
 from iqmpc.envs import TASKS, check_spaces, maniskill
 from iqmpc.errors import TaskError
+from iqmpc.observation import ObservationSpec
 
 if importlib.util.find_spec("mani_skill2") is None:
     pytest.skip("needs the extra 'maniskill'", allow_module_level=True)
@@ -21,7 +22,7 @@ STILL = np.array([0, 0, 0, 1], np.float32)  # the gripper open, the arm where it
 def test_dimensions_dtype_horizon_and_determinism(task, episode):
     env = make_env(task, episode_length=12)
     obs_dim, action_dim = DIMENSIONS[task]
-    assert check_spaces(env, task) == ((obs_dim,), action_dim)
+    assert check_spaces(env, task) == (ObservationSpec((obs_dim,)), action_dim)
     actions = np.random.default_rng(0).uniform(-1, 1, (12, 4)).astype(np.float32)
     actions[:, 2] = -1  # down, to touch cube and table: contacts must not outlive a reset
     first, rewards, terminated, truncated, info = episode(env, 7, actions)

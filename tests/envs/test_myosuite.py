@@ -8,6 +8,7 @@ import pytest
 from iqmpc import compose, make_env
 from iqmpc.envs import TASKS, check_spaces
 from iqmpc.errors import TaskError
+from iqmpc.observation import ObservationSpec
 
 pytest.importorskip("myosuite", reason="needs the extra 'myosuite'")
 
@@ -18,7 +19,7 @@ DIMENSIONS = {"myo-key-turn": (93, 39), "myo-obj-hold": (91, 39), "myo-pen-twirl
 def test_dimensions_dtype_horizon_and_determinism(task, episode):
     env = make_env(task)
     obs_dim, action_dim = DIMENSIONS[task]
-    assert check_spaces(env, task) == ((obs_dim,), action_dim)
+    assert check_spaces(env, task) == (ObservationSpec((obs_dim,)), action_dim)
     actions = np.random.default_rng(0).uniform(-1, 1, (100, 39)).astype(np.float32)
     first, rewards, terminated, truncated, info = episode(env, 7, actions)
     assert first.dtype == np.float32 and env.observation_space.contains(first[-1])

@@ -13,7 +13,7 @@ from iqmpc.config import TaskConfig
 from iqmpc.envs import check_spaces, make_env
 from iqmpc.envs.pixels import resized
 from iqmpc.errors import TaskError
-from iqmpc.frames import stacked, unstacked
+from iqmpc.observation import ObservationSpec, stacked, unstacked
 
 
 def child(code, **env):
@@ -35,7 +35,7 @@ def gl():
 def test_frames_are_stacked(image_point_env):
     env = image_point_env
     gymnasium.utils.env_checker.check_env(env, skip_render_check=True)
-    assert check_spaces(env, "point") == ((3, 64, 64), 2)
+    assert check_spaces(env, "point") == (ObservationSpec((3, 64, 64)), 2)
     runs = []
     for _ in range(2):
         rows = [env.reset(seed=3)[0]]

@@ -46,7 +46,7 @@ def with_space(**spaces):
 def test_each_environment_is_in_an_episode_of_its_own():
     members = [Counter(2), Counter(3, terminates=True), Counter(6)]
     envs = VectorEnv(members, "count", seed=7)
-    assert (len(envs), envs.obs_shape, envs.action_dim) == (3, (2,), 1)
+    assert (len(envs), envs.observation_spec.shape, envs.action_dim) == (3, (2,), 1)
     started, ended = [], []
     for tick in range(6):
         started.append(envs.start())
@@ -75,7 +75,7 @@ def test_each_environment_is_in_an_episode_of_its_own():
         assert np.array(episode.observations).tolist() == [
             [seeds[k] % 1000, t] for t in range(steps + 1)
         ]
-        assert episode.rewards == np.ravel(episode.actions).tolist()
+        assert episode.rewards.tolist() == np.ravel(episode.actions).tolist()
 
 
 def test_episodes_can_be_cut_and_a_step_can_leave_environments_out():

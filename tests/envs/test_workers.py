@@ -109,7 +109,7 @@ def assert_same(one, two):
             assert a.dtype == b.dtype == np.float32
             np.testing.assert_array_equal(a, b)
             continue
-        assert a.terminated is b.terminated and a.rewards == b.rewards
+        assert a.terminated is b.terminated and a.rewards.tolist() == b.rewards.tolist()
         for x, y in ((a.observations, b.observations), (a.actions, b.actions)):
             assert np.array(x).dtype == np.array(y).dtype == np.float32
             np.testing.assert_array_equal(x, y)

@@ -47,7 +47,7 @@ def in_float64(
         pair,
         GAMMA,
         score,
-        entropy=BETA,
+        entropy_coef=BETA,
         backend=backend,
     )
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from iqmpc.errors import BackendError
+from iqmpc.errors import BackendError, ConfigError
 from iqmpc.kernels import backends
-from iqmpc.kernels.backends import available_backends, resolve_backend
+from iqmpc.kernels.backends import available_backends, resolve, resolve_backend
 
 EVERY = ("reference", "cpu", "triton", "cuda")
 
@@ -94,8 +94,8 @@ def test_auto_prefers_triton_then_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, extension=False)
     message = (
-        r"using the slow reference in plain torch \(triton: torch sees no CUDA device; "
-        r"cpu: iqmpc\._C is not built: .*\)"
+        r"using the slow reference in plain torch \(triton cannot run: torch sees no CUDA device; "
+        r"cpu cannot run: iqmpc\._C is not built: .*\)"
     )
     with pytest.warns(RuntimeWarning, match=message):
         assert resolve_backend("auto", EVERY) == "reference"
@@ -109,8 +109,8 @@ def test_a_named_backend_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("reference", "cpu"):
         assert resolve_backend(name, EVERY) == name
     for name, implemented, message in (
-        ("triton", EVERY, "backend 'triton' cannot run: torch sees no CUDA device"),
-        ("cpu", ("reference",), "backend 'cpu' cannot run: not implemented for this operation"),
+        ("triton", EVERY, "backend=triton cannot run: torch sees no CUDA device"),
+        ("cpu", ("reference",), "backend=cpu cannot run: not implemented for this operation"),
         ("metal", EVERY, "unknown backend 'metal', expected auto, reference, cpu, triton, cuda"),
     ):
         with pytest.raises(BackendError) as raised:
@@ -120,5 +120,24 @@ def test_a_named_backend_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
-    with pytest.raises(BackendError, match=r"^no backend can run \(triton: torch sees no CUDA"):
+    with pytest.raises(
+        BackendError, match="^no backend can serve: triton cannot run: torch sees no CUDA"
+    ):
         resolve_backend("auto", ("triton",))
+
+
+def test_every_choice_is_asked_and_the_first_that_serves_is_taken() -> None:
+    def choose(asked: str, **unfit: str | None) -> str:
+        return resolve(asked, unfit, order=("quick", "slow"), setting="mode", error=ConfigError)
+
+    assert choose("auto", slow=None, quick=None, last=None) == "quick"
+    assert choose("auto", slow=None, quick="is not here") == "slow"
+    assert choose("last", slow=None, last=None) == "last"  # which auto never takes
+    for asked, message in (
+        ("auto", "no mode can serve: quick is not here; slow has no time"),
+        ("slow", "mode=slow has no time"),
+        ("lost", "unknown mode 'lost', expected auto, quick, slow, last"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            choose(asked, quick="is not here", slow="has no time", last=None)
+        assert str(raised.value) == message

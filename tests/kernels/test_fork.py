@@ -140,7 +140,7 @@ def test_nothing_in_the_place_of_a_model():
     [
         ({"horizon": 2**54}, "horizon must be at most 1048576"),
         ({"samples": 2**62}, "samples must be at most 1048576"),
-        ({"num_envs": 2**20, "samples": 2**20}, r"num_envs \* horizon \* samples must be at most"),
+        ({"problems": 2**20, "samples": 2**20}, r"num_envs \* horizon \* samples must be at most"),
     ],
 )
 def test_sizes_beyond_all_plans(changes, said):
@@ -153,8 +153,6 @@ def test_sizes_beyond_all_plans(changes, said):
     torch.manual_seed(0)
     model = WorldModel(3, 2, ModelConfig(hidden_dim=32, latent_dim=32, encoder_dim=32))
     sizes = {"horizon": 3, "samples": 64, **changes}
-    envs = sizes.pop("num_envs", 1)
+    problems = sizes.pop("problems", 1)
     with pytest.raises(ValueError, match=said):
-        BACKENDS["cpu"](
-            model.weights(), PlannerConfig(**sizes), discount=0.9, beta=0.0, num_envs=envs, seed=0
-        )
+        BACKENDS["cpu"](model.weights(), PlannerConfig(**sizes), discount=0.9, problems=problems)

@@ -35,7 +35,7 @@ SETTINGS = UpdateSettings(
     rho=0.6,
     discount=0.97,
     alpha=0.4,
-    beta=0.03,
+    entropy_coef=0.03,
     c_cons=15.0,
     c_iq=0.2,
     c_gp=0.0,
@@ -189,25 +189,13 @@ def state_of(weights, targets, average: bool) -> UpdateState:
     ]
     held = None
     if average:
-        held = weights._replace(
-            **{
-                part: map_layers(lambda t: t.detach() + 0.1, getattr(weights, part))
-                for part in ("encoder", "dynamics", "policy", "critics", "termination")
-            }
-        )
+        held = weights.map(lambda t: t.detach() + 0.1)
     return UpdateState(weights, targets, moments[0].__getitem__, moments[1].__getitem__, held)
 
 
 def in_float64(state: UpdateState) -> UpdateState:
     def twin(weights, leaf):
-        return weights._replace(
-            **{
-                part: map_layers(
-                    lambda t: t.detach().double().requires_grad_(leaf), getattr(weights, part)
-                )
-                for part in ("encoder", "dynamics", "policy", "critics", "termination")
-            }
-        )
+        return weights.map(lambda t: t.detach().double().requires_grad_(leaf))
 
     weights = twin(state.weights, True)
     exact = state_of(weights, map_layers(lambda t: t.double(), state.targets), False)

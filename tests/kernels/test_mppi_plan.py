@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from iqmpc import _C, WorldModel
 from iqmpc.config import ModelConfig, PlannerConfig
 from iqmpc.kernels import layers
-from iqmpc.kernels.cpu import PackedWeights, layer_arrays, model_view
+from iqmpc.kernels.cpu import CpuWeights, layer_arrays, model_view
 from iqmpc.kernels.mppi_plan import BACKENDS, CpuPlan, PlanNoise, ReferencePlan
 from iqmpc.kernels.weights import snapshot
 from tests.kernels.contract import drawn, ending_half
@@ -25,16 +25,24 @@ CONFIG = PlannerConfig(samples=40, elites=8, policy_trajectories=6, iterations=3
 
 
 def cpu(weights, config=CONFIG, **settings):
-    return CpuPlan(weights, config, **({"discount": 0.97, "beta": 1e-3, "seed": 7} | settings))
+    return CpuPlan(
+        weights, config, **({"discount": 0.97, "entropy_coef": 1e-3, "seed": 7} | settings)
+    )
 
 
 def its_draws(plan: CpuPlan, score: str, *, explore: bool) -> PlanNoise:
     """What the next plan of the C++ backend will draw."""
     d = {k: torch.tensor(v) for k, v in plan.native.draws(plan.step).items()}
     pair, explored = d.pop("pair"), d.pop("explore").double()
+    for old, new in (("prior", "policy"), ("samples", "sample")):
+        d[f"{new}_noise"] = d.pop(old)
+    d["policy_score_noise"], d["score_noise"] = d.pop("prior_score"), d.pop("score")
     if score == "unrolled":  # the reference also draws at z_H, whose value cancels
-        for name in ("prior_score", "score"):
-            like = d["prior" if name == "prior_score" else "samples"][..., :1, :, :]
+        for name, other in (
+            ("policy_score_noise", "policy_noise"),
+            ("score_noise", "sample_noise"),
+        ):
+            like = d[other][..., :1, :, :]
             d[name] = torch.cat([d[name], torch.randn_like(like)], dim=-3)
     return PlanNoise(
         **{k: v.double() for k, v in d.items()},
@@ -46,7 +54,7 @@ def its_draws(plan: CpuPlan, score: str, *, explore: bool) -> PlanNoise:
 
 def reference(weights, config=CONFIG, **settings):
     config = dataclasses.replace(config, precision="float64", threads=None)
-    return ReferencePlan(weights, config, **({"discount": 0.97, "beta": 1e-3} | settings))
+    return ReferencePlan(weights, config, **({"discount": 0.97, "entropy_coef": 1e-3} | settings))
 
 
 @settings(deadline=None, max_examples=60)
@@ -78,8 +86,8 @@ def test_cpu_plans_what_the_reference_plans(
         score=score,
         threads=threads,
     )
-    meaning = reference(weights, config, num_envs=envs)
-    plan = cpu(weights, config, num_envs=envs, isa=isa, seed=seed)
+    meaning = reference(weights, config, problems=envs)
+    plan = cpu(weights, config, problems=envs, isa=isa, seed=seed)
     random = torch.Generator().manual_seed(seed)
     for _ in range(2):  # the second one starts from the first one's mean
         obs = torch.randn(envs, 5, generator=random)
@@ -100,11 +108,11 @@ def test_a_termination_head_changes_both_plans_alike(make_weights, isa, score):
     weights = ending_half(weights, drawn(weights, 2, 3, 100))
     config = dataclasses.replace(CONFIG, score=score)
     plan, meaning = (
-        cpu(weights, config, num_envs=2, isa=isa),
-        reference(weights, config, num_envs=2),
+        cpu(weights, config, problems=2, isa=isa),
+        reference(weights, config, problems=2),
     )
     without = weights._replace(termination=())
-    other = reference(without, config, num_envs=2)
+    other = reference(without, config, problems=2)
     obs = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
     noise = its_draws(plan, score, explore=False)
     action, mean = meaning.compute(meaning.weights, obs.double(), meaning.mean, noise)
@@ -138,11 +146,11 @@ def test_same_seed_and_step_same_plan_on_any_thread_count(make_weights):
     runs = [
         torch.stack([plan(o, explore=True).action for o in obs])
         for plan in (
-            cpu(weights, dataclasses.replace(CONFIG, threads=n), num_envs=2) for n in (1, 2, 3, 7)
+            cpu(weights, dataclasses.replace(CONFIG, threads=n), problems=2) for n in (1, 2, 3, 7)
         )
     ]
     assert all(torch.equal(run, runs[0]) for run in runs[1:])
-    other = cpu(weights, num_envs=2, seed=8)
+    other = cpu(weights, problems=2, seed=8)
     assert not torch.equal(torch.stack([other(o, explore=True).action for o in obs]), runs[0])
 
 
@@ -157,7 +165,7 @@ def test_a_step_can_be_repeated(make_weights):
 
 def test_problems_of_a_batch_are_planned_for_independently(make_weights):
     weights, obs = make_weights(5, 3), torch.randn(3, 5)
-    one, other = cpu(weights, num_envs=3), cpu(weights, num_envs=3)
+    one, other = cpu(weights, problems=3), cpu(weights, problems=3)
     changed = obs.clone()
     changed[1] += 3
     a, b = one(obs).action, other(changed).action
@@ -168,7 +176,7 @@ def test_draws_are_standard_normal_and_independent(make_weights):
     plan = cpu(
         make_weights(5, 3),
         PlannerConfig(samples=512, elites=64, policy_trajectories=24, iterations=6),
-        num_envs=2,
+        problems=2,
     )
     draws = plan.native.draws(0)
     x = draws["samples"].ravel().astype(np.float64)
@@ -372,7 +380,7 @@ def test_a_published_model_must_be_alike(make_weights):
         plan.publish(make_weights(5, 4))
     with pytest.raises(ValueError, match=r"widest layer \(padded\) must be .* as the planner's"):
         plan.publish(make_weights(5, 3, hidden=500))
-    half = PackedWeights(make_weights(5, 3), precision="bf16")
+    half = CpuWeights(make_weights(5, 3), precision="bf16")
     with pytest.raises(ValueError, match="must be float32 for .* as the planner's, got bf16"):
         plan.native.publish(half.native)
 
@@ -432,11 +440,11 @@ def test_settings_are_checked_by_the_library_too(make_weights, change, message):
         seed=0,
     )
     with pytest.raises(ValueError, match=message):
-        _C.Planner(PackedWeights(make_weights(5, 3)).native, **(arguments | change))
+        _C.Planner(CpuWeights(make_weights(5, 3)).native, **(arguments | change))
 
 
 def test_arrays_and_problems_that_do_not_fit_are_named(make_weights):
-    plan = cpu(make_weights(5, 3), num_envs=2)
+    plan = cpu(make_weights(5, 3), problems=2)
     obs, action = np.zeros((2, 5), np.float32), np.zeros((2, 3), np.float32)
     for arguments, message in (
         ((obs[:1], False, action), r"obs must be float32 with shape \[2, 5\], got .* \[1, 5\]"),
@@ -480,7 +488,7 @@ def images(envs):
 @pytest.mark.parametrize("isa", LEVELS)
 def test_images_are_planned_for_as_the_reference_does(isa):
     weights = image_model()
-    meaning, plan = reference(weights, num_envs=2), cpu(weights, num_envs=2, isa=isa)
+    meaning, plan = reference(weights, problems=2), cpu(weights, problems=2, isa=isa)
     actions = []
     for step in range(3):
         if step == 2:  # the encoder is published with the rest
@@ -523,7 +531,7 @@ def test_without_an_encoder_latents_are_planned_for(make_weights):
         _C.WorldModel(_C.ModelView(encoder=[], **(arrays | {"dynamics": []}), **settings))
     plan = cpu(weights, CONFIG)
     obs = torch.randn(1, 5)
-    latent = CpuPlan(weights, CONFIG, discount=0.97, beta=1e-3, seed=7)
+    latent = CpuPlan(weights, CONFIG, discount=0.97, entropy_coef=1e-3, seed=7)
     latent.native = _C.Planner(
         model,
         num_envs=1,

@@ -13,7 +13,7 @@ from iqmpc import _C, WorldModel
 from iqmpc.config import ModelConfig
 from iqmpc.errors import BackendError
 from iqmpc.kernels import layers
-from iqmpc.kernels.cpu import PackedWeights
+from iqmpc.kernels.cpu import CpuWeights
 from iqmpc.kernels.cuda import CudaWeights
 from iqmpc.kernels.mppi_rollout import mppi_rollout, noise_steps
 from iqmpc.kernels.triton_weights import TritonWeights
@@ -73,8 +73,8 @@ def one_by_one(weights, z0, actions, noise, pair, score):
             if score == "advantage":
                 total = q(z[0], actions[e, 0, s])
                 for t in range(1, horizon):
-                    prior = layers.policy_action(weights, z[t], noise[e, t - 1, s])
-                    total += GAMMA**t * c[t] * (q(z[t], actions[e, t, s]) - q(z[t], prior))
+                    sampled = layers.policy_action(weights, z[t], noise[e, t - 1, s])
+                    total += GAMMA**t * c[t] * (q(z[t], actions[e, t, s]) - q(z[t], sampled))
             else:
                 drawn = [
                     layers.policy_sample(weights, z[t], noise[e, t, 0 if t == 0 else s])
@@ -102,7 +102,7 @@ def one_by_one(weights, z0, actions, noise, pair, score):
 )
 def test_reference_is_the_definition(envs, horizon, samples, action_dim, groups, score, seed, ends):
     draws = problem(envs, horizon, samples, action_dim, 8 * groups, score, seed, ends)
-    returns = mppi_rollout(*draws, GAMMA, score, entropy=BETA, backend="reference")
+    returns = mppi_rollout(*draws, GAMMA, score, entropy_coef=BETA, backend="reference")
     np.testing.assert_allclose(returns.detach(), one_by_one(*draws, score), rtol=1e-9, atol=1e-9)
 
 
@@ -115,7 +115,7 @@ def test_scores_differ_by_one_constant_per_problem(horizon, ends):
     if ends:
         weights = ending_half(weights, (z0, actions))
     unrolled = mppi_rollout(
-        weights, z0, actions, noise, pair, GAMMA, "unrolled", entropy=BETA, backend="reference"
+        weights, z0, actions, noise, pair, GAMMA, "unrolled", entropy_coef=BETA, backend="reference"
     )
     advantage = mppi_rollout(
         weights, z0, actions, noise[:, 1:-1], pair, GAMMA, "advantage", backend="reference"
@@ -131,14 +131,7 @@ def test_scores_differ_by_one_constant_per_problem(horizon, ends):
 def test_float32_is_within_the_contract():
     weights, *draws = problem(3, 3, 64, 5, 24, "advantage")
     exact = mppi_rollout(weights, *draws, GAMMA, backend="reference")
-    single = weights._replace(
-        **{
-            part: tuple(
-                type(x)(*(t if t is None else t.float() for t in x)) for x in getattr(weights, part)
-            )
-            for part in ("encoder", "dynamics", "policy", "critics")
-        }
-    )
+    single = weights.map(torch.Tensor.float)
     z0, actions, noise, pair = draws
     close = mppi_rollout(
         single, z0.float(), actions.float(), noise.float(), pair, GAMMA, backend="reference"
@@ -155,8 +148,8 @@ def test_float32_is_within_the_contract():
             r"actions must be \[E, H, S, 2\], got \[1, 3, 4, 5\]",
         ),
         (
-            dict(policy_noise=torch.zeros(1, 3, 4, 2)),
-            r"policy_noise must be \[1, 2, 4, 2\], got \[1, 3, 4, 2\]",
+            dict(score_noise=torch.zeros(1, 3, 4, 2)),
+            r"score_noise must be \[1, 2, 4, 2\], got \[1, 3, 4, 2\]",
         ),
         (dict(critic_pair=torch.zeros(3)), r"critic_pair must be \[2\], got \[3\]"),
         (dict(score="both"), "score must be one of advantage, unrolled, got 'both'"),
@@ -168,7 +161,7 @@ def test_what_does_not_fit_is_named(change, message):
         dict(
             z0=z0,
             actions=actions,
-            policy_noise=noise,
+            score_noise=noise,
             critic_pair=pair,
             discount=GAMMA,
             score="advantage",
@@ -182,7 +175,7 @@ def test_what_does_not_fit_is_named(change, message):
 
 def test_a_backend_that_cannot_run_is_an_error():
     draws = problem(1, 3, 4, 2, 16, "advantage")
-    with pytest.raises(BackendError, match="backend 'cuda' cannot run"):
+    with pytest.raises(BackendError, match="backend=cuda cannot run"):
         mppi_rollout(*draws, GAMMA, backend="cuda")
 
 
@@ -217,8 +210,8 @@ LEVELS = _C.isa_levels()
 
 
 def on_cpu(weights, draws, score="advantage", *, precision="float32", isa=None):
-    packed = PackedWeights(weights, precision=precision, isa=isa)
-    return mppi_rollout(packed, *draws, GAMMA, score, entropy=BETA)
+    packed = CpuWeights(weights, precision=precision, isa=isa)
+    return mppi_rollout(packed, *draws, GAMMA, score, entropy_coef=BETA)
 
 
 @settings(deadline=None, max_examples=250)
@@ -414,7 +407,7 @@ def test_cpu_marks_the_sample_that_is_not_finite(make_weights):
 )
 def test_cpu_names_what_it_cannot_take(make_weights, change, message):
     weights = make_weights(5, 3)
-    names = ("z0", "actions", "policy_noise", "critic_pair")
+    names = ("z0", "actions", "score_noise", "critic_pair")
     given_ = dict(zip(names, drawn(weights, 1, 3, 4), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         mppi_rollout(weights, **given_, discount=GAMMA, backend="cpu")
@@ -422,12 +415,12 @@ def test_cpu_names_what_it_cannot_take(make_weights, change, message):
 
 def test_packed_weights_are_a_snapshot_and_the_cpus(make_weights):
     weights = make_weights(5, 3)
-    packed, draws = PackedWeights(weights), drawn(weights, 1, 3, 9)
+    packed, draws = CpuWeights(weights), drawn(weights, 1, 3, 9)
     before = mppi_rollout(packed, *draws, GAMMA)
     for tensor in weights.tensors():
         tensor.zero_()
     assert torch.equal(mppi_rollout(packed, *draws, GAMMA), before)
-    with pytest.raises(BackendError, match="backend 'reference' cannot run"):
+    with pytest.raises(BackendError, match="backend=reference cannot run"):
         mppi_rollout(packed, *draws, GAMMA, backend="reference")
 
 
@@ -435,7 +428,7 @@ def test_packed_weights_freed_by_another_thread(make_weights):
     """A rollout holds what it computes on, whoever lets go of it."""
     weights = make_weights(5, 3, hidden=200)
     draws = drawn(weights, 1, 3, 2000)
-    expected, holder, results = on_cpu(weights, draws), [PackedWeights(weights)], []
+    expected, holder, results = on_cpu(weights, draws), [CpuWeights(weights)], []
 
     def run(packed):
         results.append(mppi_rollout(packed, *draws, GAMMA))
@@ -500,20 +493,20 @@ def test_packed_weights_freed_by_another_thread(make_weights):
 )
 def test_weights_that_do_not_fit_are_named(make_weights, change, message):
     with pytest.raises(ValueError, match=message):
-        PackedWeights(change(make_weights(5, 3)))
+        CpuWeights(change(make_weights(5, 3)))
 
 
 def test_wrong_levels_and_precisions_are_named(make_weights):
     with pytest.raises(ValueError, match="precision must be float32 or bf16, got int8"):
-        PackedWeights(make_weights(5, 3), precision="int8")
+        CpuWeights(make_weights(5, 3), precision="int8")
     with pytest.raises(ValueError, match="isa=sse9: unknown instruction set"):
-        PackedWeights(make_weights(5, 3), isa="sse9")
+        CpuWeights(make_weights(5, 3), isa="sse9")
 
 
 def test_arrays_from_elsewhere_are_checked(make_weights):
     """The extension checks for itself what it is given, without the wrapper."""
     weights = make_weights(5, 3)
-    native = PackedWeights(weights).native
+    native = CpuWeights(weights).native
     z0, actions, noise, pair = (t.numpy() for t in drawn(weights, 2, 3, 4))
     arguments = dict(
         model=native,

@@ -43,7 +43,7 @@ def on_cuda(weights, draws, score="advantage", precision="float32"):
     if not isinstance(weights, CudaWeights):
         packed = CudaWeights(weights, precision=precision)
     there = [t.to(packed.device) for t in draws]
-    return mppi_rollout(packed, *there, GAMMA, score, entropy=BETA).cpu()
+    return mppi_rollout(packed, *there, GAMMA, score, entropy_coef=BETA).cpu()
 
 
 @on_gpu
@@ -154,7 +154,7 @@ def test_cuda_packs_plain_weights_and_stays_a_snapshot(make_weights):
     for tensor in weights.tensors():
         tensor.zero_()
     assert torch.equal(mppi_rollout(packed, *draws, GAMMA), before)
-    with pytest.raises(BackendError, match="backend 'reference' cannot run"):
+    with pytest.raises(BackendError, match="backend=reference cannot run"):
         mppi_rollout(packed, *draws, GAMMA, backend="reference")
 
 
@@ -180,7 +180,7 @@ def test_cuda_packs_plain_weights_and_stays_a_snapshot(make_weights):
 )
 def test_cuda_names_what_it_cannot_take(make_weights, change, message):
     weights = make_weights(5, 3)
-    names = ("z0", "actions", "policy_noise", "critic_pair")
+    names = ("z0", "actions", "score_noise", "critic_pair")
     given = {name: t.cuda() for name, t in zip(names, drawn(weights, 1, 3, 4), strict=True)}
     given |= {name: f(given[name]) for name, f in change.items()}
     with pytest.raises(ValueError, match=message):
@@ -206,7 +206,7 @@ def test_without_a_gpu_it_says_why(make_weights):
     assert not torch.cuda.is_available() or _C.cuda_unavailable_reason() == WHY_NOT
     with pytest.raises(BackendError) as raised:
         CudaWeights(make_weights(5, 3))
-    assert str(raised.value) == f"backend 'cuda' cannot run: {WHY_NOT}"
+    assert str(raised.value) == f"backend=cuda cannot run: {WHY_NOT}"
 
 
 @pytest.mark.skipif(_C.cuda_available(), reason="a CUDA device is there")

@@ -44,11 +44,10 @@ TENSORS = (
     "vectors",
     "root",
     "actions",
-    "noise",
-    "priors",
+    "score_noise",
+    "policy_actions",
     "returns",
     "raw",
-    "acting",
     "squares",
     "mean",
     "std",
@@ -58,6 +57,7 @@ TENSORS = (
     "explore",
     "out",
     "policy_noise",
+    "sample_noise",
 )
 
 
@@ -142,14 +142,15 @@ def cases(size: str, precision: str, arch: int, every: bool) -> Iterator[Case]:
     yield Case(plan._draw_kernel, dict(CRITICS=8, BLOCK=plan._BLOCK), {}, w.dtype, name)
     yield Case(plan._begin_kernel, sizes | dict(BLOCK=plan._BLOCK), {}, w.dtype, name)
     yield Case(plan._act_kernel, sizes | dict(BLOCK=power_of_two(w.action_dim)), {}, w.dtype, name)
-    for last in (False, True):
+    for choose in (False, True):
         for block in (8, 32):
             yield Case(
                 plan._improve_kernel,
-                sizes | dict(LAST=last, SAMPLES=512, ELITES=64, BLOCK_A=block, LINES=2048 // block),
+                sizes
+                | dict(CHOOSE=choose, SAMPLES=512, ELITES=64, BLOCK_A=block, LINES=2048 // block),
                 dict(num_warps=8),
                 w.dtype,
-                name | dict(choice=f"{last=} {block=}"),
+                name | dict(choice=f"{choose=} {block=}"),
             )
 
 

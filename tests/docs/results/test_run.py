@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from iqmpc.compose import compose
+from iqmpc.composition import compose
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
 PROGRAM = RESULTS / "run.py"

@@ -1,0 +1,1 @@
+"""The commands of `iqmpc`, one file each; `iqmpc.cli` puts them together."""

@@ -1,0 +1,96 @@
+"""`iqmpc train`: train an agent, or go on with a run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from iqmpc.config import Config
+from iqmpc.console import console, print_summary
+from iqmpc.errors import Interrupted
+from iqmpc.progress import TrainingDisplay
+
+_OVERRIDES_HELP = "Settings as key=value: task=cheetah-run train.steps=50000 learner.batch=128"
+
+
+def train(
+    overrides: Annotated[list[str] | None, typer.Argument(help=_OVERRIDES_HELP)] = None,
+) -> None:
+    """Train an agent; ends with an evaluation beside the demonstrator's return.
+
+    `resume=RUN` continues a run. What it learns may then not be changed: only train.* (but not
+    train.num_envs), where the data lie (demos.path), and how it is computed (threads, device,
+    learner.mode, learner.precision, and the planner's backend, precision, mode, capture and
+    threads).
+    """
+    from iqmpc.composition import compose, parse, resumed
+    from iqmpc.run_folder import RunFolder
+
+    words = parse(overrides or [])
+    if resume := "resume" in words:
+        folder = RunFolder(str(words.pop("resume")))
+        config, run = resumed(folder.load_config(), words), folder.path
+    else:
+        config, run = compose(overrides or []), None
+    if config.demos.path is not None:  # the run may be continued from another folder
+        config = config.replace({"demos.path": str(Path(config.demos.path).resolve())})
+    print_summary(*train_run(config, run, resume=resume))
+
+
+def train_run(config: Config, run: Path | None, *, resume: bool) -> tuple[dict[str, Any], Path]:
+    """Train to the end with progress shown. Returns the summary and the run folder.
+
+    Without `run` it is the settings' own, or a new one that is made when everything fits.
+    """
+    from iqmpc.trainer import Trainer
+
+    with TrainingDisplay(config.train.steps, console) as display:
+        trainer = Trainer(
+            config,
+            run=run,
+            resume=resume,
+            on_progress=display.update,
+            on_message=display.message,
+        )
+        run = trainer.claim_folder()
+        parameters = sum(p.numel() for p in trainer.learner.model.parameters())
+        display.message(
+            f"{config.task.name}: {parameters:,} parameters on {trainer.device}, planner "
+            f"{trainer.agent.planner.backend}, run folder {run}"
+        )
+        hint = _busy_hint(config)
+        if hint is not None:
+            display.message(hint)
+        try:
+            return trainer.train(), run
+        except KeyboardInterrupt as error:
+            display.message(
+                f"interrupted; continue with: iqmpc train {shlex.quote(f'resume={run}')}"
+            )
+            number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
+            raise SystemExit(128 + number) from None
+
+
+def _busy_hint(config: Config) -> str | None:
+    """What to say where others leave fewer cores than the default number of threads wants.
+
+    Only said: a number of threads that followed the load would make results depend on it.
+    """
+    from iqmpc.threads import threads
+
+    count = threads()
+    try:
+        cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    except (AttributeError, OSError):  # not Linux
+        return None
+    if config.threads is not None or count == 1 or cores - load > count - 0.5:
+        return None
+    return (
+        f"the machine is busy (load {load:.1f} on {cores} cores): threads=1 may be faster here "
+        f"than the default of {count}"
+    )
