@@ -16,6 +16,7 @@ from iqmpc.agent import Agent, resolve_device
 from iqmpc.compiler import check_compiler
 from iqmpc.config import Config
 from iqmpc.demos import Demonstrations
+from iqmpc.envs.description import describe
 from iqmpc.envs.training import Environment, training_envs
 from iqmpc.episode import Episode
 from iqmpc.errors import CheckpointError, ConfigError, TaskError
@@ -421,6 +422,7 @@ class Trainer:
             self.folder.save_config(self.config, new=not self._resumed)
         except FileExistsError:
             raise self._taken() from None
+        self.folder.save_interface(describe(self.eval_env, self.config.task))
         self.folder.summary.unlink(missing_ok=True)  # of what came before resuming
         since = self.env_steps if self._resumed else None
         self._reporter.open(self.folder, since=since, evaluated=self._evaluated_at)
