@@ -38,7 +38,7 @@ cpp-test-asan: SANITIZE = address,undefined
 cpp-test-tsan: SANITIZE = thread
 cpp-test cpp-test-asan cpp-test-tsan: $(READY)
 	$(BIN)/cmake -S . -B build/$@ -DIQMPC_BUILD_PYTHON=OFF -DIQMPC_BUILD_TESTS=ON \
-	  -DIQMPC_SANITIZE=$(SANITIZE)
+	  -DIQMPC_SANITIZE=$(SANITIZE) -DIQMPC_CUDA=AUTO
 	$(BIN)/cmake --build build/$@ --parallel 2
 	$(BIN)/ctest --test-dir build/$@ --output-on-failure
 

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
+from iqmpc import agent_file
 from iqmpc.agent import Agent
-from iqmpc.envs import interface, make_env
+from iqmpc.envs import check_spaces, interface, make_env
 from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
@@ -71,13 +72,15 @@ def open_run(
     seed: int | None = None,
     render: bool = False,
 ) -> tuple[Agent, gymnasium.Env]:
-    """The agent of a run folder, as `Agent.load` gives it, and an environment of its task.
+    """The agent of a run folder or file, as `Agent.load` gives it, and its task's environment.
 
     Sets torch's threads as the run asks for. `render` makes an environment that draws frames.
     Raises `CheckpointError` for what is no run or has no checkpoint, `TaskError` where the
     environment cannot be made here.
     """
-    config = RunFolder(run).load_config().replace(changes)
+    exported = agent_file.is_file(run)
+    held = agent_file.load(run).config if exported else RunFolder(run).load_config()
+    config = held.replace(changes)
     prepare_torch(config)
     env = make_env(config.task, render_mode="rgb_array" if render else None)
     return Agent.load(run, checkpoint=checkpoint, changes=changes, seed=seed), env
@@ -96,7 +99,7 @@ class Evaluation:
 
     @property
     def returns(self) -> np.ndarray:
-        return np.array([e.rewards.sum() for e in self.episodes], dtype=np.float64)
+        return np.array([e.undiscounted_return for e in self.episodes])
 
     @property
     def return_mean(self) -> float:
@@ -133,6 +136,12 @@ class Evaluation:
             "demonstrator_return": demonstrator_return,
             "ratio": ratio(self.return_mean, demonstrator_return),
         }
+
+
+def no_evaluation(demonstrator_return: float | None) -> dict[str, Any]:
+    """What `Evaluation.summary` gives, where nothing was evaluated."""
+    names = ("return_mean", "return_std", "success_rate", "success_any_rate", "ratio")
+    return {"episodes": 0, "demonstrator_return": demonstrator_return, **dict.fromkeys(names)}
 
 
 def _share(outcomes: Sequence[bool | None]) -> float | None:
@@ -216,7 +225,7 @@ def evaluate(
             )
         solved.append(watched.solved)
         if progress is not None:
-            progress(index + 1, float(done[-1].rewards.sum()))
+            progress(index + 1, done[-1].undiscounted_return)
     return Evaluation(tuple(done), tuple(solved))
 
 
@@ -236,7 +245,8 @@ def mixed_episodes(
     of a stream of their own under `seed`, and noise follows from it too.
     `progress(done, return)` is called after each.
     """
-    action_dim, task = agent.model.action_dim, agent.config.task
+    task = agent.config.task
+    _, action_dim = check_spaces(env, task.name)
     episodes = []
     for index in range(3 * each):
         draws = stream_seed(seed, "correlation-actions", index)
@@ -255,7 +265,7 @@ def mixed_episodes(
                 )
             )
         if progress is not None:
-            progress(index + 1, float(episodes[-1].rewards.sum()))
+            progress(index + 1, episodes[-1].undiscounted_return)
     return episodes
 
 
@@ -275,7 +285,8 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
     """Pearson correlation of the decoded reward with the true one, over all steps (paper, Table 7).
 
     Good episodes alone say little, since the true reward hardly varies in them: take those of
-    `mixed_episodes`. None where either does not vary or is not finite.
+    `mixed_episodes`. None where either does not vary or is not finite. Raises `ValueError` for an
+    episode without rewards.
     """
 
     def decoded_rewards(e: Episode) -> np.ndarray:
@@ -287,8 +298,13 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
             terminated=e.terminated & (np.arange(len(e.actions)) == len(e.actions) - 1),
         )
 
+    def true_rewards(e: Episode) -> np.ndarray:
+        if e.rewards is None:
+            raise ValueError("the correlation is of episodes with rewards")
+        return e.rewards
+
     decoded = np.concatenate([decoded_rewards(e) for e in episodes]).astype(np.float64)
-    true = np.concatenate([e.rewards for e in episodes]).astype(np.float64)
+    true = np.concatenate([true_rewards(e) for e in episodes]).astype(np.float64)
     if not (np.isfinite(decoded).all() and np.isfinite(true).all()):
         return None
     if not decoded.std() or not true.std():

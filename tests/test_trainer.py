@@ -58,6 +58,7 @@ def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demon
         "backend",
         "nonfinite_plans",
         "missed_plans",
+        "late_plans",
         "env_restarts",
         "threads",
         "machine",
