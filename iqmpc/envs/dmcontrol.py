@@ -18,6 +18,7 @@ from iqmpc.envs.extras import GL_ADVICE, cannot_render, import_extra
 from iqmpc.envs.pixels import FrameStack
 from iqmpc.errors import TaskError
 from iqmpc.observation import SIZE
+from iqmpc.task_interface import TaskInterface
 
 # name of the task -> (domain, task) of dm_control
 TASKS = {
