@@ -29,7 +29,7 @@ FLOORS = {
         "ground settings kernels records",
     ),
     "runs": (
-        "demonstrators evaluation expert_data export run_state table trainer updates video",
+        "bench demonstrators evaluation expert_data export run_state table trainer updates video",
         "ground settings records data method",
     ),
     "shell": ("cli commands doctor", "ground settings kernels records data method runs"),
