@@ -10,23 +10,29 @@ from torch import Tensor
 
 from iqmpc.composition import compose
 from iqmpc.config import Config
+from iqmpc.episode import Episode
 from iqmpc.losses import Batch
 from iqmpc.model import WorldModel
+from iqmpc.replay import SliceReplay
 
 
 @dataclass(frozen=True)
 class PlanCase:
-    """One plan for E problems at once; `model` and `planner` name groups of the configuration."""
+    """One plan for E problems at once; `model` and `planner` name groups of the configuration.
+
+    The weights lie on `device`, observations on the host, as a run has them.
+    """
 
     model: str
     planner: str
     obs_dim: int
     action_dim: int
-    envs: int
+    problems: int
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
-        return f"plan/{self.model}/{self.obs_dim}x{self.action_dim}/E{self.envs}"
+        return f"plan/{self.model}/{self.obs_dim}x{self.action_dim}/E{self.problems}"
 
     @property
     def config(self) -> Config:
@@ -37,7 +43,7 @@ class PlanCase:
         return self.config.planner.iterations_for(self.action_dim)
 
     @property
-    def entropy(self) -> float:
+    def entropy_coef(self) -> float:
         """The entropy coefficient in force, β·A."""
         return self.config.entropy_coefficient(self.action_dim)
 
@@ -47,18 +53,19 @@ class PlanCase:
             model = WorldModel(self.obs_dim, self.action_dim, self.config.model)
             # A new model's critics are constant zero, and every trajectory would be an elite.
             torch.nn.init.normal_(model.critics[-1].weight, std=0.1)
-        return model
+        return model.to(self.device)
 
     def observations(self) -> Tensor:
         """[E, O]"""
-        return torch.randn(self.envs, self.obs_dim, generator=torch.Generator().manual_seed(1))
+        return torch.randn(self.problems, self.obs_dim, generator=torch.Generator().manual_seed(1))
 
 
 @dataclass(frozen=True)
 class UpdateCase:
     """One update on `batch` slices of demonstrations and as many of behaviour.
 
-    `penalty`: with the gradient penalty.
+    `penalty`: with the gradient penalty. On a GPU the slices are drawn there, from `replays`, which
+    is part of the update; on a CPU they are given.
     """
 
     model: str
@@ -66,6 +73,7 @@ class UpdateCase:
     action_dim: int
     batch: int
     penalty: bool = False
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -91,6 +99,24 @@ class UpdateCase:
             terminated=torch.zeros(horizon, rows),
             experts=self.batch,
         )
+
+    def replays(self) -> list[SliceReplay]:
+        """Demonstrations and behaviour, a hundred episodes of a hundred steps each."""
+        draw, replays = torch.Generator().manual_seed(1), []
+        for _ in range(2):
+            replay = SliceReplay(
+                self.obs_dim,
+                self.action_dim,
+                horizon=self.config.learner.horizon,
+                capacity=100_000,
+                device=self.device,
+            )
+            for _ in range(100):
+                obs = torch.randn(101, self.obs_dim, generator=draw)
+                action = torch.rand(100, self.action_dim, generator=draw) * 2 - 1
+                replay.add(Episode(obs.numpy(), action.numpy()))
+            replays.append(replay)
+        return replays
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
@@ -12,18 +11,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import report
 from benchmarks.report import Measurement
+from benchmarks.timing import rounds
 
 MEASUREMENTS = pytest.StashKey[list[Measurement]]()
-
-
-def rounds(seconds: float) -> int:
-    """How many rounds to take of something that lasts `seconds`.
-
-    About three seconds' worth, but at least 5 (3 above 5 s), at least 100 below 50 ms (so that p99
-    is not simply the slowest round), and at most 500.
-    """
-    least = 100 if seconds < 0.05 else 5 if seconds < 5 else 3
-    return min(max(least, math.ceil(3 / seconds)), 500)
 
 
 @pytest.fixture

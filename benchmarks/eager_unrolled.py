@@ -70,18 +70,18 @@ def scores(
     noise: Tensor,  # [E, H+1, S, A]
     pair: Tensor,  # [2] int64
     discount: float,
-    entropy: float,
+    entropy_coef: float,
 ) -> Tensor:  # [E, S]
     """G = Σ_{t<H} γ^t (Q(z_t,a_t) - γ V(z_{t+1}) - β log π(ã_t|z_t)) + γ^H V(z_H)."""
-    envs, horizon, samples, _ = actions.shape
+    problems, horizon, samples, _ = actions.shape
     action = actions.transpose(0, 1).flatten(1, 2)  # [H, E·S, A]
     # z_0 is one latent, so it takes one policy sample
     first = noise[:, :1, :1].expand(-1, -1, samples, -1)
     noise = torch.cat([first, noise[:, 1:]], dim=1).transpose(0, 1).flatten(1, 2)
 
     def value(z: Tensor, noise: Tensor) -> Tensor:
-        prior, log_prob = policy(w, z, noise)
-        return q_min(w, z, prior, pair) - entropy * log_prob
+        action, log_prob = policy(w, z, noise)
+        return q_min(w, z, action, pair) - entropy_coef * log_prob
 
     z = z0.repeat_interleave(samples, dim=0)
     total = torch.zeros(len(z), dtype=z.dtype, device=z.device)
@@ -89,9 +89,9 @@ def scores(
         _, log_prob = policy(w, z, noise[t])
         after = dynamics(w, z, action[t])
         reward = q_min(w, z, action[t], pair) - discount * value(after, noise[t + 1])
-        total = total + discount**t * (reward - entropy * log_prob)
+        total = total + discount**t * (reward - entropy_coef * log_prob)
         z = after
-    return (total + discount**horizon * value(z, noise[horizon])).view(envs, samples)
+    return (total + discount**horizon * value(z, noise[horizon])).view(problems, samples)
 
 
 class EagerUnrolled:
@@ -107,43 +107,43 @@ class EagerUnrolled:
         config: PlannerConfig,
         *,
         discount: float,
-        entropy: float,
-        num_envs: int,
+        entropy_coef: float,
+        problems: int,
         compiled: bool,
     ):
         self.weights, self.config = weights, config
-        self.discount, self.entropy, self.num_envs = discount, entropy, num_envs
+        self.discount, self.entropy_coef, self.problems = discount, entropy_coef, problems
         self.iterations = config.iterations_for(weights.action_dim)
         self.device = weights.encoder[0].weight.device
-        self.mean = torch.zeros(num_envs, config.horizon, weights.action_dim, device=self.device)
+        self.mean = torch.zeros(problems, config.horizon, weights.action_dim, device=self.device)
         self._improve = torch.compile(self.improve, dynamic=False) if compiled else self.improve
 
     @torch.no_grad()
     def plan(self, obs: Tensor) -> Tensor:
         """obs [E, O] -> action [E, A]."""
-        c, envs, w = self.config, self.num_envs, self.weights
+        c, problems, w = self.config, self.problems, self.weights
         z0 = latent(w, w.encoder, obs)
-        prior = self.prior(z0)
+        trajectories = self.policy_trajectories(z0)
         mean = torch.cat([self.mean[:, 1:], torch.zeros_like(self.mean[:, :1])], dim=1)
         std = torch.full_like(mean, c.std_max)
         pair = torch.randperm(w.num_critics, device=self.device)[:2]
         for _ in range(self.iterations):
             drawn = c.samples - c.policy_trajectories
-            noise = torch.randn(envs, c.horizon, drawn, w.action_dim, device=self.device)
+            noise = torch.randn(problems, c.horizon, drawn, w.action_dim, device=self.device)
             score_noise = torch.randn(
-                envs, c.horizon + 1, c.samples, w.action_dim, device=self.device
+                problems, c.horizon + 1, c.samples, w.action_dim, device=self.device
             )
             mean, std, elites, weight = self._improve(
-                z0, prior, mean, std, noise, score_noise, pair
+                z0, trajectories, mean, std, noise, score_noise, pair
             )
         self.mean = mean
         chosen = torch.multinomial(weight, 1).squeeze(1)
-        return elites[torch.arange(envs), 0, chosen]
+        return elites[torch.arange(problems), 0, chosen]
 
     def improve(
         self,
         z0: Tensor,  # [E, Z]
-        prior: Tensor,  # [E, H, P, A]
+        trajectories: Tensor,  # [E, H, P, A]
         mean: Tensor,  # [E, H, A]
         std: Tensor,  # [E, H, A]
         noise: Tensor,  # [E, H, S-P, A]
@@ -153,8 +153,10 @@ class EagerUnrolled:
         """One iteration: new mean and std, elites [E, H, elites, A], their weights [E, elites]."""
         c = self.config
         drawn = (mean.unsqueeze(2) + std.unsqueeze(2) * noise).clamp(-1, 1)
-        actions = torch.cat([prior, drawn], dim=2)
-        returns = scores(self.weights, z0, actions, score_noise, pair, self.discount, self.entropy)
+        actions = torch.cat([trajectories, drawn], dim=2)
+        returns = scores(
+            self.weights, z0, actions, score_noise, pair, self.discount, self.entropy_coef
+        )
         best, index = returns.topk(c.elites, dim=1)
         rows = index[:, None, :, None].expand(-1, c.horizon, -1, actions.shape[3])
         elites = actions.gather(2, rows)
@@ -164,7 +166,7 @@ class EagerUnrolled:
         variance = (share * (elites - mean.unsqueeze(2)).square()).sum(2)
         return mean, variance.sqrt().clamp(c.std_min, c.std_max), elites, weight
 
-    def prior(self, z0: Tensor) -> Tensor:
+    def policy_trajectories(self, z0: Tensor) -> Tensor:
         """Actions of π rolled through d: z0 [E, Z] -> [E, H, P, A]."""
         c, w = self.config, self.weights
         z = z0.repeat_interleave(c.policy_trajectories, dim=0)

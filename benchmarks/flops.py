@@ -55,14 +55,14 @@ def plan_unrolled(case: PlanCase) -> int:
     c, m = case.config.planner, Macs.of(case)
     h, q = c.horizon, case.config.model.critics * m.critic
     sample = h * m.dynamics + (2 * h + 1) * (m.policy + q)
-    return 2 * case.envs * (case.iterations * c.samples * sample + _start(case))
+    return 2 * case.problems * (case.iterations * c.samples * sample + _start(case))
 
 
 def plan_advantage(case: PlanCase) -> int:
     """The reference, a sample: (H-1) (d + π) + 2 (2H-1) Q; at the end the mode of π."""
     h, m = case.config.planner.horizon, Macs.of(case)
     sample = (h - 1) * (m.dynamics + m.policy) + 2 * (2 * h - 1) * m.critic
-    return 2 * case.envs * (_scored(case) * sample + _start(case) + m.policy)
+    return 2 * case.problems * (_scored(case) * sample + _start(case) + m.policy)
 
 
 def plan_floor(case: PlanCase) -> int:
@@ -79,7 +79,7 @@ def plan_floor(case: PlanCase) -> int:
     # without z parts, then those of the latents after z_0, one for both actions
     critics = 2 * ((2 * h - 1) * (m.critic - m.z_part) + (h - 1) * z_part)
     sample = dynamics + (h - 1) * policy + critics
-    return 2 * case.envs * (_scored(case) * sample + m.encoder + policy + 3 * z_part)
+    return 2 * case.problems * (_scored(case) * sample + m.encoder + policy + 3 * z_part)
 
 
 def update(case: UpdateCase) -> int:
@@ -154,7 +154,7 @@ def parameters(case: PlanCase | UpdateCase, critics: int) -> int:
 def plan_bytes(case: PlanCase, itemsize: int) -> int:
     """Once through memory: the matrices a plan needs, a pair of critics among them, observations
     in, actions out. Noise and samples are made and used on the device and need not be stored."""
-    return itemsize * parameters(case, 2) + 4 * case.envs * (case.obs_dim + case.action_dim + 1)
+    return itemsize * parameters(case, 2) + 4 * case.problems * (case.obs_dim + case.action_dim + 1)
 
 
 def update_bytes(case: UpdateCase) -> int:

@@ -1,11 +1,12 @@
 """The GPU path measured in one call: `python -m benchmarks.gpu_report --out report.json`.
 
-Measures the machine first (matrix products, memory, launches), then the cases of `groups`, and
-prints one table last; the JSON holds the same rows. Within a group, variants are built one after
-the other, the fast ones checked against float64 (updates: against the eager update), and then
-timed in turns in this process. What fails, is wrong or does not end in time is a row that says so,
-and the others still run. `--cpu-check` runs all this on the CPU at tiny sizes, where the variants
-that need a GPU are such rows: it shows that the script works, and its figures mean nothing.
+The same cases, variants and records as `pytest --benchmark`, on a GPU and against goals. The
+machine is measured first (matrix products, memory, launches), then the cases of `groups`. Within a
+group, variants are built one after the other, the fast ones checked (`benchmarks.checks`), and then
+timed in turns in this process. What fails, is wrong or does not end in time is a record that says
+so, and the others still run. The table is printed last; `python -m benchmarks.table` reads the
+JSON as well. `--cpu-check` runs all this on the CPU at tiny sizes, where the variants that need a
+GPU are such records: it shows that the script works, and its figures mean nothing.
 
 docs/gpu.md says what the columns are.
 """
@@ -15,10 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
-import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,33 +24,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks import flops
+from benchmarks import flops, report
 from benchmarks.cases import PlanCase, UpdateCase
-from benchmarks.eager_unrolled import EagerUnrolled
-from iqmpc.capture import WARM_UPS
-from iqmpc.config import PlannerConfig
-from iqmpc.episode import Episode
-from iqmpc.files import write_atomically
-from iqmpc.kernels.mppi_plan import BACKENDS, PlanNoise, ReferencePlan
-from iqmpc.kernels.mppi_refit import mppi_refit
-from iqmpc.kernels.weights import Weights, snapshot
-from iqmpc.learner import Learner
-from iqmpc.replay import SliceReplay
+from benchmarks.checks import Wrong
+from benchmarks.report import Measurement
+from benchmarks.table import BASELINES
+from benchmarks.timing import time_limit, timed
+from benchmarks.variants import (
+    GPU_PLAN_VARIANTS,
+    GPU_UPDATE_VARIANTS,
+    PLAN_VARIANTS,
+    UPDATE_VARIANTS,
+    Variant,
+)
 
-TOLERANCE = {"float32": 1e-4, "bf16": 2e-2}  # of returns, relative: the contract's
 LIMIT_S = 450.0  # of the whole run: below 8 minutes
 BUILD_S, TIMING_S = 150.0, 10.0  # of a variant to be ready and checked; of a group to be timed
-
-
-class Wrong(Exception):
-    """A fast variant's answer is not the reference's."""
+LAUNCHES = 1000
 
 
 @dataclass(frozen=True)
@@ -68,16 +61,12 @@ class Settings:
     build_s: float = BUILD_S
     timing_s: float = TIMING_S
     compile: bool = True
-    planner: dict[str, Any] = field(default_factory=dict)  # changes to the case's
-
-    def plan_config(self, case: PlanCase, **changes: Any) -> PlannerConfig:
-        return dataclasses.replace(case.config.planner, **(self.planner | changes))
 
 
 GPU = Settings(
     "cuda",
-    PlanCase("paper", "paper", 91, 39, 1),
-    UpdateCase("paper", 91, 39, 256),
+    PlanCase("paper", "paper", 91, 39, 1, "cuda"),
+    UpdateCase("paper", 91, 39, 256, device="cuda"),
     64,
     8192,
     1 << 30,
@@ -91,38 +80,35 @@ CPU_CHECK = Settings(
     1 << 20,
     timing_s=0.3,
     compile=False,
-    planner=dict(samples=24, elites=6, policy_trajectories=4, iterations=2, mode="eager"),
 )
 
 
 @dataclass
 class Row:
-    """One line of the table. `ms` is the median by the device's clock, `wall_ms` by the host's."""
+    """A record in the making. `seconds` are by the device's clock, `wall` by the host's."""
 
     case: str
     variant: str
+    dtype: str = "float32"
+    operations: int = 0
     status: str = "waiting"  # ok, wrong, failed, out of time, skipped
     note: str = ""
-    ms: float | None = None
-    p90_ms: float | None = None
-    wall_ms: float | None = None
-    rounds: int = 0
+    seconds: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
     floor_ms: float | None = None
     speedup: float | None = None  # over the group's baseline
-    share: float | None = None  # of the measured matrix rate
+    share: float | None = None  # of the machine's matrix product of the same dtype
     must: str = ""
     aim: str = ""
     passed: bool | None = None
     aim_passed: bool | None = None
 
+    @property
+    def ms(self) -> float | None:
+        return 1e3 * statistics.median(self.seconds) if self.seconds else None
 
-@dataclass(frozen=True)
-class Variant:
-    """`build()` gives what is timed, ready and, where it is fast, checked."""
-
-    name: str
-    build: Callable[[], Callable[[], object]]
-    compiles: bool = False
+    def measurement(self) -> Measurement:
+        return Measurement(self.case, self.variant, self.dtype, self.operations, self.seconds)
 
 
 @dataclass(frozen=True)
@@ -154,234 +140,53 @@ class Goal:
 
 @dataclass(frozen=True)
 class Group:
-    """Variants of one case, compared with `baseline`; `judged` is held to `must` and `aim`."""
+    """Variants of one case, compared with `baseline`; `judged` is held to `must` and `aim`.
 
-    case: str
-    variants: list[Variant]
+    The floor is what `operations` of `dtype` and `bytes` take at the machine's own rates.
+    """
+
+    case: Any
+    variants: dict[str, Variant]
     operations: int
     bytes: int
-    rate: str  # the machine's figure that bounds the operations
+    dtype: str
     baseline: str
     judged: str
     must: Goal
     aim: Goal
 
 
-# --- What is timed ------------------------------------------------------------------------------
-
-
-def on(weights: Weights, device: str) -> Weights:
-    return weights.map(lambda t: t.detach().to(device))
-
-
-def eager_unrolled(s: Settings, case: PlanCase, *, compiled: bool) -> Callable[[], object]:
-    config = case.config
-    planner = EagerUnrolled(
-        snapshot(on(case.world_model().weights(), s.device)),
-        s.plan_config(case),
-        discount=config.discount,
-        entropy=case.entropy,
-        num_envs=case.envs,
-        compiled=compiled,
-    )
-    obs = case.observations()
-
-    def run() -> Tensor:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")  # tf32: the baseline as fast as torch makes it
-        try:
-            return planner.plan(obs.to(s.device)).cpu()
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    return run
-
-
-def package(
-    s: Settings, case: PlanCase, *, backend: str, schedule: str | None = None, **changes: Any
-) -> Callable[[], object]:
-    config = s.plan_config(case, **changes)
-    weights, obs = on(case.world_model().weights(), s.device), case.observations()
-    settings = dict(discount=case.config.discount, entropy_coef=case.entropy, problems=case.envs)
-    if schedule is not None:
-        settings["schedule"] = schedule
-    plan = BACKENDS[backend](weights, config, **settings)
-    if backend == "triton":
-        once = dataclasses.replace(config, iterations=1)
-        first = BACKENDS[backend](weights, once, **settings)
-        check_plan(first, once, weights, obs, settings["discount"], elites=0.95)
-        check_plan(plan, config, weights, obs, settings["discount"])
-
-    def run() -> object:
-        return plan(obs)
-
-    run.plan = plan
-    return run
-
-
-def check_plan(
-    plan: Any,
-    config: PlannerConfig,
-    weights: Weights,
-    obs: Tensor,
-    discount: float,
-    *,
-    elites: float = 0.0,
-) -> None:
-    """Raise `Wrong` unless the last iteration of a Triton plan is the float64 reference's.
-
-    Its returns are the reference's of the same actions and draws, within the contract's tolerance,
-    and so are the policy's trajectories; the mean is the refit to those returns. elites: the share
-    of them that must be the reference's, for a plan of one iteration: later ones sample where
-    returns hardly differ.
-    """
-    done = plan(obs)
-    *drawn, pair = plan.draws()
-    noise = PlanNoise(*(t.double() for t in drawn), pair)
-    exact = snapshot(weights, torch.float64)
-    wide = dataclasses.replace(config, precision="float64", score="advantage", capture=None)
-    reference = ReferencePlan(exact, wide, discount=discount, problems=len(obs))
-    mean = torch.zeros_like(plan.mean, dtype=torch.float64)
-    z0 = reference.begin(exact, obs.to(mean), mean, noise)[0]
-    prior = reference.policy_trajectories(exact, z0, noise.policy_noise)
-    tolerance, count = TOLERANCE[config.precision], config.policy_trajectories
-    actions = plan.actions.double()
-    scores = torch.cat(
-        [
-            reference.returns(exact, z0, part, draws, noise.root, pair)
-            for part, draws in (
-                (actions[:, :, :count], noise.policy_score_noise),
-                (actions[:, :, count:], noise.score_noise[-1]),
-            )
-        ],
-        dim=1,
-    )
-
-    def compare(what: str, got: Tensor, expected: Tensor, allowed: float) -> None:
-        error = ((got - expected).norm() / expected.norm()).item()
-        if not error <= allowed:
-            raise Wrong(f"{what}: {error:.1e} from the float64 reference, allowed {allowed:.0e}")
-
-    compare("policy trajectories", actions[:, :, :count], prior, tolerance)
-    compare("returns", plan.returns.double(), scores, tolerance)
-    refit = mppi_refit(
-        actions,
-        plan.returns.double(),
-        elites=config.elites,
-        temperature=config.temperature,
-        std_min=config.std_min,
-        std_max=config.std_max,
-        backend="reference",
-    )
-    compare("mean", plan.mean.double(), refit[0], 1e-4)
-    best = scores.topk(config.elites, dim=1).indices
-    same = (best.unsqueeze(2) == refit[2].unsqueeze(1)).any(2).double().mean().item()
-    if same < elites:
-        raise Wrong(f"elites: {same:.1%} are the float64 reference's, expected {elites:.0%}")
-    if done.nonfinite or not done.action.abs().max() <= 1:
-        raise Wrong("action: not finite or out of range")
-
-
-def learn(s: Settings, mode: str) -> Callable[[], object]:
-    """Updates by `Learner.learn`, after six of them were those of the eager learner.
-
-    More than `WARM_UPS`, so that replays of the graph are among them.
-    """
-
-    def build(mode: str) -> tuple[Learner, Callable[[], dict[str, Tensor]]]:
-        case, config = s.update, s.update.config
-        config = dataclasses.replace(config, learner=dataclasses.replace(config.learner, mode=mode))
-        learner = Learner(case.obs_dim, case.action_dim, config, s.device)
-        draw, replays = torch.Generator().manual_seed(1), []
-        for _ in range(2):
-            replay = SliceReplay(
-                case.obs_dim,
-                case.action_dim,
-                horizon=config.learner.horizon,
-                capacity=100_000,
-                device=s.device,
-            )
-            for _ in range(100):
-                obs = torch.randn(101, case.obs_dim, generator=draw)
-                action = torch.rand(100, case.action_dim, generator=draw) * 2 - 1
-                replay.add(Episode(obs.numpy(), action.numpy()))
-            replays.append(replay)
-        return learner, lambda: learner.learn(*replays)
-
-    _, run = build(mode)
-    if mode != "eager":
-        _, eager = build("eager")
-        for update in range(2 * WARM_UPS):
-            expected = {k: float(v) for k, v in eager().items()}
-            for key, value in run().items():
-                # Adam's first steps turn rounding into steps of full length.
-                if not abs(float(value) - expected[key]) <= 1e-2 * max(1.0, abs(expected[key])):
-                    raise Wrong(
-                        f"update {update}: {key} is {float(value):.6g}, the eager "
-                        f"update's {expected[key]:.6g}"
-                    )
-    return run
-
-
 def groups(s: Settings) -> list[Group]:
-    def plans(case: PlanCase) -> list[Variant]:
-        def triton(**how: Any) -> Callable[[], Callable[[], object]]:
-            return lambda: package(s, case, backend="triton", precision="bf16", **how)
+    """A plan for one problem, a plan for many, an update."""
 
-        def reference(mode: str) -> Callable[[], Callable[[], object]]:
-            return lambda: package(s, case, backend="reference", mode=mode)
+    def plan(case: PlanCase, must: Goal, aim: Goal) -> Group:
+        names = ["eager-unrolled", "reference", "reference-compiled"]
+        if case.problems == 1:
+            names.append("compiled-unrolled")
+        if case.device == "cpu":  # so that the check has a fast one
+            names.append("cpu")
+        return Group(
+            case,
+            {name: PLAN_VARIANTS[name] for name in names} | GPU_PLAN_VARIANTS,
+            flops.plan_floor(case),
+            flops.plan_bytes(case, 2),
+            "bfloat16",
+            BASELINES["plan"],
+            "triton-bf16",
+            must,
+            aim,
+        )
 
-        variants = [
-            Variant("eager-unrolled", lambda: eager_unrolled(s, case, compiled=False)),
-            Variant("triton captured", triton()),
-            Variant("triton captured, latency", triton(schedule="latency")),
-            Variant("triton captured, throughput", triton(schedule="throughput")),
-            Variant("triton uncaptured", triton(capture=False)),
-            Variant("reference", reference("eager")),
-            Variant("reference compiled", reference("compile"), compiles=True),
-        ]
-        if case.envs == 1:
-            variants.append(
-                Variant(
-                    "eager-unrolled compiled",
-                    lambda: eager_unrolled(s, case, compiled=True),
-                    compiles=True,
-                )
-            )
-        if s.device == "cpu":  # so that the check has a fast one
-            variants.append(Variant("cpu", lambda: package(s, case, backend="cpu")))
-        return variants
-
-    many = dataclasses.replace(s.plan, envs=s.many)
     return [
-        *(
-            Group(
-                case.name,
-                plans(case),
-                flops.plan_floor(case),
-                flops.plan_bytes(case, 2),
-                "bf16",
-                "eager-unrolled",
-                "triton captured",
-                must,
-                aim,
-            )
-            for case, must, aim in (
-                (s.plan, Goal(ms=0.6, speedup=20), Goal(ms=0.25)),
-                (many, Goal(share=0.35), Goal(share=0.6)),
-            )
-        ),
+        plan(s.plan, Goal(ms=0.6, speedup=20), Goal(ms=0.25)),
+        plan(dataclasses.replace(s.plan, problems=s.many), Goal(share=0.35), Goal(share=0.6)),
         Group(
-            s.update.name,
-            [
-                Variant("eager", lambda: learn(s, "eager")),
-                Variant("graph", lambda: learn(s, "graph"), compiles=s.device != "cpu"),
-                Variant("compile", lambda: learn(s, "compile"), compiles=True),
-            ],
+            s.update,
+            {name: UPDATE_VARIANTS[name] for name in ("eager", "compile")} | GPU_UPDATE_VARIANTS,
             flops.update(s.update),
             flops.update_bytes(s.update),
-            "tf32",
-            "eager",
+            "float32",
+            BASELINES["update"],
             "graph",
             Goal(ms=2, speedup=8),
             Goal(ms=1),
@@ -389,74 +194,48 @@ def groups(s: Settings) -> list[Group]:
     ]
 
 
-# --- How it is timed ----------------------------------------------------------------------------
+def machine(s: Settings) -> list[Row]:
+    """Matrix products (float32's in tf32, as torch makes them fastest), a copy read and written,
+    and launches one by one and as the nodes of a graph."""
+    rows = []
 
+    def measure(case: str, run: Callable[[], object], **how: Any) -> None:
+        for _ in range(3):
+            run()
+        seconds, wall = zip(*(timed(run, s.device) for _ in range(20)), strict=True)
+        rows.append(Row(case, "torch", status="ok", seconds=[*seconds], wall=[*wall], **how))
 
-def timed(run: Callable[[], object], device: str) -> tuple[float, float]:
-    """Milliseconds of one call: between CUDA events around it, and by the host's clock until the
-    device is done. On the CPU both are the host's."""
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        wall = 1e3 * (time.perf_counter() - start)
-        return wall, wall
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start = time.perf_counter()
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end), 1e3 * (time.perf_counter() - start)
-
-
-def median_ms(run: Callable[[], object], device: str, rounds: int = 20) -> float:
-    for _ in range(3):
-        run()
-    return statistics.median(timed(run, device)[0] for _ in range(rounds))
-
-
-def machine(s: Settings) -> dict[str, float]:
-    """Rates in operations and bytes a second, and microseconds a launch and a node of a graph."""
-    found: dict[str, float] = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32)):
-        x, y = (torch.randn(s.matmul, s.matmul, device=s.device).to(dtype) for _ in range(2))
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        ms = median_ms(lambda x=x, y=y: x @ y, s.device)
+    size = "x".join([str(s.matmul)] * 3)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for dtype in ("bfloat16", "float32"):
+            x, y = torch.randn(2, s.matmul, s.matmul, device=s.device).to(getattr(torch, dtype))
+            operations = flops.matmul(s.matmul)
+            measure(
+                f"matmul/{size}/{dtype}",
+                lambda x=x, y=y: x @ y,
+                dtype=dtype,
+                operations=operations,
+            )
+    finally:
         torch.set_float32_matmul_precision(before)
-        found[name] = flops.matmul(s.matmul) / (1e-3 * ms)
     source = torch.randn(s.copy_bytes // 4, device=s.device)
     target = torch.empty_like(source)
-    found["bytes"] = 2 * s.copy_bytes / (1e-3 * median_ms(lambda: target.copy_(source), s.device))
-    one, nodes = torch.zeros(1, device=s.device), 1000
+    measure(f"copy/{s.copy_bytes}", lambda: target.copy_(source))
+    one = torch.zeros(1, device=s.device)
 
     def launches() -> None:
-        for _ in range(nodes):
+        for _ in range(LAUNCHES):
             one.add_(1)
 
-    found["launch_us"] = 1e3 * median_ms(launches, s.device, 5) / nodes
+    measure(f"launches/{LAUNCHES}", launches)
     if s.device != "cpu":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             launches()
-        found["node_us"] = 1e3 * median_ms(graph.replay, s.device) / nodes
-    return found
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` in the block after `seconds`. In the main thread."""
-
-    def expire(*_: object) -> None:
-        raise TimeoutError(f"not done after {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        measure(f"graph-nodes/{LAUNCHES}", graph.replay)
+    return rows
 
 
 class Report:
@@ -464,16 +243,19 @@ class Report:
 
     def __init__(self, settings: Settings, groups: list[Group], deadline: float):
         self.settings, self.groups, self.deadline = settings, groups, deadline
-        self.rows = {(g.case, v.name): Row(g.case, v.name) for g in groups for v in g.variants}
-        self.machine: dict[str, float] = {}
-        self.error = ""
+        self.rows = {
+            (g.case.name, name): Row(g.case.name, name, v.dtype, v.flops(g.case))
+            for g in groups
+            for name, v in g.variants.items()
+        }
+        self.machine: list[Row] = []
 
     def run(self) -> None:
         try:
             with time_limit(self.left()):
                 self.machine = machine(self.settings)
         except Exception as error:  # the cases are still worth running
-            self.error = f"the machine was not measured: {describe(error)}"
+            self.machine = [Row("machine", "", status="failed", note=describe(error))]
         for group in self.groups:
             self.measure(group, self.build(group))
             if self.settings.device != "cpu":
@@ -485,60 +267,59 @@ class Report:
     def build(self, group: Group) -> dict[str, Callable[[], object]]:
         """What is ready to be timed, by variant."""
         ready = {}
-        for variant in group.variants:
-            row = self.rows[group.case, variant.name]
+        for name, variant in group.variants.items():
+            row = self.rows[group.case.name, name]
             if variant.compiles and not self.settings.compile:
                 row.status, row.note = "skipped", "compiles"
                 continue
             seconds = min(self.settings.build_s, self.left() - self.settings.timing_s)
             with self.reported(row, seconds):
-                run = variant.build()
+                run = variant.build(group.case)
                 run(), run()  # what compiles late, compiles here
-                plan = getattr(run, "plan", None)
-                row.note = getattr(plan, "schedule", None) or ""
-                ready[variant.name] = run
+                row.note = getattr(getattr(run, "func", None), "schedule", None) or ""
+                ready[name] = run
         return ready
 
     def measure(self, group: Group, ready: dict[str, Callable[[], object]]) -> None:
         """Time the variants in turns, then judge."""
-        device, took = self.settings.device, {name: [] for name in ready}
         until = time.monotonic() + min(self.settings.timing_s, self.left())
         for turn in range(1000):
             if turn >= 3 and time.monotonic() > until or not ready:
                 break
             for name, run in list(ready.items()):
-                with self.reported(self.rows[group.case, name], self.left()):
+                row = self.rows[group.case.name, name]
+                with self.reported(row, self.left()):
                     # fast ones several times a turn
-                    again = (
-                        1 if not took[name] else min(10, int(5 / max(took[name][-1][0], 0.01)) + 1)
-                    )
-                    took[name] += [timed(run, device) for _ in range(again)]
-                if self.rows[group.case, name].status != "waiting":
+                    last = row.seconds[-1] if row.seconds else 1.0
+                    for _ in range(min(10, int(5e-3 / max(last, 1e-5)) + 1)):
+                        seconds, wall = timed(run, self.settings.device)
+                        row.seconds.append(seconds)
+                        row.wall.append(wall)
+                if row.status != "waiting":
+                    row.seconds, row.wall = [], []
                     del ready[name]
         for name in ready:
-            row = self.rows[group.case, name]
-            by_device, by_host = zip(*took[name], strict=True)
-            row.status, row.rounds = "ok", len(by_device)
-            row.ms, row.wall_ms = statistics.median(by_device), statistics.median(by_host)
-            row.p90_ms = sorted(by_device)[int(0.9 * (len(by_device) - 1))]
+            self.rows[group.case.name, name].status = "ok"
         self.judge(group)
 
     def judge(self, group: Group) -> None:
-        rows = [self.rows[group.case, v.name] for v in group.variants]
-        baseline = self.rows[group.case, group.baseline].ms
-        for row in rows:
-            if self.machine:
-                row.floor_ms = 1e3 * max(
-                    group.operations / self.machine[group.rate], group.bytes / self.machine["bytes"]
+        rates = {r.dtype: r.measurement().gflops for r in self.machine if r.operations}
+        bandwidth = next(
+            (2 * self.settings.copy_bytes / r.ms for r in self.machine if r.case[:5] == "copy/"),
+            None,
+        )
+        baseline = self.rows[group.case.name, group.baseline].ms
+        for name in group.variants:
+            row = self.rows[group.case.name, name]
+            if rates and bandwidth:
+                row.floor_ms = max(
+                    group.operations / (1e6 * rates[group.dtype]), group.bytes / bandwidth
                 )
             if row.ms is not None:
                 row.speedup = baseline / row.ms if baseline else None
-                row.share = (
-                    group.operations / (1e-3 * row.ms) / self.machine[group.rate]
-                    if self.machine
-                    else None
-                )
-            if row.variant == group.judged:
+                rate = rates.get(row.dtype)
+                row.share = row.measurement().gflops / rate if rate else None
+            if name == group.judged:
                 row.must, row.aim = str(group.must), str(group.aim)
                 row.passed, row.aim_passed = group.must.met(row), group.aim.met(row)
 
@@ -559,18 +340,20 @@ class Report:
 
     def finish(self, out: Path) -> None:
         """Write the JSON and print the table."""
-        for row in self.rows.values():
+        rows = [*self.machine, *self.rows.values()]
+        for row in rows:
             if row.status == "waiting":
                 row.status, row.note = "out of time", row.note or "not reached"
-        document = {
-            "conditions": conditions(self.settings),
-            "machine": self.machine,
-            "error": self.error,
-            "rows": [dataclasses.asdict(row) for row in self.rows.values()],
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, (json.dumps(document, indent=1) + "\n").encode())
-        print(text(document), flush=True)
+        records = report.records([row.measurement() for row in rows], conditions(self.settings))
+        for row, record in zip(rows, records, strict=True):
+            record["wall_ms"] = report.percentile_ms(row.wall, 50)
+            for key in ("status", "note", "floor_ms", "speedup"):
+                record[key] = getattr(row, key)
+            if row.must:
+                for key in ("must", "passed", "aim", "aim_passed"):
+                    record[key] = getattr(row, key)
+        report.write(out, records)
+        print(text(records), flush=True)
 
 
 def describe(error: BaseException) -> str:
@@ -578,94 +361,69 @@ def describe(error: BaseException) -> str:
 
 
 def conditions(s: Settings) -> dict[str, Any]:
+    """What a GPU's records say beside a CPU's of where they were measured."""
+    if s.device == "cpu":
+        return {"cpu_check": True}  # no figure counts
     found: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "driver": None,
         "triton": None,
-        "cpu_check": s.device == "cpu",
     }
     with contextlib.suppress(ImportError):
         import importlib.metadata as metadata
 
         found["triton"] = metadata.version("triton")
-    if s.device != "cpu":
-        found["device"] = torch.cuda.get_device_name()
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            found["driver"] = subprocess.run(
-                ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                capture_output=True,
-                text=True,
-                timeout=20,
-            ).stdout.strip()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found["driver"] = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        ).stdout.strip()
     return found
 
 
-def text(document: dict[str, Any]) -> str:
+# Columns of the printed table: of a record, and how a number is written.
+_COLUMNS = {
+    "case": "",
+    "variant": "",
+    "status": "",
+    "median_ms": ".3f",
+    "p99_ms": ".3f",
+    "wall_ms": ".3f",
+    "floor_ms": ".4f",
+    "speedup": ".2f",
+    "share_of_matmul": ".1%",
+    "must": "",
+    "passed": "",
+    "aim": "",
+    "aim_passed": "",
+    "note": "",
+}
+
+
+def text(records: list[dict[str, Any]]) -> str:
     """The table, with where and when it was measured above it."""
 
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+    def cell(record: dict[str, Any], key: str) -> str:
+        value = record.get(key)
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return "" if value is None else format(value, _COLUMNS[key])
 
-    def word(passed: bool | None) -> str:
-        return "" if passed is None else "passed" if passed else "not passed"
-
-    header = (
-        "case",
-        "variant",
-        "status",
-        "ms",
-        "p90",
-        "wall ms",
-        "floor ms",
-        "x floor",
-        "speed-up",
-        "of matmul",
-        "must",
-        "",
-        "aim",
-        "",
-        "note",
+    lines = [tuple(_COLUMNS), *(tuple(cell(r, key) for key in _COLUMNS) for r in records)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+    where = ("device", "torch", "cuda", "driver", "triton", "date")
+    return "\n".join(
+        [
+            "; ".join(f"{k}: {records[0][k]}" for k in where if records[0].get(k)),
+            *(
+                "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip()
+                for line in lines
+            ),
+        ]
     )
-    lines = [header]
-    for r in document["rows"]:
-        over = r["ms"] / r["floor_ms"] if r["ms"] and r["floor_ms"] else None
-        lines.append(
-            (
-                r["case"],
-                r["variant"],
-                r["status"],
-                number(r["ms"], ".3f"),
-                number(r["p90_ms"], ".3f"),
-                number(r["wall_ms"], ".3f"),
-                number(r["floor_ms"], ".4f"),
-                number(over, ".1f"),
-                number(r["speedup"], ".2f"),
-                number(r["share"], ".1%"),
-                r["must"],
-                word(r["passed"]),
-                r["aim"],
-                word(r["aim_passed"]),
-                r["note"],
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    where = [f"{k}: {v}" for k, v in document["conditions"].items()]
-    units = {"bf16": 1e12, "tf32": 1e12, "bytes": 1e9, "launch_us": 1, "node_us": 1}
-    names = {
-        "bf16": "TFLOP/s bf16",
-        "tf32": "TFLOP/s tf32",
-        "bytes": "GB/s",
-        "launch_us": "us a launch",
-        "node_us": "us a graph node",
-    }
-    rates = [f"{v / units[k]:.1f} {names[k]}" for k, v in document["machine"].items()]
-    table = [
-        "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
-    return "\n".join(filter(None, ["; ".join(where), "; ".join(rates), document["error"], *table]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -686,22 +444,22 @@ def main(arguments: list[str] | None = None) -> int:
     if not given.cpu_check and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --cpu-check runs the script without one")
     settings = CPU_CHECK if given.cpu_check else GPU
-    report = Report(settings, groups(settings), time.monotonic() + given.limit)
+    measured = Report(settings, groups(settings), time.monotonic() + given.limit)
 
     def give_up() -> None:  # the main thread is stuck where no signal reaches it
-        report.error = "the run was cut off: something did not return"
-        report.finish(given.out)
+        measured.machine.append(Row("run", "", status="cut off", note="something did not return"))
+        measured.finish(given.out)
         os._exit(1)
 
     watchdog = threading.Timer(given.limit + 15, give_up)
     watchdog.daemon = True
     watchdog.start()
     try:
-        report.run()
+        measured.run()
     finally:
         watchdog.cancel()
-    report.finish(given.out)
-    return 0 if all(row.passed is not False for row in report.rows.values()) else 1
+    measured.finish(given.out)
+    return 0 if all(row.passed is not False for row in measured.rows.values()) else 1
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ def floors() -> str:
 
 
 def results(report: Sequence[dict[str, Any]]) -> str:
-    """Every record, and how many times faster than its baseline the median is."""
+    """Every record, and how many times faster than its baseline the median is.
+
+    What was not measured has no figures.
+    """
     medians = {(r["case"], r["variant"]): r["median_ms"] for r in report}
 
     def row(r: dict[str, Any]) -> list[str]:
@@ -36,11 +39,14 @@ def results(report: Sequence[dict[str, Any]]) -> str:
         return [
             f"`{r['case']}`",
             f"`{r['variant']}`",
-            *(f"{r[key]:.2f}" for key in ("median_ms", "p99_ms", "p99.9_ms", "max_ms")),
+            *(
+                "" if r[key] is None else f"{r[key]:.2f}"
+                for key in ("median_ms", "p99_ms", "p99.9_ms", "max_ms")
+            ),
             str(r["rounds"]),
             "" if rate is None else f"{rate:.1f}",
             "" if share is None else f"{share:.0%}",
-            "" if baseline is None else f"{baseline / r['median_ms']:.2f}×",
+            "" if not (baseline and r["median_ms"]) else f"{baseline / r['median_ms']:.2f}×",
         ]
 
     header = (

@@ -193,9 +193,9 @@ class Agent:
         In place of O numbers, images are uint8 [3C, 64, 64]. The N actions are planned in one call.
         Raises `ValueError` for another shape, and for images of another type.
         """
-        obs = self._tensor(obs, device="cpu")  # the planner moves it
-        single = obs.ndim == len(self.model.observation_spec.shape)
-        action = self.planner.plan(obs.unsqueeze(0) if single else obs, explore=explore)
+        seen = self._tensor(obs, device="cpu")  # the planner moves it
+        single = seen.ndim == len(self.model.observation_spec.shape)
+        action = self.planner.plan(seen.unsqueeze(0) if single else seen, explore=explore)
         return (action[0] if single else action).numpy()
 
     @torch.no_grad()

@@ -13,11 +13,27 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from iqmpc.config import shortened
 from iqmpc.errors import CheckpointError
 from iqmpc.files import write_atomically
 from iqmpc.observation import ObservationSpec
 
 FORMAT, VERSION = "iqmpc-checkpoint", 1
+# What a description says at least; of the rest some is younger than some checkpoints.
+_COUNTS = ("action_dim", "env_steps", "updates", "episodes", "evaluated_at")
+_NEEDED = ("wall_s", "demonstrator_return", "demonstrations")
+_NONE = type(None)
+_FIELDS = (
+    ("wall_s", (int, float), "seconds"),
+    ("demonstrator_return", (int, float, _NONE), "a number or null"),
+    ("demonstrations", (str, _NONE), "a digest or null"),
+    ("settings", (dict, _NONE), "settings by name"),
+    ("started", (int, _NONE), "a count"),
+    ("env_restarts", (int, _NONE), "a count"),
+    ("device", (str, _NONE), "a name"),
+    ("mode", (str, _NONE), "a name"),
+    ("best", (list, _NONE), "the best evaluation's score or null"),
+)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -56,14 +72,14 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {_said(error)}") from error
     if header.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} is no {FORMAT} file (its format says {header.get('format')!r})"
+            f"{path} is no {FORMAT} file (its format says {shortened(header.get('format'))})"
         )
     if header.get("version") != str(VERSION):
         raise CheckpointError(
-            f"{path} has version {header.get('version')}, this program reads {VERSION}"
+            f"{path} has version {shortened(header.get('version'))}, this program reads {VERSION}"
         )
     text = header.get("meta", "")
     if digest(tensors, text) != header.get("digest"):
@@ -71,7 +87,29 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         return tensors, json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds no description of itself: {error}") from error
+        raise CheckpointError(f"{path} holds no description of itself: {_said(error)}") from error
+
+
+def check_description(path: Path, meta: Any) -> None:
+    """`CheckpointError` for what no run has written, though its digest is right."""
+
+    def refuse(found: str) -> None:
+        raise CheckpointError(f"{path} does not describe itself: {found}")
+
+    if not isinstance(meta, dict):
+        refuse(f"it is {shortened(meta)}, expected names and values")
+    shape = meta.get("obs_shape") or [meta.get("obs_dim")]  # the latter before there were images
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        refuse(f"obs_shape is {shortened(shape)}, expected counts")
+    for key in _COUNTS:
+        if not _is_count(meta.get(key)):
+            refuse(f"{key} is {shortened(meta.get(key))}, expected a count")
+    for key, kinds, expected in _FIELDS:
+        if key in _NEEDED and key not in meta:
+            refuse(f"it has no {key}")
+        value = meta.get(key)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            refuse(f"{key} is {shortened(value)}, expected {expected}")
 
 
 def shapes(meta: Mapping[str, Any]) -> tuple[ObservationSpec, int]:
@@ -79,6 +117,15 @@ def shapes(meta: Mapping[str, Any]) -> tuple[ObservationSpec, int]:
     # "obs_dim" stands in checkpoints from before there were images
     observed = meta.get("obs_shape") or int(meta["obs_dim"])
     return ObservationSpec.of(observed), int(meta["action_dim"])
+
+
+def _said(error: Exception) -> str:
+    """In a line: an error about a file repeats what stands in it."""
+    return " ".join(str(error).split())[:200]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:

@@ -252,6 +252,10 @@ class TrainConfig:
     replaced, `env_restarts` times at most over all of them.
     `keep` newest checkpoints stay, and the agent of the best evaluation beside them. `stop_at`
     ends a run at the first evaluation with this share of the demonstrator's return.
+    `updates_at: episode_end` makes the updates of an episode's steps when it has ended, while the
+    robot is put back. `control_hz` is for an environment that does not wait, a robot at that
+    rate: acting then never waits for learning (`iqmpc.realtime`), updates are made beside it as the
+    time allows, and without an `eval_env` of its own nothing is evaluated.
     """
 
     steps: int = 100_000
@@ -271,6 +275,8 @@ class TrainConfig:
     keep: int = 2
     stop_at: float | None = None
     overlap: Literal["off", "sync", "async"] | None = None
+    updates_at: Literal["step", "episode_end"] = "step"
+    control_hz: float | None = None
 
     def __post_init__(self) -> None:
         _at_least(
@@ -290,6 +296,15 @@ class TrainConfig:
         _positive("train", self, "env_timeout_s", "updates_per_step")
         if self.stop_at is not None:
             _positive("train", self, "stop_at")
+        if self.control_hz is not None:
+            _positive("train", self, "control_hz")
+            for key, usual in (("overlap", None), ("updates_at", "step"), ("env_workers", None)):
+                given = getattr(self, key)
+                if given != usual and given is not False:
+                    raise ConfigError(
+                        f"train.{key} must be left alone with train.control_hz, which says when "
+                        f"updates are made and steps in this process, got {given}"
+                    )
         for key in ("random_steps", "initial_updates"):
             if getattr(self, key) is not None:
                 _at_least("train", self, 0, key)
@@ -302,7 +317,9 @@ class TrainConfig:
     @property
     def workers(self) -> bool:
         """Whether each environment gets a process of its own, where functions make them."""
-        return self.num_envs > 1 if self.env_workers is None else self.env_workers
+        if self.env_workers is None:
+            return self.num_envs > 1 and self.control_hz is None
+        return self.env_workers
 
 
 @dataclass(frozen=True)
@@ -367,7 +384,7 @@ class Config:
     def restored(cls, values: Mapping[str, Any]) -> Config:
         """The settings that a run folder holds, of this version or an earlier one.
 
-        The only place that knows what settings meant before. Until 0.1 a backend left unsaid what
+        The only place that knows what settings meant before. Before 0.2 a backend left unsaid what
         it made nothing of: `planner.mode=compile`, which the preset `cpu` gave every run, beside
         another backend than the reference, and `planner.threads` beside another than cpu.
         Raises `ConfigError` as `from_dict` does.

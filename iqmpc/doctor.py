@@ -13,6 +13,7 @@ from iqmpc.compiler import cpp_compiler
 from iqmpc.config import Config
 from iqmpc.kernels import mppi_plan, mppi_refit, mppi_rollout
 from iqmpc.kernels.backends import available_backends
+from iqmpc.observation import ObservationSpec
 
 _PACKAGES = (
     "iqmpc",
@@ -77,7 +78,7 @@ def _updates() -> Table:
     table = Table("device", *update_backends.BACKENDS, title="learner.mode: which can be, or why")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         reasons = (
-            backend.unfit(Config(), torch.device(device), (1,))
+            backend.unfit(Config(), torch.device(device), ObservationSpec((1,)))
             for backend in update_backends.BACKENDS.values()
         )
         table.add_row(device, *(why or "yes" for why in reasons))

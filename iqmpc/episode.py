@@ -62,6 +62,15 @@ class EpisodeBuffer:
         self.rewards.append(reward)
         self.observations.append(observation)
 
+    def part(self, first: int, *, terminated: bool = False) -> Episode:
+        """The steps from number `first` on, of flat observations, as an episode of their own."""
+        return Episode(
+            np.array(self.observations[first:]),
+            np.array(self.actions[first:], np.float32),
+            np.array(self.rewards[first:], np.float32),
+            terminated,
+        )
+
     def finish(self, *, terminated: bool = False, success: bool | None = None) -> Episode:
         """The whole episode, of at least one step.
 

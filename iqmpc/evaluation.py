@@ -13,7 +13,7 @@ import numpy as np
 
 from iqmpc import agent_file
 from iqmpc.agent import Agent
-from iqmpc.envs import interface, make_env
+from iqmpc.envs import check_spaces, interface, make_env
 from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
@@ -99,7 +99,7 @@ class Evaluation:
 
     @property
     def returns(self) -> np.ndarray:
-        return np.array([e.rewards.sum() for e in self.episodes], dtype=np.float64)
+        return np.array([e.undiscounted_return for e in self.episodes])
 
     @property
     def return_mean(self) -> float:
@@ -136,6 +136,12 @@ class Evaluation:
             "demonstrator_return": demonstrator_return,
             "ratio": ratio(self.return_mean, demonstrator_return),
         }
+
+
+def no_evaluation(demonstrator_return: float | None) -> dict[str, Any]:
+    """What `Evaluation.summary` gives, where nothing was evaluated."""
+    names = ("return_mean", "return_std", "success_rate", "success_any_rate", "ratio")
+    return {"episodes": 0, "demonstrator_return": demonstrator_return, **dict.fromkeys(names)}
 
 
 def _share(outcomes: Sequence[bool | None]) -> float | None:
@@ -219,7 +225,7 @@ def evaluate(
             )
         solved.append(watched.solved)
         if progress is not None:
-            progress(index + 1, float(done[-1].rewards.sum()))
+            progress(index + 1, done[-1].undiscounted_return)
     return Evaluation(tuple(done), tuple(solved))
 
 
@@ -239,7 +245,8 @@ def mixed_episodes(
     of a stream of their own under `seed`, and noise follows from it too.
     `progress(done, return)` is called after each.
     """
-    action_dim, task = agent.model.action_dim, agent.config.task
+    task = agent.config.task
+    _, action_dim = check_spaces(env, task.name)
     episodes = []
     for index in range(3 * each):
         draws = stream_seed(seed, "correlation-actions", index)
@@ -258,7 +265,7 @@ def mixed_episodes(
                 )
             )
         if progress is not None:
-            progress(index + 1, float(episodes[-1].rewards.sum()))
+            progress(index + 1, episodes[-1].undiscounted_return)
     return episodes
 
 
@@ -278,7 +285,8 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
     """Pearson correlation of the decoded reward with the true one, over all steps (paper, Table 7).
 
     Good episodes alone say little, since the true reward hardly varies in them: take those of
-    `mixed_episodes`. None where either does not vary or is not finite.
+    `mixed_episodes`. None where either does not vary or is not finite. Raises `ValueError` for an
+    episode without rewards.
     """
 
     def decoded_rewards(e: Episode) -> np.ndarray:
@@ -290,8 +298,13 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
             terminated=e.terminated & (np.arange(len(e.actions)) == len(e.actions) - 1),
         )
 
+    def true_rewards(e: Episode) -> np.ndarray:
+        if e.rewards is None:
+            raise ValueError("the correlation is of episodes with rewards")
+        return e.rewards
+
     decoded = np.concatenate([decoded_rewards(e) for e in episodes]).astype(np.float64)
-    true = np.concatenate([e.rewards for e in episodes]).astype(np.float64)
+    true = np.concatenate([true_rewards(e) for e in episodes]).astype(np.float64)
     if not (np.isfinite(decoded).all() and np.isfinite(true).all()):
         return None
     if not decoded.std() or not true.std():
@@ -299,8 +312,13 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
     return float(np.corrcoef(decoded, true)[0, 1])
 
 
-def ratio(return_mean: float, demonstrator: float | None) -> float | None:
-    """Return over the demonstrator's; None where that is unknown or not positive."""
-    if demonstrator is None or not math.isfinite(demonstrator) or demonstrator <= 0:
+def ratio(return_mean: float | None, demonstrator: float | None) -> float | None:
+    """Return over the demonstrator's; None where either is unknown or the latter not positive."""
+    if (
+        return_mean is None
+        or demonstrator is None
+        or not math.isfinite(demonstrator)
+        or demonstrator <= 0
+    ):
         return None
     return return_mean / demonstrator

@@ -131,7 +131,9 @@ class Learner:
 
     @property
     def penalise(self) -> bool:
-        return self.config.gradient_penalty and self.settings.objective != "td"
+        """Whether there is a gradient penalty: with c_gp = 0 it is neither computed nor shown."""
+        s = self.settings
+        return self.config.gradient_penalty and s.objective != "td" and s.c_gp > 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything an exact continuation needs but `sampler`, as a flat mapping of tensors."""

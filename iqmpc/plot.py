@@ -83,7 +83,9 @@ def read_curve(run: Path) -> Curve:
                 )
     demonstrator = None
     try:
-        demonstrator = folder.load_summary().get("demonstrator_return")
+        demonstrator = folder.load_figures(folder.summary, {"demonstrator_return"}).get(
+            "demonstrator_return"
+        )
     except CheckpointError as error:
         warnings.warn(f"{error}: no demonstrator is drawn", RuntimeWarning, stacklevel=2)
     return Curve(points, config.task.name, config.seed, ablation(config), demonstrator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import threading
@@ -29,6 +30,7 @@ _NICER = 10  # by how much the learner's thread gives way to the one that acts
 # Python's own interval, 5 ms, is how long the thread that acts may wait for the learner's lines.
 _SWITCH_S = 1e-4
 _METRICS_EVERY = 25  # updates
+_IDLE_S = 1.0  # after which the learner's thread says how far the run is, if it has nothing to do
 
 
 class RealTimeUpdates(Updates):
@@ -51,19 +53,24 @@ class RealTimeUpdates(Updates):
         device: str,
     ):
         """Raises `ConfigError` for what cannot act and learn at the same time."""
+        control_hz = config.train.control_hz
+        assert control_hz is not None
+        if learner.model.observation_spec.images:
+            raise ConfigError("train.control_hz is for flat observations, got images")
         if agent.planner.backend != "cpu":
             raise ConfigError(
                 "train.control_hz plans while it learns, which planner.backend=cpu does; these "
                 f"settings come to {agent.planner.backend}"
             )
         super().__init__(config, learner, agent, behaviour, experts, reporter, device=device)
-        self.ticks = LatencyHistogram(1 / config.train.control_hz)
+        self.ticks = LatencyHistogram(1 / control_hz)
         self.ages = LatencyHistogram()  # of the weights that act
         self._parts: deque[Episode] = deque()
         self._taken: dict[int, int] = {}  # steps handed over, by the number of an open episode
         self._wake, self._free, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._free.set()
         self._steps = 0
+        self._stepped: float | None = None  # when the environments' last step had ended
         self._published = 0, time.monotonic()  # updates, when
         self._most_behind = 0  # updates
         self._first: tuple[int, float] | None = None  # updates and time at the first one made here
@@ -72,6 +79,7 @@ class RealTimeUpdates(Updates):
 
     def __enter__(self) -> RealTimeUpdates:
         self._stopped.clear()
+        gc.freeze()  # what is here stays: collections, in whichever thread, need not look at it
         self._switch_s = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_S)
         self._learning = threading.Thread(target=self._run, name="iqmpc-learner", daemon=True)
@@ -81,9 +89,14 @@ class RealTimeUpdates(Updates):
     def __exit__(self, *_: object) -> None:
         self.stop()
         self._wake.set()
-        assert self._learning is not None
-        self._learning.join()
+        if self._learning is not None:
+            self._learning.join()
         sys.setswitchinterval(self._switch_s)
+        gc.unfreeze()
+
+    def complete(self, env_steps: int) -> bool:
+        """Always: a run without a tick that waits has no other order of things."""
+        return True
 
     def on_demonstrations_alone(self) -> None:
         """Nothing here: they are the first that the learner's thread makes."""
@@ -96,43 +109,73 @@ class RealTimeUpdates(Updates):
         self.ages.add(time.monotonic() - when)
         self._most_behind = max(self._most_behind, self._learner.updates - updates)
 
-    def join(self) -> None:
-        """Wait for nothing."""
+    def ready(self, env_steps: int) -> bool:
+        """Whether the initial updates have been made too, which acting does not wait for."""
+        train = self._config.train
+        first = train.demo_updates + self._config.initial_updates
+        return self.begun(env_steps) and self._learner.updates >= first
 
-    def catch_up(self, env_steps: int, new: int, *, ended: bool) -> None:
-        """Tell the learner's thread how many steps were made."""
-        self._steps = env_steps
-        self._wake.set()
+    @contextlib.contextmanager
+    def beside_step(self) -> Iterator[None]:
+        """The step of the environments; what lay between the last one and it is a tick's time."""
+        if self._stepped is not None:
+            self.ticks.add(time.monotonic() - self._stepped)
+        yield
+        self._stepped = time.monotonic()
 
     def keep(
-        self, envs: VectorEnv, were: Sequence[EpisodeBuffer], ended: Sequence[Episode]
+        self,
+        envs: VectorEnv,
+        were: Sequence[EpisodeBuffer | None],
+        ended: Sequence[Episode],
     ) -> None:
         """Hand over what a tick has finished: `ended` episodes, and long parts of those that go on.
 
-        `were` are the episodes that were open during the tick. Parts overlap by H-1 steps, so that
-        no slice is lost or drawn twice as often.
+        Parts overlap by H-1 steps, so that no slice is lost and none is there twice.
         """
         overlap, finished = self._config.learner.horizon - 1, iter(ended)
         for was, now in zip(were, envs.open, strict=True):
-            episode = next(finished) if now is not was else None
-            taken = self._taken.get(was.number, 0)
-            if episode is None and len(was.actions) - taken < _PART:
+            if was is None or not was.actions:
                 continue
-            part = (episode or was.finish()).since(max(0, taken - overlap))
-            self._taken[was.number] = len(was.actions)
-            if episode is not None:
-                del self._taken[was.number]
-            self._parts.append(part)
+            episode = next(finished) if now is not was else None
+            taken = self._taken.pop(was.number, 0)
+            if episode is not None or len(was.actions) - taken >= _PART:
+                terminated = episode is not None and episode.terminated
+                part = was.part(max(0, taken - overlap), terminated=terminated)
+                self._parts.append(part)
+                taken = len(was.actions)
+            if episode is None:
+                self._taken[was.number] = taken
+
+    def catch_up(self, env_steps: int, new: int, *, ended: bool) -> None:
+        """Tell the learner's thread how many steps were made."""
+        if ended:
+            self._stepped = None  # a reset follows, which is no tick
+        self._steps = env_steps
+        self._wake.set()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Learner and replay stand still within; what was handed over is in the replay."""
         self._free.clear()
-        with self._lock:
-            self._take_parts()
-            yield
-        self._free.set()
+        try:
+            with self._lock:
+                self._take_parts()
+                yield
+        finally:
+            self._free.set()
+            self._wake.set()
+
+    def finish(self) -> None:
+        """End the learner's thread; what was handed over is in the replay."""
+        self.stop()
         self._wake.set()
+        if self._learning is not None:
+            self._learning.join()
+            self._learning = None
+        self._take_parts()
+        if self._error is not None:
+            raise self._error
 
     def summary(self) -> dict[str, Any]:
         """Late and slow ticks, updates a second, and the age of the weights that acted."""
@@ -157,8 +200,10 @@ class RealTimeUpdates(Updates):
                 with self._lock:
                     self._take_parts()
                     made = self._make_one()
+                if self._reporter.is_due(0, 0):
+                    self._reporter.progress()
                 if not made:
-                    self._wake.wait()
+                    self._wake.wait(_IDLE_S)
                     self._wake.clear()
         except BaseException as error:  # raised by the thread that acts
             self._error = error
@@ -183,6 +228,4 @@ class RealTimeUpdates(Updates):
         self._published = learner.updates, time.monotonic()
         if learner.updates % _METRICS_EVERY == 0 or self._reporter.metrics is None:
             self._reporter.metrics = tuple(latest), torch.stack(list(latest.values()))
-        if self._reporter.is_due(learner.updates, 1):
-            self._reporter.progress()
         return True

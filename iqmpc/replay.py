@@ -187,11 +187,25 @@ class SliceReplay:
         used = len(state["obs"])
         if used > self.capacity:
             raise ValueError(f"{used} rows do not fit a replay of {self.capacity}")
+        episodes = [(first, steps) for first, steps in state["episodes"].tolist()]
+        end = 0
+        for first, steps in sorted(episodes):
+            if first < end or steps < self.horizon or first + steps >= used:
+                raise ValueError(
+                    "the episodes of a replay lie in its rows, one behind the other, got "
+                    f"{steps} steps from row {first} of {used}"
+                )
+            end = first + steps + 1
+        if not 0 <= int(state["next"]) <= self.capacity:
+            raise ValueError(
+                "the episodes of a replay lie in its rows, got the next one at row "
+                f"{int(state['next'])} of {self.capacity}"
+            )
         if used > len(self._rows["obs"]):
             self._allocate(used)
         for name in self._rows:
             self._rows[name][:used] = state[name].to(self.device)
-        self._episodes = [(first, steps) for first, steps in state["episodes"].tolist()]
+        self._episodes = episodes
         self._next = int(state["next"])
         self._index()
 

@@ -15,7 +15,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import yaml
 from torch import Tensor
 
 from iqmpc import checkpoint
-from iqmpc.config import Config, differences, may_change
+from iqmpc.config import Config, differences, may_change, shortened
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.files import remove_temporary, strict_json, write_atomically
 from iqmpc.task_interface import TaskInterface
@@ -32,6 +32,10 @@ _NAME = re.compile(r"step_(\d+)\.safetensors")
 # What file systems say that lock nothing, or (NFS) nothing that is not open for writing.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF, errno.EISDIR}
 _MAX_CONFIG = 2**16  # bytes; a config.yaml has some 3,000
+_LARGEST = 1e300
+_MAY_BE_NULL = {
+    "return_mean", "return_std", "success_rate", "demonstrator_return", "reward_correlation",
+}  # fmt: skip
 
 Checkpoint = tuple[Path, dict[str, Tensor], dict[str, Any]]  # path, tensors, meta
 
@@ -128,7 +132,8 @@ class RunFolder:
 
     def check_settings(self, found: Config, path: Path, meta: Mapping[str, Any]) -> None:
         """`CheckpointError` that names what differs in `found`, as read from config.yaml, from the
-        settings with which the checkpoint at `path` was written."""
+        settings with which the checkpoint at `path` was written, and where it says none."""
+        checkpoint.check_description(path, meta)
         other = [
             text
             for key, text in differences(meta.get("settings", {}), found.to_dict())
@@ -143,12 +148,23 @@ class RunFolder:
         """Write summary.json, in which a number that is not finite is null."""
         write_atomically(self.summary, (strict_json(summary) + "\n").encode())
 
-    def load_summary(self) -> dict[str, Any]:
-        """What summary.json holds, {} where there is none; `CheckpointError` if it is damaged."""
-        return self.load_json(self.summary)
+    def load_figures(self, path: Path, names: Collection[str]) -> dict[str, Any]:
+        """The figures that a JSON file holds, `names` at least, {} where there is no file.
 
-    def load_json(self, path: Path) -> dict[str, Any]:
-        """The object that a JSON file holds, {} where there is none."""
+        Null, or absent, are those of `_MAY_BE_NULL` where there is none or one that is not finite.
+        Raises `CheckpointError` for anything else.
+        """
+        found = self._load_json(path)
+        for name in sorted(names) if found else ():
+            value = found.setdefault(name)
+            number = isinstance(value, (int, float)) and not abs(value) > _LARGEST
+            if not number and not (value is None and name in _MAY_BE_NULL):
+                raise CheckpointError(
+                    f"{path} cannot be read: {name} is {shortened(value)}, expected a number"
+                )
+        return found
+
+    def _load_json(self, path: Path) -> dict[str, Any]:
         try:
             found = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -168,7 +184,7 @@ class RunFolder:
 
         Raises `CheckpointError` for a file that describes no interface.
         """
-        found = self.load_json(self.interface)
+        found = self._load_json(self.interface)
         try:
             return TaskInterface.from_dict(found) if found else None
         except ValueError as error:

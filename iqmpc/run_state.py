@@ -72,13 +72,16 @@ class RunState:
         keep = self._config.train.keep
         self.folder.save(snapshot.step, snapshot.tensors, snapshot.meta, keep=keep)
 
-    def save_best(self, meta: dict[str, Any]) -> None:
-        """Write the weights as they are now as the best agent's, with what `meta` says of it."""
-        weights = {
-            f"learner.{name}": tensor
+    def weights(self) -> dict[str, torch.Tensor]:
+        """A copy of the weights as they are now, live and average."""
+        return {
+            f"learner.{name}": tensor.clone()
             for name, tensor in self._learner.state_dict().items()
             if name.startswith(("model.", "average."))
         }
+
+    def save_best(self, weights: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+        """Write `weights` as the best agent's, with what `meta` says of it."""
         self.folder.save_best(weights, self._described(meta))
 
     def restore(self) -> dict[str, Any] | None:
@@ -110,7 +113,7 @@ class RunState:
             )
         try:
             self._load(tensors, meta)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} does not fit this run's settings: {error}") from error
         self._restored = path
         self._message(f"continuing from {path.name}")

@@ -26,6 +26,9 @@ EPISODES = 20
 # Evaluations in training use the run's own seed: these episodes are ones it was never looked at in.
 _SEED_OFFSET = 10_000
 _DIGITS = 4
+# What is taken from a summary.json: of the training, and of an evaluation.
+_TOLD = {"env_steps", "wall_s", "demonstrator_return"}
+_REACHED = {"episodes", "return_mean", "return_std", "success_rate"}
 
 Record = dict[str, Any]
 
@@ -86,17 +89,17 @@ def record(
     config = folder.load_config()
     if not folder.has_checkpoint:
         raise CheckpointError(f"{run} has no checkpoint")
-    summary = folder.load_summary()
+    summary = folder.load_figures(folder.summary, _TOLD | _REACHED)
     agent = "planner" if planner and config.planner.enabled else "prior"
     enough = summary.get("episodes", 0) >= episodes and (
         agent == "planner" or not config.planner.enabled
     )
     kept = folder.evaluation(agent)
-    measured = folder.load_json(kept)
+    measured = folder.load_figures(kept, {"env_steps", "reward_correlation"})
     if (
         not summary
         or measured.get("env_steps") != summary["env_steps"]
-        or (not enough and measured["episodes"] < episodes)
+        or (not enough and measured.get("episodes", 0) < episodes)
     ):
         try:
             measured = _in_own_process(run, 0 if enough else episodes, agent == "planner")
@@ -149,13 +152,20 @@ def read_records(path: Path) -> list[Record]:
     """The records of a file, none where there is no file; `IqmpcError` for anything else."""
     try:
         records = json.loads(path.read_text(), parse_constant=lambda _: None)  # NaN is null
+        _text(records)  # that they can be written again
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IqmpcError(f"{path} cannot be read: {error}") from error
-    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+    if not isinstance(records, list) or not all(map(_is_record, records)):
         raise IqmpcError(f"{path} is no list of records")
     return records
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        inner is None or isinstance(inner, (str, int, float)) for inner in value.values()
+    )
 
 
 def merge_records(path: Path, records: Sequence[Record]) -> None:
@@ -171,8 +181,12 @@ def merge_records(path: Path, records: Sequence[Record]) -> None:
             str(r.get("seed")).zfill(10),
         )
     )
-    lines = ",\n".join(json.dumps(r, allow_nan=False, ensure_ascii=False) for r in merged)
-    write_atomically(path, f"[\n{lines}\n]\n".encode())
+    lines = b",\n".join(map(_text, merged))
+    write_atomically(path, b"[\n" + lines + b"\n]\n")
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
 
 
 def to_rich(records: Sequence[Record]) -> Table:

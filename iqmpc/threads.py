@@ -33,6 +33,18 @@ def threads() -> int:
     return _threads or torch.get_num_threads()
 
 
+def share_threads(config: Config) -> Config:
+    """The settings with which an agent plans beside a learner: one thread of its own by default.
+
+    The learner gets the others from now on, one at least.
+    """
+    if config.planner.backend not in ("auto", "cpu"):  # which have no threads to share
+        return config
+    acting = config.planner.threads or 1
+    set_threads(max(1, threads() - acting), torch_idle=_torchs == 1)
+    return config.replace({"planner.threads": acting})
+
+
 def prepare_torch(config: Config) -> None:
     """Set the process to the run's `threads`, and torch to flush denormal numbers to zero."""
     # Where the C++ library both plans and learns, torch has only trifles to do.

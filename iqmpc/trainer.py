@@ -20,18 +20,19 @@ from iqmpc.envs.description import describe
 from iqmpc.envs.training import Environment, training_envs
 from iqmpc.episode import Episode
 from iqmpc.errors import CheckpointError, ConfigError, TaskError
-from iqmpc.evaluation import Evaluation, evaluate, ratio
+from iqmpc.evaluation import Evaluation, evaluate, no_evaluation, ratio
 from iqmpc.expert_data import demonstrations_for, expert_replay
 from iqmpc.interrupts import Interrupts
 from iqmpc.learner import Learner
 from iqmpc.provenance import commit, machine
+from iqmpc.realtime import RealTimeUpdates
 from iqmpc.replay import SliceReplay
 from iqmpc.reporting import Reporter
 from iqmpc.run_folder import RunFolder
 from iqmpc.run_state import RunState, Snapshot
 from iqmpc.runlog import last_evaluations
 from iqmpc.seeding import stream_seed
-from iqmpc.threads import prepare_torch, threads
+from iqmpc.threads import prepare_torch, share_threads, threads
 from iqmpc.updates import Updates
 
 _SHORT_ENOUGH = 10  # episodes, all too short to learn from, after which a run gives up
@@ -75,6 +76,10 @@ class Trainer:
     With one environment, or with episodes that end together, nothing is lost and the continuation
     is exact.
 
+    With `train.control_hz` the environment does not wait (`iqmpc.realtime`), so that no run is like
+    another. `idle_action(obs [N, O]) -> action [N, A]` acts in place of random actions while there
+    is no agent yet: in the random steps, and until the initial updates have been made beside them.
+
     A tick is one step of every environment; `train.updates_per_step` updates are due for each of
     its steps, counted from the first: ⌊steps · 1/4⌋ in all, exactly, for one update on every fourth
     step. `train.overlap` says when they are made:
@@ -109,6 +114,7 @@ class Trainer:
         *,
         run: str | Path | None = None,
         eval_env: gymnasium.Env | None = None,
+        idle_action: Callable[[np.ndarray], np.ndarray] | None = None,
         resume: bool = False,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
         on_message: Callable[[str], None] | None = None,
@@ -121,8 +127,11 @@ class Trainer:
         if self.folder.holds_run and not resume:
             raise self._taken()
         self.device = resolve_device(config.device)
+        self._idle_action = idle_action
         prepare_torch(config)
         self.envs, self.eval_env = training_envs(config, env, eval_env, self._reporter.message)
+        if config.train.control_hz is not None:
+            self.eval_env = eval_env
         try:
             self._make_parts(demonstrations)
             self._interrupts = Interrupts(self._interrupted)
@@ -147,14 +156,17 @@ class Trainer:
             if demonstrations and config.learner.objective != "td"
             else None
         )
+        acting = config if config.train.control_hz is None else share_threads(config)
         # Of the random actions, and later of the batches.
         self.generator = torch.Generator(device).manual_seed(stream_seed(config.seed, "trainer"))
         self.learner = Learner(spec, action_dim, config, device, sampler=self.generator)
         check_compiler(config, device, self.learner.mode)
-        self.agent = Agent(self.learner.model, config, seed=config.seed, num_envs=count)
-        # Evaluation plans for one environment; a single agent does both (and is compiled once).
+        self.agent = Agent(self.learner.model, acting, seed=config.seed, num_envs=count)
+        # Evaluation plans for one environment; a single agent does both (and is compiled once),
+        # but not beside a learner that publishes what acts.
+        both = count == 1 and config.train.control_hz is None
         self._evaluator = (
-            self.agent if count == 1 else Agent(self.learner.model, config, seed=config.seed)
+            self.agent if both else Agent(self.learner.model, acting, seed=config.seed)
         )
         self.behaviour = SliceReplay(
             spec,
@@ -163,7 +175,8 @@ class Trainer:
             capacity=config.train.capacity,
             device=device,
         )
-        self.updates = Updates(
+        updates = Updates if config.train.control_hz is None else RealTimeUpdates
+        self.updates = updates(
             config,
             self.learner,
             self.agent,
@@ -229,14 +242,19 @@ class Trainer:
         enough = False
         while self.env_steps < c.steps and not enough:
             ended = self._tick()
+            # Before a signal is looked at, which would lose this episode; but one that has cut its
+            # updates short is made again.
+            if ended and self.updates.complete(self.env_steps):
+                self._whole = self._snapshot()
             self._interrupts.check()
             if ended and self.env_steps < c.steps:
-                self._whole = self._snapshot()
-                if self.env_steps - self._evaluated_at >= c.eval_every:
+                due = self.env_steps - self._evaluated_at >= c.eval_every
+                if due and self.eval_env is not None:
                     enough = self._is_enough(self._evaluate(c.eval_episodes))
                     self._whole = self._snapshot()
                 if self.env_steps - self._saved_at >= c.checkpoint_every:
                     self._save()
+        self.updates.finish()
         if self._saved_at != self.env_steps:
             self._whole = self._snapshot()
             self._save()
@@ -247,16 +265,21 @@ class Trainer:
         self.updates.begin(self.env_steps)
         for index in self.envs.start():
             self.agent.reset(index)
+        opened = self.envs.open
         actions = self._act(self.envs.observations)[:left]  # the last tick may have too many
-        ended = self.envs.step(actions)
-        self.updates.join()
+        with self.updates.beside_step():
+            ended = self.envs.step(actions)
         self.env_steps += len(actions)
+        self.updates.keep(self.envs, opened, ended)
         if len(actions) == left:
-            ended += self.envs.cut()
-        for episode in ended:
-            self._keep(episode)
+            opened, cut = self.envs.open, self.envs.cut()
+            self.updates.keep(self.envs, opened, cut)
+            ended += cut
+        self._count_short(ended)
         self.updates.catch_up(self.env_steps, len(self.envs), ended=bool(ended))
-        if self._reporter.is_due(self.env_steps, len(actions)):
+        if self.config.train.control_hz is None and self._reporter.is_due(
+            self.env_steps, len(actions)
+        ):
             self._reporter.progress()
         for episode in ended:
             self.episodes += 1
@@ -267,24 +290,26 @@ class Trainer:
 
     def _act(self, obs: np.ndarray) -> np.ndarray:
         """obs [N, ...] -> action [N, A]."""
-        if self.updates.begun(self.env_steps):
+        if self.updates.ready(self.env_steps):
             return self.agent.act(obs, explore=True)
+        if self._idle_action is not None:
+            return np.asarray(self._idle_action(obs), np.float32)
         shape = len(obs), self.envs.action_dim
         uniform = torch.rand(shape, generator=self.generator, device=self.device)
         return (2 * uniform - 1).cpu().numpy()
 
-    def _keep(self, episode: Episode) -> None:
-        """Put an episode into the replay, which leaves out what is shorter than the horizon."""
-        self.behaviour.add(episode)
-        steps, horizon = len(episode.actions), self.config.learner.horizon
-        if steps >= horizon:
+    def _count_short(self, ended: Sequence[Episode]) -> None:
+        """Say of episodes shorter than the horizon that the replay leaves them out, or give up."""
+        horizon = self.config.learner.horizon
+        short = [len(e.actions) for e in ended if len(e.actions) < horizon]
+        if not short:
             return
-        self._short += 1
-        if self._short == 1:
+        if not self._short:
             self._reporter.message(
-                f"warning: an episode of {steps} steps is shorter than learner.horizon={horizon}: "
-                "nothing is learnt from such (said once)"
+                f"warning: an episode of {short[0]} steps is shorter than learner.horizon="
+                f"{horizon}: nothing is learnt from such (said once)"
             )
+        self._short += len(short)
         if (
             self._short >= _SHORT_ENOUGH
             and not self.behaviour.slices
@@ -298,19 +323,23 @@ class Trainer:
 
     def _evaluate(self, episodes: int) -> Evaluation:
         """Without exploration, and without a trace in the state of training."""
-        reporter, step = self._reporter, self.env_steps
+        reporter, step, env = self._reporter, self.env_steps, self.eval_env
+        assert env is not None  # there is one, or nothing is evaluated
         at = self._counters()
         reporter.progress(("evaluation", 0, episodes))
-        self._evaluator.publish(self.learner.evaluation_weights())
+        with self.updates.paused():
+            self._evaluator.publish(self.learner.evaluation_weights())
+            weights = self._state.weights()
         with self._evaluator.planner.untraced() as counted:
             result = evaluate(
                 self._evaluator,
-                _Watched(self.eval_env, self._interrupts.check),
+                _Watched(env, self._interrupts.check),
                 episodes=episodes,
                 seed=self.config.seed,
                 progress=lambda done, _: reporter.progress(("evaluation", done, episodes)),
             )
-        self.agent.publish(self.learner.acting_weights())  # the evaluator may be this agent
+        with self.updates.paused():
+            self.agent.publish(self.learner.acting_weights())  # the evaluator may be this agent
         self.agent.planner.count(counted)
         self._evaluated_at = step
         reporter.write(
@@ -333,7 +362,8 @@ class Trainer:
         reporter.message(f"step {step}: return {result.return_mean:.1f}{beside}")
         if self._best is None or result.score > self._best:
             self._best = result.score
-            self._state.save_best({**at, **result.summary(self.demonstrator_return)})
+            figures = result.summary(self.demonstrator_return)
+            self._state.save_best(weights, {**at, **figures, "evaluated_at": step})
         return result
 
     def _is_enough(self, result: Evaluation) -> bool:
@@ -347,7 +377,10 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         trained_s, episodes = self.wall_s, self.config.train.final_episodes
-        self._reporter.message(f"evaluating {episodes} episodes")
+        figures = no_evaluation(self.demonstrator_return)
+        if self.eval_env is not None:
+            self._reporter.message(f"evaluating {episodes} episodes")
+            figures = self._evaluate(episodes).summary(self.demonstrator_return)
         summary = {
             "task": self.config.task.name,
             "seed": self.config.seed,
@@ -356,9 +389,10 @@ class Trainer:
             "skipped_updates": self.learner.skipped_updates,
             "wall_s": round(trained_s, 1),
             "checkpoint": "newest",
-            **self._evaluate(episodes).summary(self.demonstrator_return),
+            **figures,
             **last_evaluations(self.folder, before=self.env_steps),
             **self.agent.planner.summary(),
+            **self.updates.summary(),
             "env_restarts": self.envs.restarts,
             "threads": threads(),
             "machine": machine(self.device),
@@ -394,17 +428,18 @@ class Trainer:
         self._reporter.open(self.folder, since=since, evaluated=self._evaluated_at)
 
     def _snapshot(self) -> Snapshot:
-        return self._state.capture(
-            self.env_steps,
-            {
-                **self._counters(),
-                "started": self.envs.started,
-                "env_restarts": self.envs.restarts,
-                "evaluated_at": self._evaluated_at,
-                "demonstrator_return": self.demonstrator_return,
-                "best": self._best,
-            },
-        )
+        with self.updates.paused():
+            return self._state.capture(
+                self.env_steps,
+                {
+                    **self._counters(),
+                    "started": self.envs.started,
+                    "env_restarts": self.envs.restarts,
+                    "evaluated_at": self._evaluated_at,
+                    "demonstrator_return": self.demonstrator_return,
+                    "best": self._best,
+                },
+            )
 
     def _go_on(self) -> None:
         """Take over where the newest checkpoint has left off, if there is one."""

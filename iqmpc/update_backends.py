@@ -71,7 +71,7 @@ class EagerBackend:
         return f"computes in float32, got learner.precision={precision}"
 
     def learn(self, experts: SliceReplay | None, behaviour: SliceReplay) -> dict[str, Tensor]:
-        return self.update(self.batch(experts, behaviour))
+        return self.learner.update(self.batch(experts, behaviour))
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         metrics = self.update_on_device(batch)

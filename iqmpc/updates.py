@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from iqmpc.agent import Agent
 from iqmpc.config import Config
+from iqmpc.envs.vector import VectorEnv
+from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.learner import Learner
 from iqmpc.replay import SliceReplay
 from iqmpc.reporting import Metrics, Reporter
@@ -63,12 +66,16 @@ class Updates:
             self._thread = None
 
     def stop(self) -> None:
-        """End updates that nobody waits for any more, after the one that is being made."""
+        """End a long phase of updates after the one that is being made."""
         self._stopped.set()
 
     def begun(self, env_steps: int) -> bool:
         """Whether the random steps are over and there is something to learn from."""
         return env_steps >= self._config.random_steps and bool(self._behaviour.slices)
+
+    def ready(self, env_steps: int) -> bool:
+        """Whether the agent acts, and nothing in its place."""
+        return self.begun(env_steps)
 
     def due(self, env_steps: int) -> int:
         """Updates due after `env_steps` steps, those on the demonstrations alone included."""
@@ -77,6 +84,10 @@ class Updates:
             return 0
         since = env_steps - c.random_steps
         return c.train.demo_updates + c.initial_updates + math.floor(since * c.train.update_rate)
+
+    def complete(self, env_steps: int) -> bool:
+        """Whether all that are due have been made: not where a signal has cut them short."""
+        return self._learner.updates >= self.due(env_steps)
 
     def on_demonstrations_alone(self) -> None:
         """Make `train.demo_updates` updates before anything else, where none was made yet."""
@@ -88,35 +99,65 @@ class Updates:
 
     def begin(self, env_steps: int) -> None:
         """Start what was left to be made beside the step that comes."""
-        if self.due(env_steps) > self._learner.updates:
+        at_end = self._config.train.updates_at == "episode_end"
+        if self.due(env_steps) > self._learner.updates and not at_end:
             self._under_way = self._start(self.due(env_steps), self._behaviour)
 
-    def join(self) -> None:
-        """Wait for what `begin` started."""
+    @contextlib.contextmanager
+    def beside_step(self) -> Iterator[None]:
+        """The step of the environments, after which what `begin` started is waited for."""
+        yield
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
             self._join(under_way)
+
+    def keep(
+        self,
+        envs: VectorEnv,
+        were: Sequence[EpisodeBuffer | None],
+        ended: Sequence[Episode],
+    ) -> None:
+        """Put the episodes that `ended` into the replay; `were` are those open before."""
+        for episode in ended:
+            self._behaviour.add(episode)
 
     def catch_up(self, env_steps: int, new: int, *, ended: bool) -> None:
         """Make the updates due after `new` more steps, or leave them to be made beside the next.
 
         They are made now with `overlap` off, where an episode has `ended` and where they are more
-        than those of the new steps.
+        than those of the new steps. With `train.updates_at=episode_end` they wait for an end.
         """
+        train = self._config.train
+        if train.updates_at == "episode_end" and not ended:
+            return
         missing = self.due(env_steps) - self._learner.updates
-        if missing > math.ceil(new * self._config.train.update_rate):
-            first = self._learner.updates <= self._config.train.demo_updates
+        if missing > math.ceil(new * train.update_rate):
+            first = self._learner.updates <= train.demo_updates
             name = "initial updates" if first else "updates"
-            self._wait_for(name, missing, self._behaviour, f"on the first {env_steps} steps")
+            usual = not first and train.updates_at == "episode_end"
+            on = None if usual else f"on the first {env_steps} steps"
+            self._wait_for(name, missing, self._behaviour, on)
         elif missing > 0 and (ended or self.overlap == "off"):
             self._join(self._start(self.due(env_steps), self._behaviour))
 
-    def _wait_for(self, name: str, count: int, behaviour: SliceReplay, on: str) -> None:
-        """Make `count` updates while nothing else happens, and say so."""
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is learnt within: here, as between any two ticks at which an episode ended."""
+        yield
+
+    def finish(self) -> None:
+        """Learn no more: nothing is under way after the last step."""
+
+    def summary(self) -> dict[str, Any]:
+        """Figures of how the updates kept up with the steps: none, since steps wait for them."""
+        return {}
+
+    def _wait_for(self, name: str, count: int, behaviour: SliceReplay, on: str | None) -> None:
+        """Make `count` updates while nothing else happens, and say `on` what."""
         compiled = self._learner.mode in ("compile", "graph") and not self._any
-        self._reporter.message(
-            f"{count} {name} {on}" + (", compiled before the first: a minute" if compiled else "")
-        )
+        if on is not None:
+            after = ", compiled before the first: a minute" if compiled else ""
+            self._reporter.message(f"{count} {name} {on}{after}")
         self._join(self._start(self._learner.updates + count, behaviour, phase=name))
 
     def _start(
@@ -148,7 +189,8 @@ class Updates:
         if phase is not None:
             self._reporter.progress(phase=(phase, 0, updates - first))
         with stream:
-            while learner.updates < updates and not self._stopped.is_set():
+            # Those of one tick are few, and without them the tick's episode could not be saved.
+            while learner.updates < updates and not (phase and self._stopped.is_set()):
                 latest = learner.learn(self._experts, behaviour)
                 self._any = True
                 last = learner.updates == updates

@@ -28,7 +28,7 @@ def power_of_two(size: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 for the interpreter, so that small shapes take several turns there too."""
+    """How many a GPU has; 1 for the interpreter, so that small shapes take several turns there."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

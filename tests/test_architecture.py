@@ -14,7 +14,8 @@ ROOT = Path(iqmpc.__file__).parent
 # beside itself. A new module goes on the lowest floor that lets it import what it needs.
 FLOORS = {
     "ground": (
-        "console errors files frames interrupts latency paths progress seeding __init__ _C",
+        "console episode errors files interrupts latency observation paths progress seeding "
+        "__init__ _C",
         "",
     ),
     "settings": ("capture compiler composition config configs threads", "ground"),
@@ -29,19 +30,16 @@ FLOORS = {
         "ground settings kernels records",
     ),
     "runs": (
-        "bench demonstrators evaluation expert_data export run_state table trainer updates video",
+        "bench demonstrators evaluation expert_data export realtime run_state table trainer "
+        "updates video",
         "ground settings records data method",
     ),
     "shell": ("cli commands doctor", "ground settings kernels records data method runs"),
 }
 FLOOR = {name: floor for floor, (names, _) in FLOORS.items() for name in names.split()}
-MODULES = {
-    ".".join(("iqmpc", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
-        ".__init__"
-    ): path
-    for folder in (ROOT, ROOT / "kernels", ROOT / "configs")  # links, which rglob does not follow
-    for path in folder.rglob("*.py")
-}
+FILES = [path for folder in (".", "kernels", "configs") for path in (ROOT / folder).rglob("*.py")]
+NAMES = [".".join(("iqmpc", *path.relative_to(ROOT).with_suffix("").parts)) for path in FILES]
+MODULES = {n.removesuffix(".__init__"): path for n, path in zip(NAMES, FILES, strict=True)}
 
 
 def imported(body: list[ast.stmt], inside: bool) -> Iterator[str]:

@@ -231,3 +231,52 @@ def test_a_folder_is_held_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with RunFolder(tmp_path).locked():
         pass
+
+
+META = {
+    "obs_shape": [2],
+    "action_dim": 2,
+    "env_steps": 40,
+    "updates": 5,
+    "episodes": 2,
+    "wall_s": 1.5,
+    "evaluated_at": 40,
+    "demonstrator_return": None,
+    "demonstrations": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"env_steps": None}, "env_steps is None, expected a count"),
+        ({"env_steps": -1}, "env_steps is -1, expected a count"),
+        ({"action_dim": "1e999"}, "action_dim is '1e999', expected a count"),
+        ({"obs_shape": "[2]"}, r"obs_shape is '\[2\]', expected counts"),
+        ({"obs_shape": [True]}, r"obs_shape is \[True\], expected counts"),
+        ({"wall_s": "a while"}, "wall_s is 'a while', expected seconds"),
+        ({"demonstrator_return": [1]}, r"demonstrator_return is \[1\], expected a number or null"),
+        ({"settings": 3}, "settings is 3, expected settings by name"),
+        ({"started": 1.5}, "started is 1.5, expected a count"),
+    ],
+)
+def test_a_description_that_no_run_has_written(tmp_path, change, said):
+    """Its digest is right: whoever makes a checkpoint can make one of any description."""
+    checkpoint.check_description(tmp_path, META)
+    with pytest.raises(CheckpointError, match=f"does not describe itself: {said}"):
+        checkpoint.check_description(tmp_path, {**META, **change})
+    for key in META:
+        with pytest.raises(CheckpointError, match=f"does not describe itself: .*{key}"):
+            rest = {k: v for k, v in META.items() if k != key}
+            checkpoint.check_description(tmp_path, rest)
+    with pytest.raises(CheckpointError, match="does not describe itself"):
+        checkpoint.check_description(tmp_path, [META])
+
+
+def test_a_header_of_a_page_is_not_repeated(tmp_path):
+    header = b'{"__metadata__": "' + b"a" * 9000 + b'"}'
+    path = tmp_path / "step_000000001.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        checkpoint.load(path)
+    assert len(str(caught.value)) < 300 + len(str(path))

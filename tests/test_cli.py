@@ -149,17 +149,23 @@ def test_table_measures_what_is_there_and_names_what_is_not(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("threads", "load", "said"),
-    [(None, 0.2, False), (None, 0.6, True), (None, 3.0, True), (2, 3.0, False)],
+    ("mode", "threads", "load", "said"),
+    [
+        ("compile", None, 0.2, False),
+        ("compile", None, 0.6, True),
+        ("eager", None, 3.0, True),
+        ("eager", 2, 3.0, False),
+        ("fused", None, 3.0, False),
+    ],
 )
-def test_a_busy_machine_is_said_and_changes_nothing(monkeypatch, threads, load, said):
+def test_a_busy_machine_is_said_where_torch_learns(monkeypatch, mode, threads, load, said):
     monkeypatch.setattr("iqmpc.threads.threads", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0), raising=False)
-    hint = train_command._busy_hint(Config(threads=threads))
+    hint = train_command._busy_hint(Config(threads=threads), mode)
     assert hint == (
-        f"the machine is busy (load {load} on 2 cores): threads=1 may be faster here "
-        "than the default of 2"
+        f"the machine is busy (load {load} on 2 cores): with learner.mode={mode}, threads=1 may be "
+        "faster here than the default of 2"
         if said
         else None
     )

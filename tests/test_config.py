@@ -340,7 +340,7 @@ def test_departures_are_from_the_default_preset_where_none_is_named():
 @pytest.mark.parametrize(
     ("planner", "expected"),
     [
-        (dict(mode="compile"), ("eager", None)),  # what the preset cpu said until 0.1
+        (dict(mode="compile"), ("eager", None)),  # what the preset cpu said before 0.2
         (dict(mode="compile", backend="cpu", threads=2), ("eager", 2)),
         (dict(mode="compile", backend="reference", threads=2), ("compile", None)),
         (dict(backend="triton", threads=2), ("eager", None)),

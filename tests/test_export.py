@@ -83,7 +83,7 @@ def test_a_file_acts_as_its_run(run, point_env):
     found = export(run, file)
     assert found.about["task"] == "point" and found.provenance["run"] == "run"
     assert found.provenance["env_steps"] == 100
-    summary = RunFolder(run).load_summary()
+    summary = json.loads(RunFolder(run).summary.read_text())
     assert found.provenance["evaluation"]["return_mean"] == summary["return_mean"]
     one, two = Agent.load(run), Agent.load(file)
     assert {**one.facts, "checkpoint": "agent.iqmpc"} == two.facts

@@ -13,12 +13,21 @@ from iqmpc.run_folder import RunFolder
 from tests.runs import assert_same_state, interrupted_at, rows_of, train
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "step", "saved", "overlap"),
+    [
+        (signal.SIGINT, 75, 60, "off"),
+        (signal.SIGTERM, 79, 80, "off"),  # in the last step of an episode
+        (signal.SIGHUP, 79, 80, "async"),
+    ],
+)
 def test_a_signal_ends_a_run_after_the_step_and_loses_nothing(
-    tmp_path, small_config, point_env, point_demonstrations, number
+    tmp_path, small_config, point_env, point_demonstrations, number, step, saved, overlap
 ):
-    """In step 76 of a run that would not have saved before 100; the continuation is exact."""
-    config = small_config.replace({"train.checkpoint_every": 1000})
+    """In a run that would not have saved before step 100; the continuation is exact."""
+    config = small_config.replace(
+        {"train.checkpoint_every": 1000, "train.eval_every": 1000, "train.overlap": overlap}
+    )
     messages = []
     trainer = interrupted_at(
         Trainer(
@@ -28,18 +37,18 @@ def test_a_signal_ends_a_run_after_the_step_and_loses_nothing(
             run=tmp_path / "cut",
             on_message=messages.append,
         ),
-        75,
+        step,
         number,
     )
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as caught:
         trainer.train()
-    assert caught.value.signal == number and trainer.env_steps == 76
+    assert caught.value.signal == number and trainer.env_steps == step + 1
     assert signal.getsignal(number) == before
-    assert RunFolder(tmp_path / "cut").newest()[2]["env_steps"] == 60
+    assert RunFolder(tmp_path / "cut").newest()[2]["env_steps"] == saved
     name = signal.Signals(number).name
     assert messages[-2].startswith(f"{name}: ending after this step")
-    assert messages[-1] == "saved as of step 60, the end of the last whole episode"
+    assert messages[-1] == f"saved as of step {saved}, the end of the last whole episode"
     train(config, point_env, point_demonstrations, tmp_path / "cut", resume=True)
     train(config, point_env, point_demonstrations, tmp_path / "straight")
     assert_same_state(tmp_path / "cut", tmp_path / "straight")

@@ -641,6 +641,7 @@ def fused_and_eager(config, monkeypatch):
         {},
         {"learner.objective": "td"},
         {"learner.objective": "v_diff", "model.termination": True},
+        {"learner.gradient_penalty": True, "learner.c_gp": 0.0},
         {
             "learner.gradient_penalty": True,
             "learner.dropout": "always",

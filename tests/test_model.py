@@ -1,12 +1,15 @@
+import collections
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from iqmpc import WorldModel
+from iqmpc import Agent, Planner, WorldModel
 from iqmpc.config import ModelConfig
 from iqmpc.kernels import layers
+from iqmpc.seeding import stream_seed
 
 SMALL = ModelConfig(encoder_dim=20, hidden_dim=24, latent_dim=16, critics=3)
 
@@ -189,3 +192,34 @@ def test_images_have_an_encoder_of_convolutions():
 def test_observations_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"obs_shape must be \(O,\) or \(3C, 64, 64\), got \("):
         WorldModel(shape, 2, SMALL)
+
+
+def test_every_pair_of_critics_is_drawn():
+    generator, drawn = torch.Generator().manual_seed(0), collections.Counter()
+    for _ in range(3000):
+        one, other = layers.random_pair(3, generator).tolist()
+        drawn[one, other] += 1
+    assert set(drawn) == {(i, j) for i in range(3) for j in range(3) if i != j}
+    assert min(drawn.values()) > 400  # 500 each
+
+
+def test_an_agent_plans_with_the_discount_and_entropy_of_its_settings(small_config):
+    config = small_config.replace({"learner.discount": 0.7, "planner.backend": "reference"})
+    torch.manual_seed(0)
+    model = WorldModel(2, 2, config.model)
+    for p in model.parameters():  # critics start at 0, where no discount shows
+        p.data.add_(0.3 * torch.randn_like(p))
+    obs = np.ones(2, np.float32)
+
+    def planned(discount):
+        planner = Planner(
+            model.weights(),
+            config.planner,
+            discount=discount,
+            beta=config.entropy_coefficient(2),
+            seed=stream_seed(0, "planner"),
+        )
+        return planner.plan(torch.ones(1, 2))[0].numpy()
+
+    np.testing.assert_array_equal(Agent(model, config).act(obs), planned(0.7))
+    assert not np.array_equal(planned(0.7), planned(0.5))

@@ -149,6 +149,36 @@ def test_state_round_trip_draws_the_same():
     assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
 
 
+def test_a_state_has_every_row_of_the_last_episode():
+    """Its last row, an observation alone, too."""
+    first = SliceReplay(2, 1, horizon=3, capacity=60)
+    first.add_episode(*episode(4, 3))
+    second = SliceReplay(2, 1, horizon=3, capacity=60)
+    second.load_state_dict(first.state_dict())
+    batch = second.sample(1, torch.Generator().manual_seed(0))
+    assert batch.obs[:, 0].tolist() == [[4, 0], [4, 1], [4, 2], [4, 3]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"episodes": [[0, 12]]},  # beyond its rows
+        {"episodes": [[-1, 11]]},
+        {"episodes": [[0, 11], [5, 3]]},  # one in the other
+        {"episodes": [[0, 2]]},  # shorter than a slice
+        {"next": 61},
+        {"next": -1},
+    ],
+    ids=str,
+)
+def test_a_state_that_no_replay_has(change):
+    replay = SliceReplay(2, 1, horizon=3, capacity=60)
+    replay.add_episode(*episode(4, 11))
+    state = replay.state_dict() | {k: torch.tensor(v) for k, v in change.items()}
+    with pytest.raises(ValueError, match="episodes of a replay lie in its rows"):
+        SliceReplay(2, 1, horizon=3, capacity=60).load_state_dict(state)
+
+
 def test_join_puts_demonstrations_first():
     replay = SliceReplay(2, 1, horizon=3, capacity=60)
     replay.add(episode(4, 10))

@@ -170,6 +170,12 @@ def test_what_is_not_finite_or_not_known_is_null(make_run, measuring):
     assert "NaN" not in (run / "table.json").read_text()
 
 
+def test_a_summary_of_a_return_that_was_not_finite(make_run, measuring):
+    """Its figures stand there as null, beside a demonstrator's that is a number."""
+    record = table.record(make_run(summary={**SUMMARY, "return_mean": None, "return_std": None}))
+    assert record["return_mean"] is None and record["ratio"] is None
+
+
 def test_without_its_environment_a_run_has_no_correlation(make_run, measuring):
     measuring.figures, messages = TaskError("evaluate your own"), []
     record = table.record(make_run(), on_message=messages.append)
@@ -189,6 +195,21 @@ def test_what_is_no_run_is_named(make_run, measuring, tmp_path):
         (run / "summary.json").write_bytes(damaged.encode("latin-1"))
         with pytest.raises(CheckpointError, match="summary.json cannot be read"):
             table.record(run)
+    for index, (change, said) in enumerate(
+        (
+            ({"env_steps": "x"}, "env_steps is 'x', expected a number"),
+            ({"episodes": None}, "episodes is None, expected a number"),
+            ({"wall_s": [1]}, r"wall_s is \[1\], expected a number"),
+            ({"return_mean": 10**400}, "return_mean is 10+.*, expected a number"),
+        )
+    ):
+        with pytest.raises(CheckpointError, match=f"summary.json cannot be read: {said}"):
+            table.record(make_run(f"run {index}", summary={**SUMMARY, **change}))
+    (run := make_run("measured")).joinpath("evaluation-planner.json").write_text(
+        '{"reward_correlation": 1}'
+    )
+    with pytest.raises(CheckpointError, match="evaluation-planner.json cannot be read: env_steps"):
+        table.record(run)
     measuring.figures = {**MEASURED, "env_steps": 60}
     with pytest.raises(CheckpointError, match="is of step 60, its summary.json of step 100"):
         table.record(make_run("damaged"))
@@ -248,7 +269,18 @@ def test_records_replace_those_of_the_same_run_and_no_others(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[1]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}",
+        "[1]",
+        '[{"seed": [1]}]',
+        '[{"minutes": 1e999}]',
+        r'[{"task": "\ud800"}]',
+        "[" * 10**5,
+    ],
+)
 def test_another_file_is_not_overwritten(tmp_path, text):
     path = tmp_path / "table.json"
     path.write_text(text)

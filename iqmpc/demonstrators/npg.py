@@ -13,6 +13,7 @@ import gymnasium
 import numpy as np
 import torch
 
+from iqmpc.demos.formats import legacy
 from iqmpc.demos.types import DemonstrationError
 
 # MyoSuite's id -> the seed of the packaged policy that solves the task most often, and the share of
@@ -97,31 +98,27 @@ def load(path: Path) -> GaussianPolicy:
     Raises `DemonstrationError` for a file that is none.
     """
     try:
-        root = vars(_Reader(io.BytesIO(path.read_bytes())).load())
+        data = path.read_bytes()
+        legacy.scan(data, {"NEWOBJ"})
+        root = vars(_Reader(io.BytesIO(data)).load())
         network = vars(root["model"])
         modules = vars(network["_modules"]["fc_layers"])["_modules"].values()
         layers = [
-            tuple(np.asarray(vars(m)["_parameters"][k], np.float64) for k in ("weight", "bias"))
-            for m in modules
+            tuple(_float64(vars(m)["_parameters"][k]) for k in ("weight", "bias")) for m in modules
         ]
-        affine = (
-            np.asarray(network[k], np.float64)
-            for k in ("in_shift", "in_scale", "out_shift", "out_scale")
-        )
-        log_std = np.asarray(root["log_std_val"], np.float64)
-    except (
-        OSError,
-        EOFError,
-        pickle.UnpicklingError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        IndexError,
-    ) as error:
+        affine = [_float64(network[k]) for k in ("in_shift", "in_scale", "out_shift", "out_scale")]
+        log_std = _float64(root["log_std_val"])
+    except Exception as error:  # a wrong pickle fails anywhere in the machine
         raise DemonstrationError(f"{path}: not an mjrl policy: {error}") from error
     return GaussianPolicy(layers, *affine, log_std=log_std)
+
+
+def _float64(value: Any) -> np.ndarray:
+    """Of an array or a number, which is what all of a policy's figures are."""
+    value = value.value if isinstance(value, legacy.Array) else value
+    if not isinstance(value, (np.ndarray, torch.Tensor, float)):
+        raise ValueError(f"a {type(value).__name__} where there should be an array")
+    return np.asarray(value, np.float64)
 
 
 class _Object:
@@ -131,11 +128,9 @@ class _Object:
 class _Reader(pickle.Unpickler):
     """An unpickler that knows arrays, tensors and attributes, and runs nothing else."""
 
-    _NAMES: dict[tuple[str, str], Any] = {}
-
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return self._NAMES[module.replace("numpy._core", "numpy.core"), name]
+            return _NAMES[module, name]
         except KeyError:
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}, which is not admitted"
@@ -143,10 +138,15 @@ class _Reader(pickle.Unpickler):
 
 
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any):
+    reach = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
+    held = storage._untyped_storage.nbytes() // storage.dtype.itemsize
+    if min(offset, *size, *stride) < 0 or reach > held:  # torch would make it larger
+        raise ValueError("a tensor beyond its storage")
     return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage, offset, size, stride)
 
 
-_Reader._NAMES = {
+_NAMES: dict[tuple[str, str], Any] = {
+    **legacy.ARRAYS,
     ("mjrl.policies.gaussian_mlp", "MLP"): _Object,
     ("mjrl.utils.fc_network", "FCNetwork"): _Object,
     ("torch.nn.modules.container", "ModuleList"): _Object,
@@ -154,10 +154,6 @@ _Reader._NAMES = {
     ("torch._C", "_VariableFunctions"): _Object,
     ("builtins", "getattr"): lambda thing, name: name,  # the activation, by name
     ("collections", "OrderedDict"): dict,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy.core.multiarray", "scalar"): np.float64(0).__reduce__()[0],
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data.detach().numpy(),
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): lambda data: torch.load(

@@ -152,7 +152,7 @@ def record(
             episode = replace(episode, observations=env.frames)
         if successes_only and episode.success is None:
             raise DemonstrationError(f"{task} tells no success, so none can be selected by it")
-        total = float(episode.rewards.sum())
+        total = episode.undiscounted_return
         far_enough = min_return is None or total >= min_return
         tried += 1
         reached += far_enough

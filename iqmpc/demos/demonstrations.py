@@ -102,6 +102,20 @@ class Demonstrations:
             raise DemonstrationError(f"{n} episodes asked of {self.task}, which has {len(self)}")
         return self._checked(self.task, self.episodes[:n], self.provenance)
 
+    def best(self, n: int) -> Demonstrations:
+        """The set of the n episodes of the highest return, in the order in which they are here.
+
+        Raises `DemonstrationError` unless 1 <= n <= len(self), and where rewards are absent.
+        """
+        returns = self.returns()
+        if returns is None:
+            raise DemonstrationError(f"the episodes of {self.task} have no rewards to choose by")
+        if not 1 <= n <= len(self):
+            raise DemonstrationError(f"{n} episodes asked of {self.task}, which has {len(self)}")
+        chosen = sorted(np.argsort(-returns, kind="stable")[:n])
+        episodes = tuple(self.episodes[index] for index in chosen)
+        return self._checked(self.task, episodes, {**self.provenance, "best": f"{n}/{len(self)}"})
+
     @classmethod
     def load(
         cls,
@@ -136,10 +150,8 @@ class Demonstrations:
     ) -> Demonstrations:
         """What a reader returned, checked as `load` says."""
         _check(draft, task=task, obs_dim=obs_dim, action_dim=action_dim)
-        episodes = [
-            Episode(**{k: bool(v) if isinstance(v, np.bool_) else v for k, v in episode.items()})
-            for episode in draft.episodes
-        ]
+        assert not isinstance(draft, Defect)  # which is one that the checks raise
+        episodes = [_episode(e) for e in draft.episodes if not isinstance(e, Defect)]
         return cls._checked(draft.task, episodes, draft.provenance)
 
     @classmethod
@@ -177,6 +189,14 @@ def packaged_path(task: str) -> Path:
             "demos.path=FILE, which iqmpc demos make makes"
         )
     return _DATA / f"{task}.h5"
+
+
+def _episode(fields: Mapping[str, Any]) -> Episode:
+    """The episode of checked fields, NumPy's truth values as Python's."""
+    plain: dict[str, Any] = {
+        key: bool(value) if isinstance(value, np.bool_) else value for key, value in fields.items()
+    }
+    return Episode(**plain)
 
 
 def _check(draft: Draft | Defect, **expected: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from iqmpc.errors import IqmpcError
 
 MAX_LISTED = 5
+_LONGEST = 300  # characters of what a file says of itself
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,12 @@ class Defect:
 
     def __str__(self) -> str:
         episode = "" if self.episode is None else f"episode {self.episode}"
-        place = ", ".join(filter(None, [self.source, episode, self.key]))
-        return f"{place}: found {self.found}, expected {self.expected}"
+        place = ", ".join(filter(None, [self.source, episode, _cut(self.key)]))
+        return f"{place}: found {_cut(self.found)}, expected {_cut(self.expected)}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 @dataclass(frozen=True)

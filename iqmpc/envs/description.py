@@ -41,11 +41,12 @@ def indexed(name: str, shape: Iterable[int]) -> tuple[str, ...]:
 
 def seconds(env: Any) -> float | None:
     """From one step of an unwrapped environment to the next, where it says so."""
-    step, frequency = getattr(env, "dt", None), getattr(env, "control_freq", None)
-    if step is None and frequency:
-        step = 1 / frequency
+    said: Any = getattr(env, "dt", None)
+    frequency = getattr(env, "control_freq", None)
+    if said is None and frequency:
+        said = 1 / frequency
     try:
-        step = float(step)
+        step = float(said)
     except (TypeError, ValueError):
         return None
     return step if math.isfinite(step) and step > 0 else None

@@ -16,9 +16,11 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
+from iqmpc.config import shortened
 from iqmpc.errors import TaskError
 from iqmpc.observation import LARGEST
 
+_CALLS = {"reset": "reset(*, seed=None, options=None)", "step": "step(action)"}
 _RESET = "(observation, info)"
 _STEP = "(observation, reward, terminated, truncated, info)"
 
@@ -72,7 +74,7 @@ def observation(obs: Any, space: gymnasium.Space) -> np.ndarray:
         )
     try:
         found = np.asarray(obs)
-    except ValueError:  # rows of different lengths
+    except (ValueError, TypeError, RuntimeError):  # rows of different lengths, tensors
         found = np.array(None)
     if found.dtype.kind not in "biuf":
         raise TaskError(
@@ -97,10 +99,18 @@ def observation(obs: Any, space: gymnasium.Space) -> np.ndarray:
 
 
 def success(info: dict[str, Any], key: str = "is_success") -> bool | None:
-    """What the environment says of the task: `info["success"]`, else `info[key]`, else None."""
+    """What the environment says of the task: `info["success"]`, else `info[key]`, else None.
+
+    Raises `TaskError` for what is neither true nor false; None is nothing said.
+    """
     for name in ("success", key):
-        if name in info:
-            return bool(np.all(info[name]))
+        value = info.get(name)
+        if value is None:
+            continue
+        found = np.asarray(value)
+        if found.size and found.dtype.kind in "biuf" and np.isfinite(found).all():
+            return bool(np.all(found))
+        raise TaskError(f"info[{name!r}] is {shortened(value)}, expected true or false")
     return None
 
 
@@ -140,7 +150,7 @@ def _reward(value: Any) -> float:
     try:
         found = np.asarray(value)
         reward = float(found.item()) if found.dtype.kind in "biuf" else None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError):
         reward = None
     if reward is None:
         shape = f" of shape {np.shape(value)}" if isinstance(value, np.ndarray) else ""
@@ -151,19 +161,31 @@ def _reward(value: Any) -> float:
 
 
 def _flag(name: str, value: Any) -> bool:
-    if np.size(value) == 1 and np.asarray(value).dtype.kind in "biuf":
-        return bool(np.all(value))
+    found = np.asarray(value)
+    if found.size == 1 and found.dtype.kind in "biuf":
+        return bool(found.item())
     raise TaskError(f"{name} is a {type(value).__name__}, expected true or false")
 
 
 @contextlib.contextmanager
 def _of_gymnasium(function: str, expected: str) -> Iterator[None]:
-    """An error that gymnasium's own wrappers raise is about the interface that they wrap."""
+    """An error that gymnasium's own wrappers raise, or the call itself, is about the interface.
+
+    An environment that ends the program would end it as if all were well.
+    """
     try:
         yield
+    except SystemExit as error:
+        raise TaskError(f"{function}() asked the program to end (SystemExit: {error})") from error
     except (ValueError, TypeError, AttributeError, AssertionError, gymnasium.error.Error) as error:
         frames = traceback.walk_tb(sys.exc_info()[2])
         raised_in = [frame.f_globals.get("__name__", "") for frame, _ in frames][-1]
+        called = isinstance(error, TypeError) and f"{function}()" in str(error)
+        if called and "argument" in str(error) and raised_in.startswith("iqmpc."):
+            raise TaskError(
+                f"{function}() cannot be called as gymnasium's interface has it, "
+                f"{_CALLS[function]}: {error} (an environment of the older gym has another)"
+            ) from error
         if not raised_in.startswith(("gymnasium.wrappers.", "gymnasium.utils.", "gymnasium.core")):
             raise
         said = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsFloat, TypeGuard
 
 import gymnasium
 import numpy as np
@@ -32,10 +32,12 @@ class FrameStack(gymnasium.Wrapper):
         self._frames.extend([self._frame(obs)] * STACK)
         return np.concatenate(self._frames), info
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        obs, *result = self.env.step(action)
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
         self._frames.append(self._frame(obs))
-        return (np.concatenate(self._frames), *result)
+        return np.concatenate(self._frames), reward, terminated, truncated, info
 
 
 class FrameRecorder(gymnasium.Wrapper):
@@ -43,6 +45,10 @@ class FrameRecorder(gymnasium.Wrapper):
 
     For DMControl tasks.
     """
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        self._frames: list[np.ndarray] = []
 
     @property
     def frames(self) -> np.ndarray:
@@ -53,16 +59,22 @@ class FrameRecorder(gymnasium.Wrapper):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         result = self.env.reset(seed=seed, options=options)
-        self._frames = [self.unwrapped.frame()]
+        self._frames = [self._drawn()]
         return result
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
         result = self.env.step(action)
-        self._frames.append(self.unwrapped.frame())
+        self._frames.append(self._drawn())
         return result
 
+    def _drawn(self) -> np.ndarray:
+        env: Any = self.unwrapped
+        return env.frame()
 
-def is_raw_image(space: gymnasium.Space) -> bool:
+
+def is_raw_image(space: gymnasium.Space) -> TypeGuard[gymnasium.spaces.Box]:
     """Whether a space is of images as `resized` takes them, not of frames that are stacked."""
     return (
         isinstance(space, gymnasium.spaces.Box)

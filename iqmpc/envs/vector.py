@@ -73,6 +73,11 @@ class VectorEnv:
         return idle
 
     @property
+    def open(self) -> list[EpisodeBuffer | None]:
+        """Each environment's episode so far; None of one that waits for `start`."""
+        return list(self._episodes)
+
+    @property
     def observations(self) -> np.ndarray:
         """The latest of all, [N, O] or [N, 3C, 64, 64]; `RuntimeError` before `start`."""
         return np.stack([self._running(index).observations[-1] for index in range(len(self))])

@@ -39,7 +39,7 @@ class UpdateSettings(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, action_dim: int) -> UpdateSettings:
-        """Those of a run with actions of size `action_dim`."""
+        """The settings of a run with actions of size `action_dim`."""
         s = config.learner
         values: dict[str, Any] = {
             name: getattr(s, name) for name in cls._fields if hasattr(s, name)

@@ -89,11 +89,12 @@ class CpuPlan:
         self._keep_encoder(weights)
 
     def _keep_encoder(self, weights: Weights) -> None:
-        """A copy of an encoder of images, which torch computes."""
-        self._encoder: Weights | None = None
+        """A copy of an encoder of images, which torch computes; a plan that runs has the last."""
+        encoder: Weights | None = None
         if weights.encodes_images:
-            encoder = map_layers(lambda t: t.detach().clone(), weights.encoder)
-            self._encoder = weights._replace(encoder=encoder, dynamics=(), policy=(), critics=())
+            copied = map_layers(lambda t: t.detach().clone(), weights.encoder)
+            encoder = weights._replace(encoder=copied, dynamics=(), policy=(), critics=())
+        self._encoder = encoder
 
     def reset(self, problem: int | None = None) -> None:
         if problem is None:

@@ -51,7 +51,7 @@ def planner(w: Weights) -> EagerUnrolled:
         horizon=HORIZON, samples=SAMPLES, elites=5, policy_trajectories=3, iterations=2
     )
     return EagerUnrolled(
-        w, config, discount=DISCOUNT, entropy=ENTROPY, num_envs=ENVS, compiled=False
+        w, config, discount=DISCOUNT, entropy_coef=ENTROPY, problems=ENVS, compiled=False
     )
 
 
@@ -60,13 +60,13 @@ def test_an_iteration_is_a_rollout_and_a_refit() -> None:
     baseline = planner(w)
     c = baseline.config
     z0 = normal(ENVS, LATENT).softmax(1)
-    prior = normal(ENVS, HORIZON, c.policy_trajectories, ACTIONS).tanh()
+    trajectories = normal(ENVS, HORIZON, c.policy_trajectories, ACTIONS).tanh()
     mean, std = normal(ENVS, HORIZON, ACTIONS).tanh(), normal(ENVS, HORIZON, ACTIONS).exp()
     draws = normal(ENVS, HORIZON, SAMPLES - c.policy_trajectories, ACTIONS)
     noise = normal(ENVS, HORIZON + 1, SAMPLES, ACTIONS)
 
     drawn = (mean.unsqueeze(2) + std.unsqueeze(2) * draws).clamp(-1, 1)
-    actions = torch.cat([prior, drawn], dim=2)
+    actions = torch.cat([trajectories, drawn], dim=2)
     returns = mppi_rollout(
         w, z0, actions, noise, pair, DISCOUNT, "unrolled", entropy_coef=ENTROPY, backend="reference"
     )
@@ -81,7 +81,7 @@ def test_an_iteration_is_a_rollout_and_a_refit() -> None:
     )
     elites = torch.stack([actions[e][:, index[e]] for e in range(ENVS)])
 
-    found = baseline.improve(z0, prior, mean, std, draws, noise, pair)
+    found = baseline.improve(z0, trajectories, mean, std, draws, noise, pair)
     for one, other in zip(found, (new_mean, new_std, elites, weight), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 

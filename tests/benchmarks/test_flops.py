@@ -18,7 +18,7 @@ TINY = PLAN_CASES[0]
 
 
 @pytest.mark.parametrize("variant", ["eager-unrolled", "reference"])
-@pytest.mark.parametrize("case", [TINY, dataclasses.replace(TINY, action_dim=21, envs=2)])
+@pytest.mark.parametrize("case", [TINY, dataclasses.replace(TINY, action_dim=21, problems=2)])
 def test_a_plan(case: PlanCase, variant: str) -> None:
     how = PLAN_VARIANTS[variant]
     plan = how.build(case)

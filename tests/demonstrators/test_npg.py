@@ -10,6 +10,7 @@ from iqmpc import make_env
 from iqmpc.demonstrators import npg
 from iqmpc.demonstrators.npg import GaussianPolicy
 from iqmpc.demos import DemonstrationError
+from tests.fuzz.samples import npg as npg_samples
 
 
 def test_the_packaged_policies_solve_their_tasks(solves):
@@ -59,6 +60,36 @@ def test_a_policy_file_runs_nothing(tmp_path):
         with pytest.raises(DemonstrationError, match=found):
             npg.load(path)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"\x80\x04}r\xff\xff\xff\x7f.", "a memo of 2147483647 entries"),  # 16 GiB of table
+        (b"\x80\x04\x95" + b"\xff" * 8 + b".", "FRAME length|damaged"),
+        (b"\x80\x02cnumpy\nndarray\n(J\xff\xff\xff\x7ftR.", "a call of numpy.ndarray"),
+        (b"\x80\x02cnumpy\ndtype\n(U\x02O8K\x00K\x01tR.", "an array of Python objects"),
+    ],
+)
+def test_a_policy_file_takes_no_memory_that_it_does_not_fill(tmp_path, content, found):
+    path = tmp_path / "best_policy.pickle"
+    path.write_bytes(content)
+    with pytest.raises(DemonstrationError, match=found):
+        npg.load(path)
+
+
+def test_a_policy_without_one_of_its_parts(tmp_path):
+    (files,) = npg_samples(tmp_path)[:1]
+    ((name, content),) = files.items()
+    assert npg.load(saved(tmp_path / name, content)).std.tolist() == [1.0, 1.0]
+    for part in (b"in_shift", b"out_scale", b"log_std_val", b"fc_layers"):
+        with pytest.raises(DemonstrationError, match="not an mjrl policy: '"):
+            npg.load(saved(tmp_path / name, content.replace(part, part[:-1] + b"x")))
+
+
+def saved(path, content):
+    path.write_bytes(content)
+    return path
 
 
 def test_no_policy_is_packaged_that_twirls_the_pen():

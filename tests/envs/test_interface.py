@@ -1,10 +1,12 @@
 """What an environment must not give is an error by name, on every path to an environment."""
 
 import functools
+import sys
 
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from iqmpc import Agent, Config, WorldModel, evaluate
@@ -93,6 +95,15 @@ FAULTS = {
     ),
     "no tuple": (functools.partial(only, 0), r"step\(\) gave a ndarray, gymnasium's"),
     "no info": (lambda result: (*result[:4], None), r"step\(\) gave a NoneType for info"),
+    "a tensor with a gradient": (
+        functools.partial(first, torch.zeros(3, requires_grad=True)),
+        "the observation is a Tensor of no numbers",
+    ),
+    "a reward with a gradient": (
+        functools.partial(rewarding, torch.zeros((), requires_grad=True)),
+        "the reward is a Tensor, expected a number",
+    ),
+    "an end of the program": (lambda result: sys.exit(0), r"step\(\) asked the program to end"),
     "flag": (lambda result: (*result[:2], "no", *result[3:]), "terminated is a str, expected true"),
 }
 RESETS = {
@@ -237,6 +248,49 @@ def test_an_action_that_is_changed_in_place_is_recorded_as_it_was_sent():
     action = np.full(2, 0.5, np.float32)
     repeated.step(action)
     assert action.tolist() == [0.5, 0.5]
+
+
+class NoSeed(Odd):
+    """As an environment of the older gym is."""
+
+    def reset(self):
+        return super().reset()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_reset_that_takes_no_seed(path):
+    go, place = PATHS[path]
+    said = r"reset\(\) cannot be called as gymnasium's interface has it, reset\(\*, seed=None, "
+    with pytest.raises(TaskError, match=f"^{place}its reset: {said}"):
+        go(NoSeed())
+
+
+def telling(value, result):
+    return (*result[:4], {"success": value})
+
+
+@pytest.mark.parametrize(
+    ("value", "rate"),
+    [
+        (True, 1.0),
+        (np.array([True, False]), 0.0),
+        (torch.tensor(True), 1.0),
+        (1.0, 1.0),
+        (None, None),
+    ],
+)
+def test_what_an_environment_says_of_success(value, rate):
+    env = Odd(functools.partial(telling, value), when=4)
+    assert evaluate(agent(), env, episodes=1).success_rate == rate
+
+
+@pytest.mark.parametrize("value", [np.nan, "False", [], {"a": 1}])
+def test_success_that_is_neither_true_nor_false(value):
+    """NaN counted as a success, as did an empty list."""
+    env = Odd(functools.partial(telling, value), when=2)
+    said = r"odd, evaluation episode 0: step 2: info\['success'\] is .*, expected true or false"
+    with pytest.raises(TaskError, match=said):
+        evaluate(agent(), env, episodes=1)
 
 
 def test_an_episode_that_never_ends_is_cut_and_said_once():

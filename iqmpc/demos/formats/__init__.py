@@ -186,10 +186,15 @@ def in_range(draft: Draft, facts: Facts) -> Draft:
     return draft
 
 
+def _are_numbers(value: object) -> bool:
+    """What is not is left for the checks to find."""
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiu"
+
+
 def _clip(draft: Draft) -> None:
     values = steps = 0
     for episode in draft.episodes:
-        if isinstance(episode, Defect) or not isinstance(episode["actions"], np.ndarray):
+        if isinstance(episode, Defect) or not _are_numbers(episode["actions"]):
             continue
         actions = episode["actions"]
         beyond = np.isfinite(actions) & (np.abs(actions) > 1)
@@ -219,7 +224,7 @@ def _rescale(draft: Draft, facts: Facts) -> None:
     if (low == -1).all() and (high == 1).all():
         return
     for index, episode in enumerate(draft.episodes):
-        if isinstance(episode, Defect) or not isinstance(episode["actions"], np.ndarray):
+        if isinstance(episode, Defect) or not _are_numbers(episode["actions"]):
             continue
         actions = episode["actions"]
         at = partial(Defect, draft.source, "actions", episode=index)

@@ -11,7 +11,7 @@ import io
 import pickle
 import pickletools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,8 @@ def read(path: Path, facts: Facts) -> Draft | Defect:
 
 
 def load(data: bytes) -> object:
-    """The containers, numbers, text and `_Array` stand-ins of a pickle; `_Refused` for others."""
-    _scan(data)
+    """The containers, numbers, text and `Array` stand-ins of a pickle; `_Refused` for others."""
+    scan(data)
     try:
         return _Unpickler(data).load()
     except _Refused:
@@ -87,9 +87,10 @@ def load(data: bytes) -> object:
         raise _Refused(f"a damaged pickle ({type(error).__name__}: {error})"[:200]) from error
 
 
-def _scan(data: bytes) -> None:
+def scan(data: bytes, admitted: Collection[str] = ()) -> None:
     """Refuse what the machine would do without asking for a name, before it starts.
 
+    `admitted` are opcodes that make objects of what `find_class` gives, for readers that have such.
     Each argument is within the file, as pickletools reads it; an index far beyond what the file
     could have stored would make the machine allocate a table up to it.
     """
@@ -99,7 +100,7 @@ def _scan(data: bytes) -> None:
         for opcode, argument, _ in pickletools.genops(data):
             count += 1
             name = opcode.name
-            if name in _REFUSED_OPCODES:
+            if name in _REFUSED_OPCODES and name not in admitted:
                 raise _Refused(f"the opcode {name}")
             if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
                 index = len(tuples) if argument is None else argument
@@ -117,7 +118,7 @@ def _scan(data: bytes) -> None:
         raise _Refused(f"a truncated or damaged pickle ({error})"[:200]) from error
 
 
-class _Array:
+class Array:
     """Stands for an array while it is unpickled."""
 
     __slots__ = ("value",)
@@ -197,10 +198,10 @@ def _from_bytes(raw: object, dtype: object, shape: object, order: object) -> np.
     return np.frombuffer(raw, dtype.value).reshape(sizes, order="F" if order == "F" else "C")
 
 
-def _reconstruct(kind: object, shape: object, code: object) -> _Array:
+def _reconstruct(kind: object, shape: object, code: object) -> Array:
     if kind is not _NDARRAY or shape != (0,):
         raise _Refused("an array that is none")
-    return _Array()
+    return Array()
 
 
 def _scalar(dtype: object, raw: object = b"") -> object:
@@ -209,8 +210,8 @@ def _scalar(dtype: object, raw: object = b"") -> object:
     return _from_bytes(raw, dtype, (), "C").item()
 
 
-def _frombuffer(raw: object, dtype: object, shape: object, order: object, *_: object) -> _Array:
-    return _Array(_from_bytes(raw, dtype, shape, order))
+def _frombuffer(raw: object, dtype: object, shape: object, order: object, *_: object) -> Array:
+    return Array(_from_bytes(raw, dtype, shape, order))
 
 
 def _no_class(*_: object) -> object:
@@ -218,7 +219,8 @@ def _no_class(*_: object) -> object:
 
 
 _NDARRAY = _Call(_no_class)
-_ALLOWED: Mapping[tuple[str, str], _Call] = {
+# How arrays and numbers of NumPy are pickled.
+ARRAYS: Mapping[tuple[str, str], _Call] = {
     ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): _Call(_Dtype),
     **{
@@ -230,6 +232,9 @@ _ALLOWED: Mapping[tuple[str, str], _Call] = {
             ("numeric", "_frombuffer", _Call(_frombuffer)),
         )
     },
+}
+_ALLOWED: Mapping[tuple[str, str], _Call] = {
+    **ARRAYS,
     ("collections", "defaultdict"): _Call(lambda *_: {}),
     ("builtins", "list"): _Call(lambda: []),  # what a defaultdict makes; nothing is copied with it
     ("__builtin__", "list"): _Call(lambda: []),
@@ -335,7 +340,7 @@ def _columns(columns: dict[str, object], budget: _Budget) -> list[dict[str, obje
     count = len(steps) if steps is not None else _count(columns["actions"])
     split = {}
     for key, column in columns.items():
-        if isinstance(column, _Array):
+        if isinstance(column, Array):
             column = column.value if column.value is not None else ()
         if not isinstance(column, (list, tuple, np.ndarray)):
             raise _Refused(f"{key} of {_kind(column)}")
@@ -362,12 +367,12 @@ def _cut(column: Sequence[object] | np.ndarray, steps: list[int], key: str) -> l
 
 
 def _first(value: Any, n: int) -> Any:
-    held: Any = value.value if isinstance(value, _Array) else value
+    held: Any = value.value if isinstance(value, Array) else value
     return held[:n]
 
 
 def _count(value: object) -> int:
-    value = value.value if isinstance(value, _Array) else value
+    value = value.value if isinstance(value, Array) else value
     if not isinstance(value, (list, tuple, np.ndarray)) or (
         isinstance(value, np.ndarray) and not value.ndim
     ):
@@ -377,7 +382,7 @@ def _count(value: object) -> int:
 
 def _matrix(value: object, budget: _Budget) -> np.ndarray:
     """An array, a list of arrays or a list of (lists of) numbers as float32."""
-    if isinstance(value, _Array):
+    if isinstance(value, Array):
         value = value.value
     if isinstance(value, np.ndarray):
         if value.ndim < 1:
@@ -396,7 +401,7 @@ def _matrix(value: object, budget: _Budget) -> np.ndarray:
 
 
 def _row(item: object, budget: _Budget) -> np.ndarray:
-    if isinstance(item, _Array):
+    if isinstance(item, Array):
         item = item.value
     if isinstance(item, np.ndarray):
         budget.spend(4 * item.size + 16)
@@ -415,4 +420,4 @@ def _row(item: object, budget: _Budget) -> np.ndarray:
 
 
 def _kind(value: object) -> str:
-    return "array" if isinstance(value, _Array) else type(value).__name__
+    return "array" if isinstance(value, Array) else type(value).__name__

@@ -320,3 +320,15 @@ def test_descriptions_that_are_no_json(write):
     description.write_text(json.dumps({"env_info": {"env_id": 7}}))
     (defect,) = find_defects(read(path))
     assert str(defect).endswith("task: found 7, expected the task's name")
+
+
+def test_actions_of_text_are_a_defect_where_they_would_be_rescaled(tmp_path, demos):
+    """Own files may hold any dtype; a range that is given is no reason to compute with it."""
+    path = tmp_path / "set.h5"
+    demos.save(path)
+    with h5py.File(path, "r+") as file:
+        del file["episodes/000000/actions"]
+        file["episodes/000000/actions"] = np.array([b"ab"] * 4)
+    for facts in (Facts(action_low=(-2.0,), action_high=(2.0,)), Facts(clip_actions=True)):
+        found = [str(defect) for defect in find_defects(read(path, None, facts))]
+        assert any("actions: found dtype |S2, expected float32" in defect for defect in found)

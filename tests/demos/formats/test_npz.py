@@ -101,6 +101,23 @@ def test_a_damaged_member(tmp_path, demos, write_npz):
     assert defect.startswith(", actions: found damage (Bad CRC-32")
 
 
+def test_a_header_that_ends_in_the_middle(tmp_path, demos, write_npz):
+    """NumPy's parser of old headers raises an error of Python's tokenizer."""
+    path = write_npz(tmp_path / "set.npz", demos, actions=None)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("actions.npy", b"\x93NUMPY\x01\x00\x10\x00" + b"{'descr': (((((\n")
+    (defect,) = load_defects(path)
+    assert defect.startswith(", actions: found damage (")
+
+
+def test_what_a_file_says_of_itself_is_cut(tmp_path, demos, write_npz):
+    path = write_npz(tmp_path / "set.npz", demos, task=None)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("task.npy", np.lib.format.MAGIC_PREFIX + b"x" * 9000)
+    (defect,) = load_defects(path)
+    assert len(defect) < 700
+
+
 def test_a_member_that_is_no_array(tmp_path, demos, write_npz):
     path = write_npz(tmp_path / "set.npz", demos, task=None)
     with zipfile.ZipFile(path, "a") as archive:
