@@ -16,21 +16,22 @@ from iqmpc.task_interface import TaskInterface
 
 def describe(env: gymnasium.Env, task: TaskConfig) -> TaskInterface:
     """The interface of a task's environment; of one that says nothing of itself, by numbers."""
-    obs, action = env.observation_space, env.action_space
+    shape, action = env.observation_space.shape or (), env.action_space
+    assert isinstance(action, gymnasium.spaces.Box)  # as check_spaces has seen to
     try:
         found = env.get_wrapper_attr("describe_interface")()
     except AttributeError:
         found = None
     if not isinstance(found, TaskInterface):  # of somebody else's environment
         found = TaskInterface(
-            indexed("obs", obs.shape),
+            indexed("obs", shape),
             indexed("action", action.shape),
             tuple(map(float, action.low)),
             tuple(map(float, action.high)),
             task.action_repeat,
             None,
         )
-    return dataclasses.replace(found, observation_names=()) if len(obs.shape) == 3 else found
+    return dataclasses.replace(found, observation_names=()) if len(shape) == 3 else found
 
 
 def indexed(name: str, shape: Iterable[int]) -> tuple[str, ...]:
@@ -45,6 +46,8 @@ def seconds(env: Any) -> float | None:
     frequency = getattr(env, "control_freq", None)
     if said is None and frequency:
         said = 1 / frequency
+    if said is None:
+        return None
     try:
         step = float(said)
     except (TypeError, ValueError):

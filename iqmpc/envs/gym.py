@@ -136,10 +136,11 @@ class ControlEnv(gymnasium.Wrapper):
         self._seed, self._steps = seed, 0
 
     def describe_interface(self) -> TaskInterface:
-        flat, period = isinstance(self.env, FlatObservation), seconds(self.unwrapped)
+        flat = self.env if isinstance(self.env, FlatObservation) else None
+        period = seconds(self.unwrapped)
         return TaskInterface(
-            self.env.names if flat else indexed("obs", self.observation_space.shape),
-            indexed("action", self.action_space.shape),
+            flat.names if flat else indexed("obs", self.observation_space.shape or ()),
+            indexed("action", (len(self._low),)),
             tuple(map(float, self._low)),
             tuple(map(float, self._high)),
             self.config.action_repeat,
