@@ -184,7 +184,7 @@ class RunFolder:
 
         Raises `CheckpointError` for a file that describes no interface.
         """
-        found = self.load_json(self.interface)
+        found = self._load_json(self.interface)
         try:
             return TaskInterface.from_dict(found) if found else None
         except ValueError as error:
