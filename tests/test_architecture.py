@@ -26,12 +26,12 @@ FLOORS = {
     ),
     "data": ("demos envs", "ground settings records"),
     "method": (
-        "agent learner model plan_statistics planner replay update_backends",
+        "agent learner model onnx_model plan_statistics planner replay update_backends",
         "ground settings kernels records",
     ),
     "runs": (
-        "demonstrators evaluation expert_data export realtime run_state table trainer updates "
-        "video",
+        "bench demonstrators evaluation expert_data export realtime run_state table trainer "
+        "updates video",
         "ground settings records data method",
     ),
     "shell": ("cli commands doctor", "ground settings kernels records data method runs"),

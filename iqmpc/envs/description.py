@@ -42,10 +42,12 @@ def indexed(name: str, shape: Iterable[int]) -> tuple[str, ...]:
 
 def seconds(env: Any) -> float | None:
     """From one step of an unwrapped environment to the next, where it says so."""
-    step: Any = getattr(env, "dt", None)
+    said: Any = getattr(env, "dt", None)
     frequency: Any = getattr(env, "control_freq", None)
+    if said is None and frequency:
+        said = 1 / frequency
     try:
-        found = float(1 / frequency if step is None and frequency else step)
+        found = float(said)
     except (TypeError, ValueError):
         return None
     return found if math.isfinite(found) and found > 0 else None
