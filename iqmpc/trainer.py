@@ -267,7 +267,7 @@ class Trainer:
             self.agent.reset(index)
         opened = self.envs.open
         actions = self._act(self.envs.observations)[:left]  # the last tick may have too many
-        with self.updates.beside_step():
+        with self.updates.beside_step(), self._reporter.timing.measure("env"):
             ended = self.envs.step(actions)
         self.env_steps += len(actions)
         self.updates.keep(self.envs, opened, ended)
@@ -291,7 +291,8 @@ class Trainer:
     def _act(self, obs: np.ndarray) -> np.ndarray:
         """obs [N, ...] -> action [N, A]."""
         if self.updates.ready(self.env_steps):
-            return self.agent.act(obs, explore=True)
+            with self._reporter.timing.measure("plan"):
+                return self.agent.act(obs, explore=True)
         if self._idle_action is not None:
             return np.asarray(self._idle_action(obs), np.float32)
         shape = len(obs), self.envs.action_dim

@@ -10,6 +10,7 @@ import torch
 from iqmpc import Trainer
 from iqmpc.kernels import layers
 from iqmpc.run_folder import RunFolder
+from iqmpc.runlog import TIMING
 
 
 def train(config, env, demonstrations, run, **options):
@@ -109,7 +110,7 @@ def marked(**options):
 
 def rows_of(run):
     return [
-        {k: v for k, v in row.items() if k != "wall_s"}
+        {k: v for k, v in row.items() if k not in ("wall_s", *TIMING)}
         for row in csv.DictReader(open(run / "metrics.csv", newline=""))
     ]
 

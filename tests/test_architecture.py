@@ -15,7 +15,7 @@ ROOT = Path(iqmpc.__file__).parent
 FLOORS = {
     "ground": (
         "console episode errors files interrupts latency observation paths progress seeding "
-        "__init__ _C",
+        "timing __init__ _C",
         "",
     ),
     "settings": ("capture compiler composition config configs threads", "ground"),
