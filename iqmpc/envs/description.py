@@ -44,8 +44,10 @@ def seconds(env: Any) -> float | None:
     """From one step of an unwrapped environment to the next, where it says so."""
     step: Any = getattr(env, "dt", None)
     frequency: Any = getattr(env, "control_freq", None)
+    if step is None:
+        step = 1 / frequency if frequency else 0.0
     try:
-        found = float(1 / frequency if step is None and frequency else step)
+        found = float(step)
     except (TypeError, ValueError):
         return None
     return found if math.isfinite(found) and found > 0 else None
