@@ -40,7 +40,7 @@ def planned_steps(trainer):
     planned = []
     act = trainer.agent.act
     trainer.agent.act = lambda obs, **k: planned.append(trainer.env_steps) or act(obs, **k)
-    trainer._evaluate = lambda episodes: None
+    trainer.eval_env = None  # nothing is evaluated on the way
     trainer._finish = dict
     trainer.train()
     return planned
