@@ -14,7 +14,7 @@ ROOT = Path(iqmpc.__file__).parent
 # beside itself. A new module goes on the lowest floor that lets it import what it needs.
 FLOORS = {
     "ground": (
-        "console episode errors files interrupts latency observation progress seeding "
+        "callbacks console episode errors files interrupts latency observation progress seeding "
         "timing __init__ _C",
         "",
     ),
