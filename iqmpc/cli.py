@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from iqmpc import __version__
-from iqmpc.commands import doctor, evaluate, make, plot, record, table, train
+from iqmpc.commands import config, doctor, evaluate, make, plot, record, table, train
 from iqmpc.commands.demos import app as demos_app
 from iqmpc.console import print_error, show_warning
 from iqmpc.errors import IqmpcError
@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Learn from demonstrations without rewards, act by planning in a latent world model.",
 )
 app.command("train")(train.train)
+app.command("config")(config.show_config)
 app.command("eval")(evaluate.evaluate_run)
 app.command("table")(table.table_of_runs)
 app.command("plot")(plot.plot)
