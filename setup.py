@@ -77,9 +77,20 @@ class CMakeBuild(build_ext):
             # AUTO adds some 15 seconds where a CUDA toolkit is found, and nothing elsewhere. Given
             # on every run, so that what an earlier one asked for does not stay in CMake's cache.
             f"-DIQMPC_CUDA={os.environ.get('IQMPC_CUDA', 'AUTO').upper()}",
+            "-DIQMPC_BUILD_PYTHON=ON",
+            "-DCMAKE_INSTALL_LIBDIR=lib",
         ]
         name = ext.name.rpartition(".")[2]
-        for command in (configure, [cmake, "--build", str(build), "--target", name]):
+        commands = [configure, [cmake, "--build", str(build), "--target", name]]
+        if name == "_C":  # and the library for C and C++, which iqmpc.paths finds
+            inside = ROOT / "iqmpc" if self.inplace or self.editable_mode else target.parent
+            native = inside / "native"
+            shutil.rmtree(native, ignore_errors=True)
+            commands.append([cmake, "--build", str(build), "--target", "iqmpc"])
+            commands.append(
+                [cmake, "--install", str(build), "--prefix", str(native), "--component", "iqmpc"]
+            )
+        for command in commands:
             try:
                 subprocess.run(command, check=True)
             except subprocess.CalledProcessError as error:

@@ -221,7 +221,7 @@ void rollout(const Model& model, const py::object& z0, const py::object& actions
 }
 
 py::tuple plan(iqmpc::Planner& planner, const py::object& obs, bool explore,
-               const py::object& action) {
+               const py::object& action, double spent_us) {
   check_fork(planner, "planner");
   const py::ssize_t envs = planner.settings().num_envs;
   const py::array input = checked(obs, "obs", {envs, planner.obs_dim()});
@@ -229,9 +229,10 @@ py::tuple plan(iqmpc::Planner& planner, const py::object& obs, bool explore,
   iqmpc::PlanResult result;
   {
     py::gil_scoped_release release;
-    result = planner.plan(data(input), explore, output);
+    result = planner.plan(data(input), explore, output, spent_us);
   }
-  return py::make_tuple(result.iterations, result.nonfinite, result.missed, result.elapsed_us);
+  return py::make_tuple(result.iterations, result.samples, result.nonfinite, result.missed,
+                        result.late, result.elapsed_us);
 }
 
 #ifdef IQMPC_HAS_CUDA
@@ -676,8 +677,10 @@ PYBIND11_MODULE(_C, module) {
            py::arg("discount"), py::arg("enabled"), py::arg("threads"), py::arg("budget_us"),
            py::arg("seed"))
       .def("plan", &plan, py::arg("obs"), py::arg("explore"), py::arg("action"),
+           py::arg("spent_us") = 0.0,
            "Write the actions for float32 obs [E, O] into float32 action [E, A]; returns "
-           "(iterations, nonfinite problems, missed, elapsed_us).")
+           "(iterations, samples, nonfinite problems, missed, late, elapsed_us). spent_us of the "
+           "budget were used before the call.")
       .def(
           "publish",
           [](iqmpc::Planner& planner, Model model) {
@@ -693,12 +696,6 @@ PYBIND11_MODULE(_C, module) {
             planner.publish(view.view);
           },
           py::arg("view"), "Plan from now on with what the view shows now.")
-      .def("warm_up",
-           [](iqmpc::Planner& planner) {
-             check_fork(planner, "planner");
-             py::gil_scoped_release release;
-             planner.warm_up();
-           })
       .def("reset",
            [](iqmpc::Planner& planner) {
              check_fork(planner, "planner");

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from iqmpc import agent_file
 from iqmpc.checkpoint import shapes
 from iqmpc.config import Config
 from iqmpc.errors import BackendError, CheckpointError, ConfigError
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Weights
 from iqmpc.model import WorldModel
+from iqmpc.observation import ObservationSpec
 from iqmpc.planner import Planner
 from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
@@ -31,6 +34,51 @@ def resolve_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda was asked for, but torch sees no CUDA device")
     return name
+
+
+class _Stored(NamedTuple):
+    """An agent as it lies in a run folder or in a file."""
+
+    path: Path
+    config: Config
+    observation: ObservationSpec
+    action_dim: int
+    termination: bool
+    facts: dict[str, Any]
+    weights: Callable[[Config], dict[str, Tensor]]  # by the settings in force
+
+
+def _of_run(folder: RunFolder, which: str) -> _Stored:
+    config = folder.load_config()
+    path, tensors, meta = folder.checkpoint(which)
+    folder.check_settings(config, path, meta)
+
+    def weights(config: Config) -> dict[str, Tensor]:
+        prefix = "learner.model." if config.agent.average == "off" else "learner.average."
+        held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if not held:
+            raise CheckpointError(
+                f"{path} holds no average of the weights, agent.average={config.agent.average}"
+            )
+        return held
+
+    facts = {key: meta[key] for key in agent_file.FACTS}
+    return _Stored(path, config, *shapes(meta), config.termination, facts, weights)
+
+
+def _of_file(path: Path, which: str) -> _Stored:
+    if which != "newest":
+        raise CheckpointError(f"{path} is one agent and has no checkpoint {which!r}")
+    found = agent_file.load(path)
+    return _Stored(
+        path,
+        found.config,
+        found.observation,
+        found.action_dim,
+        found.termination,
+        found.facts,
+        lambda config: found.tensors,
+    )
 
 
 class Agent:
@@ -67,7 +115,7 @@ class Agent:
         num_envs: int = 1,
     ) -> Agent:
         """The agent of a run folder, acting as it was evaluated there: with the average of the
-        weights, unless `agent.average` is off.
+        weights, unless `agent.average` is off. Or that of a file which `iqmpc export` wrote.
 
         `checkpoint` is `newest` (the newest whole one), `best` (of the best evaluation on the way,
         by success, then return) or a number of steps whose checkpoint is there.
@@ -78,33 +126,32 @@ class Agent:
         device or with a backend that is not here acts on the CPU, in float32, with a warning.
         Raises `CheckpointError` where there is no checkpoint, `ConfigError` for wrong changes.
         """
-        folder = RunFolder(run)
-        found = folder.load_config()
-        path, tensors, meta = folder.checkpoint(checkpoint)
-        folder.check_settings(found, path, meta)
+        if agent_file.is_file(run):
+            found = _of_file(Path(run), checkpoint)
+        else:
+            found = _of_run(RunFolder(run), checkpoint)
         changes = dict(changes or {})
         if "planner.backend" in changes:
             changes = _OF_A_BACKEND | changes
-        if found.device == "cuda" and "device" not in changes and not torch.cuda.is_available():
+        made_on = found.config.device
+        if made_on == "cuda" and "device" not in changes and not torch.cuda.is_available():
             warnings.warn(
                 f"{run} was made with device=cuda, which is not here: acting on the CPU",
                 RuntimeWarning,
                 stacklevel=2,
             )
             changes["device"] = "cpu"
-        config = found.replace(changes)
+        config = found.config.replace(changes)
         device = resolve_device(config.device)
-        model = WorldModel(*shapes(meta), config.model, termination=config.termination)
-        prefix = "learner.model." if config.agent.average == "off" else "learner.average."
-        held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if not held:
-            raise CheckpointError(
-                f"{path} holds no average of the weights, agent.average={config.agent.average}"
-            )
+        model = WorldModel(
+            found.observation, found.action_dim, config.model, termination=found.termination
+        )
         try:
-            model.load_state_dict(held)
+            model.load_state_dict(found.weights(config))
         except RuntimeError as error:
-            raise CheckpointError(f"{path} does not fit the run's config.yaml: {error}") from error
+            raise CheckpointError(
+                f"{found.path} does not fit its settings (config.yaml): {error}"
+            ) from error
         seed = config.seed if seed is None else seed
         try:
             agent = cls(model.to(device), config, seed=seed, num_envs=num_envs)
@@ -128,10 +175,7 @@ class Agent:
                 seed=seed,
                 num_envs=num_envs,
             )
-        agent.facts = {
-            "checkpoint": path.name,
-            **{k: meta[k] for k in ("env_steps", "updates", "wall_s", "demonstrator_return")},
-        }
+        agent.facts = {"checkpoint": found.path.name, **found.facts}
         return agent
 
     def publish(self, weights: Weights) -> None:

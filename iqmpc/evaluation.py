@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
+from iqmpc import agent_file
 from iqmpc.agent import Agent
 from iqmpc.envs import check_spaces, interface, make_env
 from iqmpc.episode import Episode, EpisodeBuffer
@@ -71,13 +72,15 @@ def open_run(
     seed: int | None = None,
     render: bool = False,
 ) -> tuple[Agent, gymnasium.Env]:
-    """The agent of a run folder, as `Agent.load` gives it, and an environment of its task.
+    """The agent of a run folder or file, as `Agent.load` gives it, and its task's environment.
 
     Sets torch's threads as the run asks for. `render` makes an environment that draws frames.
     Raises `CheckpointError` for what is no run or has no checkpoint, `TaskError` where the
     environment cannot be made here.
     """
-    config = RunFolder(run).load_config().replace(changes)
+    exported = agent_file.is_file(run)
+    held = agent_file.load(run).config if exported else RunFolder(run).load_config()
+    config = held.replace(changes)
     prepare_torch(config)
     env = make_env(config.task, render_mode="rgb_array" if render else None)
     return Agent.load(run, checkpoint=checkpoint, changes=changes, seed=seed), env

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,11 +13,12 @@ import torch
 from torch import Tensor
 
 from iqmpc.config import PlannerConfig
-from iqmpc.kernels.mppi_plan import BACKENDS, resolve_plan
+from iqmpc.kernels.mppi_plan import BACKENDS, Plan, resolve_plan
 from iqmpc.kernels.weights import Weights
 from iqmpc.observation import ObservationSpec
+from iqmpc.plan_statistics import PlanStatistics
 
-COUNTS = ("nonfinite_plans", "missed_plans")
+COUNTS = ("nonfinite_plans", "missed_plans", "late_plans")
 
 
 class Planner:
@@ -26,8 +29,10 @@ class Planner:
     weights changed. The same seed and the same number of plans before give the same plan.
     A plan is never non-finite or out of [-1, 1]. `nonfinite_plans` counts those for which no
     trajectory had a finite score (they fall back to the policy's mean action, or to zeros where
-    that is not finite either), `missed_plans` those whose `budget_us` had no room for one iteration
-    (they act with the shifted previous plan, or with the policy's mean where there is none).
+    that is not finite either), `missed_plans` those whose `budget_us` had no room for one sample
+    (they act with the shifted previous plan, or with the policy's mean where there is none),
+    `late_plans` those that took longer than `budget_us`. `last` is the last plan, with its time,
+    iterations and samples.
     """
 
     def __init__(
@@ -56,7 +61,15 @@ class Planner:
             problems=problems,
             seed=seed,
         )
-        self.nonfinite_plans = self.missed_plans = 0
+        drawn = config.samples - config.policy_trajectories
+        self._all_samples = problems * (
+            config.policy_trajectories + config.iterations_for(weights.action_dim) * drawn
+            if config.enabled
+            else 0
+        )
+        self._statistics = PlanStatistics()
+        self.last: Plan | None = None
+        self.nonfinite_plans = self.missed_plans = self.late_plans = 0
 
     def publish(self, weights: Weights) -> None:
         """Copy `weights` into the snapshot that plans are computed on."""
@@ -72,7 +85,13 @@ class Planner:
         Raises `ValueError` for observations of another shape, and images of another type.
         """
         self.observation_spec.check(obs, self.problems)
+        started = time.perf_counter()
         plan = self._plan(obs, explore=explore)
+        if plan.elapsed_us is None:
+            elapsed_us = 1e6 * (time.perf_counter() - started)
+            plan = plan._replace(samples=self._all_samples, elapsed_us=elapsed_us)
+        self.last = plan
+        self._statistics.add(plan)
         if plan.nonfinite:
             if not self.nonfinite_plans:
                 warnings.warn(
@@ -83,7 +102,15 @@ class Planner:
                 )
             self.nonfinite_plans += plan.nonfinite
         self.missed_plans += plan.missed
+        self.late_plans += plan.late
         return plan.action
+
+    def statistics(self) -> PlanStatistics:
+        """Counts and times of the plans since the planner was made or `clear_statistics` called."""
+        return copy.deepcopy(self._statistics)
+
+    def clear_statistics(self) -> None:
+        self._statistics = PlanStatistics()
 
     @property
     def mean(self) -> Tensor:
@@ -131,4 +158,4 @@ class Planner:
         self.mean.copy_(state["mean"])
         self.step = int(state["step"])
         for name in COUNTS:
-            setattr(self, name, int(state[name]))
+            setattr(self, name, int(state.get(name, 0)))  # those of 0.1 count no late ones

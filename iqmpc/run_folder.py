@@ -1,6 +1,6 @@
 """A run's folder: the only place that spells the names of its files.
 
-RUN/config.yaml  metrics.csv  summary.json  tensorboard/
+RUN/config.yaml  interface.json  metrics.csv  summary.json  tensorboard/
 RUN/checkpoints/step_000010000.safetensors  best.safetensors
 """
 
@@ -26,6 +26,7 @@ from iqmpc import checkpoint
 from iqmpc.config import Config, differences, may_change, shortened
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.files import remove_temporary, strict_json, write_atomically
+from iqmpc.task_interface import TaskInterface
 
 _NAME = re.compile(r"step_(\d+)\.safetensors")
 # What file systems say that lock nothing, or (NFS) nothing that is not open for writing.
@@ -83,6 +84,10 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def interface(self) -> Path:
+        return self.path / "interface.json"
 
     @property
     def tensorboard(self) -> Path:
@@ -169,6 +174,21 @@ class RunFolder:
         if not isinstance(found, dict):
             raise CheckpointError(f"{path} cannot be read: it holds no figures by name")
         return found
+
+    def save_interface(self, interface: TaskInterface) -> None:
+        """Keep what the task's numbers are."""
+        write_atomically(self.interface, (strict_json(interface.to_dict()) + "\n").encode())
+
+    def load_interface(self) -> TaskInterface | None:
+        """What the task's numbers are; None of a run of 0.1, which did not keep it.
+
+        Raises `CheckpointError` for a file that describes no interface.
+        """
+        found = self._load_json(self.interface)
+        try:
+            return TaskInterface.from_dict(found) if found else None
+        except ValueError as error:
+            raise CheckpointError(f"{self.interface} cannot be read: {error}") from error
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, keep: int = 2

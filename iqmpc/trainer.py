@@ -17,6 +17,7 @@ from iqmpc.callbacks import Callback
 from iqmpc.compiler import check_compiler
 from iqmpc.config import Config, shortened
 from iqmpc.demos import Demonstrations
+from iqmpc.envs.description import describe
 from iqmpc.envs.training import Environment, training_envs
 from iqmpc.episode import Episode
 from iqmpc.errors import CheckpointError, ConfigError, TaskError
@@ -139,9 +140,9 @@ class Trainer:
         self.device = resolve_device(config.device)
         self._idle_action = idle_action
         prepare_torch(config)
-        self.envs, self.eval_env = training_envs(config, env, eval_env, self._reporter.message)
-        if config.train.control_hz is not None:
-            self.eval_env = eval_env
+        self.envs, like = training_envs(config, env, eval_env, self._reporter.message)
+        self.eval_env = like if config.train.control_hz is None else eval_env
+        self._interface = describe(like, config.task)
         try:
             self._make_parts(demonstrations)
             self._interrupts = Interrupts(self._interrupted)
@@ -445,6 +446,7 @@ class Trainer:
             self.folder.save_config(self.config, new=not self._resumed)
         except FileExistsError:
             raise self._taken() from None
+        self.folder.save_interface(self._interface)
         self.folder.summary.unlink(missing_ok=True)  # of what came before resuming
         since = self.env_steps if self._resumed else None
         self._reporter.open(self.folder, since=since, evaluated=self._evaluated_at)

@@ -20,7 +20,7 @@ if not (ROOT / "setup.py").exists():
     pytest.skip("the build is not beside the tests", allow_module_level=True)
 UNTRACKED = shutil.ignore_patterns(
     *(".git", ".venv*", ".*_cache", ".hypothesis", ".benchmarks", "__pycache__"),
-    *("build", "dist", "outputs", "runs", "*.egg-info", "*.so"),
+    *("build", "dist", "outputs", "runs", "native", "*.egg-info", "*.so"),
 )
 
 

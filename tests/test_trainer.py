@@ -32,6 +32,7 @@ def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demon
     assert {p.name for p in run.iterdir()} == {
         "config.yaml",
         "metrics.csv",
+        "interface.json",
         "tensorboard",
         "checkpoints",
         "summary.json",
@@ -58,6 +59,7 @@ def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demon
         "backend",
         "nonfinite_plans",
         "missed_plans",
+        "late_plans",
         "env_restarts",
         "threads",
         "machine",

@@ -1,43 +1,93 @@
-// Whether another iteration fits into a plan's time.
+// What fits into a plan's time.
 #pragma once
+
+#include <algorithm>
+#include <array>
+
+#include "cpu/rollout.hpp"
 
 namespace iqmpc::detail {
 
-// A running estimate of the time a unit of work takes and of how much that varies, as TCP's
-// retransmission timer keeps it (RFC 6298): mean and mean deviation, both exponentially forgotten.
+// A running estimate of a time that one piece of work in two thousand exceeds.
 class Estimate {
  public:
-  bool known() const { return known_; }
+  // 0 before the first observation: what is not known is tried.
+  double upper() const { return upper_; }
 
-  // Time that `work` is expected not to exceed; 0 before the first observation.
-  double upper(double work) const { return work * (mean_ + 2 * deviation_); }
-
-  void observe(double work, double time) {
-    const double unit = time / work;
-    if (!known_) {
-      mean_ = unit;
-      deviation_ = unit / 8;
-      known_ = true;
+  void observe(double time) {
+    if (mean_ == 0) {
+      mean_ = time;
+      upper_ = 1.25 * time;
       return;
     }
-    // A thread that was off its core for a moment says little about the next iteration; if the
-    // machine has become slower for good, a few observations get there all the same.
-    const double bounded = unit < 4 * mean_ ? unit : 4 * mean_;
-    const double error = bounded - mean_;
-    deviation_ += ((error < 0 ? -error : error) - deviation_) / 4;
-    mean_ += error / 8;
+    if (time > upper_) {
+      upper_ += mean_ / 4;
+    } else {
+      pass();
+    }
+    // One long moment says little about the scale of the next ones.
+    mean_ += (std::min(time, 4 * mean_) - mean_) / 8;
+    upper_ = std::min(upper_, 4 * mean_);  // more is from when the machine was slower
   }
 
-  // After a plan without any iteration: nothing was observed, and one slow moment must not stop
-  // planning for good.
-  void relax() {
-    mean_ *= 0.8;
-    deviation_ *= 0.8;
-  }
+  // A plan that had no time for the work, which therefore exceeded nothing: what the estimate says
+  // is tried again some time, by one plan in two thousand.
+  void pass() { upper_ = std::max(upper_ - mean_ / 8000, 0.0); }
 
  private:
-  double mean_ = 0, deviation_ = 0;
-  bool known_ = false;
+  double mean_ = 0, upper_ = 0;
+};
+
+// How long one thread takes to score some rows of a block, known apart for up to 4, 8, 16, 32 and
+// 64 rows: a row costs more among few.
+class Pace {
+ public:
+  static constexpr Index kLeast = 4;
+
+  double upper(Index rows) const {
+    double per_row = per_row_[0].upper();
+    for (std::size_t c = 1; c <= size_class(rows); ++c) {
+      // A row costs hardly more among many; what says so is from when the machine was slower.
+      const double own = per_row_[c].upper();
+      per_row = per_row == 0 ? own : std::min(own, 1.25 * per_row);
+    }
+    return static_cast<double>(rows) * per_row;
+  }
+
+  void observe(Index rows, double time) {
+    per_row_[size_class(rows)].observe(time / static_cast<double>(rows));
+  }
+
+  // As many of `rows` rows as are expected to be scored in `time`: all of them or a power of two,
+  // `kLeast` at the least; 0 where there is no time for that.
+  Index fitting(Index rows, double time) const {
+    while (rows > 0 && !(upper(rows) <= time)) rows = fewer(rows);
+    return rows;
+  }
+
+  // The fewest of `rows` rows that `fitting` would take.
+  static Index least(Index rows) { return std::min(rows, kLeast); }
+
+  // What `fitting` tries after `rows` rows.
+  static Index fewer(Index rows) {
+    Index power = kBlockRows;
+    while (power >= rows) power /= 2;
+    return power < kLeast ? 0 : power;
+  }
+
+  // `Estimate::pass` for the fewest rows.
+  void pass() { per_row_[0].pass(); }
+
+ private:
+  static_assert(kBlockRows == 64, "five size classes");
+
+  static std::size_t size_class(Index rows) {
+    std::size_t c = 0;
+    while (c + 1 < 5 && (kLeast << c) < rows) ++c;
+    return c;
+  }
+
+  std::array<Estimate, 5> per_row_;
 };
 
 }  // namespace iqmpc::detail

@@ -1,5 +1,7 @@
 #include "iqmpc/planner.hpp"
 
+#include <time.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -15,8 +17,8 @@
 
 #include "cpu/budget.hpp"
 #include "cpu/calls.hpp"
+#include "cpu/planner_checks.hpp"
 #include "cpu/rollout.hpp"
-#include "cpu/setting_checks.hpp"
 #include "cpu/threefry.hpp"
 #include "iqmpc/thread_pool.hpp"
 
@@ -25,11 +27,25 @@ namespace iqmpc {
 namespace {
 
 using detail::Index;
-using Clock = std::chrono::steady_clock;
 
-double microseconds_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
-}
+class MachineClock final : public PlanClock {
+ public:
+  double now() noexcept override {
+    return std::chrono::duration<double, std::micro>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+  }
+  // A thread's own time: that it was off its core for a moment says nothing about the work.
+  double used() noexcept override {
+#ifdef CLOCK_THREAD_CPUTIME_ID
+    timespec time;
+    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time) == 0) {
+      return 1e6 * static_cast<double>(time.tv_sec) + 1e-3 * static_cast<double>(time.tv_nsec);
+    }
+#endif
+    return now();
+  }
+};
 
 // What a draw is for; with the iteration, the number of its stream.
 enum Stream : std::uint32_t { kPrior, kSamples, kPriorScore, kScore, kExplore, kGumbel, kPair };
@@ -69,43 +85,6 @@ struct Key {
 
   std::uint32_t words[4];
 };
-
-void check(const PlannerSettings& s) {
-  using detail::require;
-  const auto at_least = [](const char* name, Index value, Index least) {
-    require(value >= least, name, "at least " + std::to_string(least), double(value));
-  };
-  at_least("num_envs", s.num_envs, 1);
-  at_least("horizon", s.horizon, 1);
-  at_least("samples", s.samples, 1);
-  at_least("elites", s.elites, 1);
-  at_least("policy_trajectories", s.policy_trajectories, 0);
-  at_least("iterations", s.iterations, 1);
-  // Beyond these a plan's sizes would not be numbers any more, long after they were no plan's.
-  constexpr Index kMost = Index{1} << 20, kSteps = Index{1} << 32;
-  for (const auto& [name, value] : {std::pair{"num_envs", s.num_envs},
-                                    {"horizon", s.horizon},
-                                    {"samples", s.samples},
-                                    {"iterations", s.iterations}}) {
-    require(value <= kMost, name, "at most " + std::to_string(kMost), double(value));
-  }
-  require(s.num_envs * s.horizon <= kSteps / s.samples, "num_envs * horizon * samples",
-          "at most " + std::to_string(kSteps),
-          double(s.num_envs) * double(s.horizon) * double(s.samples));
-  const std::string all = "at most samples = " + std::to_string(s.samples);
-  require(s.elites <= s.samples, "elites", all, double(s.elites));
-  require(s.policy_trajectories <= s.samples, "policy_trajectories", all,
-          double(s.policy_trajectories));
-  const auto number = [](const char* name, double value, bool good, const char* expected) {
-    require(good, name, expected, value);
-  };
-  number("temperature", s.temperature, s.temperature > 0, "positive");
-  number("std_min", s.std_min, s.std_min > 0, "positive");
-  number("std_max", s.std_max, s.std_max >= s.std_min && std::isfinite(s.std_max),
-         "finite and at least std_min");
-  number("discount", s.discount, s.discount >= 0 && s.discount <= 1, "in [0, 1]");
-  number("budget_us", s.budget_us, s.budget_us >= 0, "0 or more microseconds");
-}
 
 // The model that plans are computed on, and the memory of those before it.
 class Models {
@@ -224,6 +203,8 @@ struct Planner::State {
     AlignedBuffer<float> returns;    // [S]
     std::vector<Index> order;        // samples; the elites first, best first
     std::vector<float> weight;       // of the elites, summing to 1, or all 0
+    Index held = 0;                  // samples that have a score, of this or an earlier iteration
+    Index elites = 0;                // as many of those
     bool finite = false;             // some score was
   };
 
@@ -236,6 +217,9 @@ struct Planner::State {
         pool(s.threads),
         prior_blocks(s.num_envs, s.policy_trajectories, pool.threads()),
         sample_blocks(s.num_envs, s.samples - s.policy_trajectories, pool.threads()),
+        clock(s.clock ? s.clock : std::make_shared<MachineClock>()),
+        paces(static_cast<std::size_t>(pool.threads())),
+        scored(static_cast<std::size_t>(prior_blocks.total() + sample_blocks.total())),
         mean(static_cast<std::size_t>(s.num_envs * s.horizon * action_dim)) {
     const detail::PackedModel& packed = *first;
     for (Index e = 0; e < s.num_envs; ++e) problems.emplace_back(packed, s);
@@ -244,9 +228,7 @@ struct Planner::State {
     command = AlignedBuffer<float>(pad);
     noise = AlignedBuffer<float>(pad);
     zeros = AlignedBuffer<float>(pad);
-    warm_obs.resize(static_cast<std::size_t>(s.num_envs * packed.obs_dim));
-    warm_action.resize(static_cast<std::size_t>(s.num_envs * packed.action_dim));
-    warm_mean.resize(mean.size());
+    if (s.enabled && s.budget_us > 0) warm_up(packed);
   }
 
   // How a plan runs, given what it runs on.
@@ -254,15 +236,24 @@ struct Planner::State {
     const detail::PackedModel& model;
     const Key key;
     Index pair[2];
+    double deadline;
   };
 
-  PlanResult run(const float* obs, bool explore, Index iterations, double budget_us,
-                 float* action) noexcept;
+  void warm_up(const detail::PackedModel& model);
+  PlanResult run(const float* obs, bool explore, double spent_us, float* action) noexcept;
+  bool room(const Plan& plan) noexcept;
+  void shift(const Plan& plan, Index e) noexcept;
+  bool planned(const Plan& plan, Index e) const noexcept;
   void begin(const Plan& plan, Index e, const float* obs, int thread) noexcept;
-  void score_prior(const Plan& plan, Index block, int thread) noexcept;
-  void score_samples(const Plan& plan, Index iteration, Index block, int thread) noexcept;
+  void stand_in(const Plan& plan, Index e, const float* obs, int thread) noexcept;
+  Index iterate(const Plan& plan, Index iteration) noexcept;
+  template <class Score>
+  Index score_in_time(const Plan& plan, Index rows, int thread, Score score) noexcept;
+  void score_prior(const Plan& plan, Index e, Index first, Index rows, int thread) noexcept;
+  void score_samples(const Plan& plan, Index iteration, Index e, Index first, Index rows,
+                     int thread) noexcept;
   void refit(const Plan& plan, Index e) noexcept;
-  void choose(const Plan& plan, Index e, bool explore, Index iterations, float* action) noexcept;
+  void choose(const Plan& plan, Index e, bool explore, float* action) noexcept;
 
   const PlannerSettings settings;
   const std::uint64_t seed;
@@ -273,20 +264,21 @@ struct Planner::State {
   std::atomic<int> calls{0};  // under way: those that take a mutex
   ThreadPool pool;
   const detail::Blocks prior_blocks, sample_blocks;
+  const std::shared_ptr<PlanClock> clock;
+  detail::Estimate beginning, ending;  // until the first sample; from the last one to the command
+  std::vector<detail::Pace> paces;     // of each thread
+  std::vector<Index> scored;           // rows of each block, in this iteration
   std::vector<Problem> problems;
   std::vector<detail::Workspace> workspaces;
   std::vector<float> mean;                     // [E, H, A]
   AlignedBuffer<float> command, noise, zeros;  // [pad], of one problem after the other
-  std::vector<float> warm_obs, warm_action, warm_mean;
-  detail::Estimate per_sample;
+  PlanStatistics statistics;
 };
 
-// Encodes, shifts the previous plan and computes what all samples share.
-void Planner::State::begin(const Plan& plan, Index e, const float* obs, int thread) noexcept {
+// The previous plan, one step later.
+void Planner::State::shift(const Plan& plan, Index e) noexcept {
   Problem& p = problems[e];
   const Index a = plan.model.action_dim, pad = plan.model.action_pad, horizon = settings.horizon;
-  encode(plan.model, obs + e * plan.model.obs_dim, workspaces[thread], p.root);
-  grow(plan.model, plan.pair, nullptr, workspaces[thread], p.root);
   const float* previous = mean.data() + e * horizon * a;
   for (Index t = 0; t < horizon; ++t) {
     float* row = p.mean.data() + t * pad;
@@ -296,14 +288,43 @@ void Planner::State::begin(const Plan& plan, Index e, const float* obs, int thre
       std::fill_n(row, a, 0.0f);
     }
   }
-  std::fill_n(p.std.data(), horizon * pad, settings.std_max);
+  p.held = 0;
   p.finite = true;
 }
 
-void Planner::State::score_prior(const Plan& plan, Index block, int thread) noexcept {
-  const Index e = prior_blocks.problem(block), first = prior_blocks.first(block);
-  const Index rows = prior_blocks.rows(block), total = settings.policy_trajectories;
-  const Index pad = plan.model.action_pad;
+// Whether the shifted previous plan says anything.
+bool Planner::State::planned(const Plan& plan, Index e) const noexcept {
+  const float* first = problems[e].mean.data();
+  return std::any_of(first, first + plan.model.action_dim, [](float x) { return x != 0; });
+}
+
+// Encodes and computes what all samples share; of a prior that acts alone, what that needs.
+void Planner::State::begin(const Plan& plan, Index e, const float* obs, int thread) noexcept {
+  Problem& p = problems[e];
+  shift(plan, e);
+  encode(plan.model, obs + e * plan.model.obs_dim, workspaces[thread], p.root);
+  if (!settings.enabled) {
+    head(plan.model, nullptr, workspaces[thread], p.root);
+    return;
+  }
+  grow(plan.model, plan.pair, nullptr, workspaces[thread], p.root);
+  std::fill_n(p.std.data(), p.std.size(), settings.std_max);
+  if (settings.budget_us > 0) {
+    std::fill_n(p.returns.data(), p.returns.size(), -std::numeric_limits<float>::infinity());
+  }
+}
+
+// What a plan without time for a sample acts on.
+void Planner::State::stand_in(const Plan& plan, Index e, const float* obs, int thread) noexcept {
+  shift(plan, e);
+  if (planned(plan, e)) return;
+  encode(plan.model, obs + e * plan.model.obs_dim, workspaces[thread], problems[e].root);
+  head(plan.model, nullptr, workspaces[thread], problems[e].root);
+}
+
+void Planner::State::score_prior(const Plan& plan, Index e, Index first, Index rows,
+                                 int thread) noexcept {
+  const Index total = settings.policy_trajectories, pad = plan.model.action_pad;
   Problem& p = problems[e];
   detail::Workspace& w = workspaces[thread];
   const auto draw = [&](Stream kind, Index t, float* out) {
@@ -324,11 +345,10 @@ void Planner::State::score_prior(const Plan& plan, Index block, int thread) noex
   score(plan.model, plan.pair, p.root, task, w);
 }
 
-void Planner::State::score_samples(const Plan& plan, Index iteration, Index block,
-                                   int thread) noexcept {
-  const Index e = sample_blocks.problem(block), first = sample_blocks.first(block);
-  const Index rows = sample_blocks.rows(block), total = sample_blocks.count;
-  const Index pad = plan.model.action_pad, place = settings.policy_trajectories + first;
+void Planner::State::score_samples(const Plan& plan, Index iteration, Index e, Index first,
+                                   Index rows, int thread) noexcept {
+  const Index total = sample_blocks.count, pad = plan.model.action_pad;
+  const Index place = settings.policy_trajectories + first;
   const detail::KernelTable& k = *plan.model.kernels;
   Problem& p = problems[e];
   detail::Workspace& w = workspaces[thread];
@@ -355,10 +375,63 @@ void Planner::State::score_samples(const Plan& plan, Index iteration, Index bloc
   score(plan.model, plan.pair, p.root, task, w);
 }
 
+// `score(first, rows)` for a block's rows, or for as many of them as there is time for; how many.
+template <class Score>
+Index Planner::State::score_in_time(const Plan& plan, Index rows, int thread,
+                                    Score score) noexcept {
+  if (settings.budget_us == 0) {
+    score(Index{0}, rows);
+    return rows;
+  }
+  detail::Pace& pace = paces[thread];
+  Index done = 0;
+  while (done < rows) {
+    const double left = plan.deadline - clock->now() - ending.upper();
+    const Index piece = pace.fitting(rows - done, left);
+    if (piece == 0) break;
+    const double before = clock->used();
+    score(done, piece);
+    pace.observe(piece, clock->used() - before);
+    done += piece;
+  }
+  return done;
+}
+
+// Scores an iteration's samples, or those that there is time for; how many.
+Index Planner::State::iterate(const Plan& plan, Index iteration) noexcept {
+  // The policy's trajectories are the same in every iteration, and so are their scores.
+  const Index prior = iteration == 0 ? prior_blocks.total() : 0;
+  const Index blocks = prior + sample_blocks.total();
+  const auto problem_of = [&](Index block) {
+    return block < prior ? prior_blocks.problem(block) : sample_blocks.problem(block - prior);
+  };
+  pool.run(blocks, [&](Index block, int thread) {
+    const bool of_prior = block < prior;
+    const detail::Blocks& kind = of_prior ? prior_blocks : sample_blocks;
+    const Index b = of_prior ? block : block - prior, e = kind.problem(b), first = kind.first(b);
+    scored[block] = score_in_time(plan, kind.rows(b), thread, [&](Index from, Index rows) {
+      if (of_prior) {
+        score_prior(plan, e, first + from, rows, thread);
+      } else {
+        score_samples(plan, iteration, e, first + from, rows, thread);
+      }
+    });
+  });
+  Index samples = 0;
+  for (Index block = 0; block < blocks; ++block) {
+    samples += scored[block];
+    if (iteration == 0) problems[problem_of(block)].held += scored[block];
+  }
+  return samples;
+}
+
 // Mean and std of the best samples under the weights exp(η (G - max G)).
 void Planner::State::refit(const Plan& plan, Index e) noexcept {
   Problem& p = problems[e];
-  const Index elites = settings.elites, horizon = settings.horizon;
+  if (p.held == 0) return;
+  // The same share of fewer samples.
+  p.elites = (settings.elites * p.held + settings.samples - 1) / settings.samples;
+  const Index elites = p.elites, horizon = settings.horizon;
   const Index pad = plan.model.action_pad, a = plan.model.action_dim;
   const float* returns = p.returns.data();
   std::iota(p.order.begin(), p.order.end(), Index{0});
@@ -381,7 +454,7 @@ void Planner::State::refit(const Plan& plan, Index e) noexcept {
     total += p.weight[i];
   }
   if (!p.finite) return;
-  for (float& weight : p.weight) weight = static_cast<float>(weight / total);
+  for (Index i = 0; i < elites; ++i) p.weight[i] = static_cast<float>(p.weight[i] / total);
   for (Index t = 0; t < horizon; ++t) {
     float* mean = p.mean.data() + t * pad;
     float* std = p.std.data() + t * pad;
@@ -405,8 +478,7 @@ void Planner::State::refit(const Plan& plan, Index e) noexcept {
 }
 
 // The command: one elite's first action, drawn with the elites' weights, or what stands in for it.
-void Planner::State::choose(const Plan& plan, Index e, bool explore, Index iterations,
-                            float* action) noexcept {
+void Planner::State::choose(const Plan& plan, Index e, bool explore, float* action) noexcept {
   Problem& p = problems[e];
   const Index a = plan.model.action_dim, pad = plan.model.action_pad;
   if (explore) {
@@ -421,10 +493,8 @@ void Planner::State::choose(const Plan& plan, Index e, bool explore, Index itera
   };
   if (!settings.enabled) {
     p.finite = from_policy(epsilon);
-  } else if (iterations == 0) {
-    const bool planned =
-        std::any_of(p.mean.data(), p.mean.data() + a, [](float x) { return x != 0; });
-    if (planned) {
+  } else if (p.held == 0) {
+    if (planned(plan, e)) {
       std::copy_n(p.mean.data(), a, command);
     } else {
       p.finite = from_policy(zeros.data());
@@ -433,7 +503,7 @@ void Planner::State::choose(const Plan& plan, Index e, bool explore, Index itera
     // The largest log-weight plus Gumbel noise is a draw from the weights.
     Index pick = 0;
     float highest = -std::numeric_limits<float>::infinity();
-    for (Index i = 0; i < settings.elites; ++i) {
+    for (Index i = 0; i < p.elites; ++i) {
       const float value = std::log(p.weight[i]) + plan.key.gumbel(e, i);
       if (value > highest) highest = value, pick = i;
     }
@@ -452,49 +522,103 @@ void Planner::State::choose(const Plan& plan, Index e, bool explore, Index itera
   }
 }
 
-PlanResult Planner::State::run(const float* obs, bool explore, Index iterations, double budget_us,
+// Whether a sample of each problem is expected to be scored in time.
+bool Planner::State::room(const Plan& plan) noexcept {
+  if (settings.budget_us == 0 || !settings.enabled) return true;
+  const Index first = (prior_blocks.total() > 0 ? prior_blocks : sample_blocks).rows(0);
+  const double least = paces[0].upper(detail::Pace::least(first));
+  return clock->now() + beginning.upper() + least + ending.upper() <= plan.deadline;
+}
+
+PlanResult Planner::State::run(const float* obs, bool explore, double spent_us,
                                float* action) noexcept {
-  const Clock::time_point start = Clock::now();
+  const double start = clock->now() - spent_us;
   pool.wake();
   const Models::Held model(models);
   const Index problem_count = settings.num_envs;
-  Plan plan{*model, Key(seed, step), {0, 1}};
+  Plan plan{*model, Key(seed, step), {0, 1}, start + settings.budget_us};
   plan.key.pair(static_cast<Index>(plan.model.critics.size()), plan.pair);
-  pool.run(problem_count, [&](Index e, int thread) { begin(plan, e, obs, thread); });
+  const bool timed = settings.budget_us > 0;
+  const auto used = [&] { return timed ? clock->used() : 0.0; };
 
-  Index done = 0;
-  for (; settings.enabled && done < iterations; ++done) {
-    // The policy's trajectories are the same in every iteration, and so are their scores.
-    const Index prior = done == 0 ? prior_blocks.total() : 0;
-    const double work = static_cast<double>(
-        problem_count * (sample_blocks.count + (done == 0 ? prior_blocks.count : 0)));
-    const double before = microseconds_since(start);
-    if (budget_us > 0 && per_sample.known() && before + per_sample.upper(work) > budget_us) break;
-    pool.run(prior + sample_blocks.total(), [&](Index block, int thread) {
-      if (block < prior) {
-        score_prior(plan, block, thread);
-      } else {
-        score_samples(plan, done, block - prior, thread);
-      }
-    });
-    pool.run(problem_count, [&](Index e, int) { refit(plan, e); });
-    if (work > 0) per_sample.observe(work, microseconds_since(start) - before);
+  PlanResult result{};
+  double before = used();
+  if (room(plan)) {
+    pool.run(problem_count, [&](Index e, int thread) { begin(plan, e, obs, thread); });
+    if (timed) beginning.observe(used() - before);
+    for (; settings.enabled && result.iterations < settings.iterations; ++result.iterations) {
+      const Index all = settings.samples - (result.iterations > 0) * settings.policy_trajectories;
+      const Index samples = iterate(plan, result.iterations);
+      if (samples == 0 && all > 0) break;
+      before = used();
+      pool.run(problem_count, [&](Index e, int) { refit(plan, e); });
+      result.samples += samples;
+      if (samples < problem_count * all) break;
+    }
+  } else {
+    pool.run(problem_count, [&](Index e, int thread) { stand_in(plan, e, obs, thread); });
   }
-  const bool missed = settings.enabled && done == 0;
-  if (missed) per_sample.relax();
 
-  Index nonfinite = 0;
   for (Index e = 0; e < problem_count; ++e) {
-    choose(plan, e, explore, done, action);
-    nonfinite += !problems[e].finite;
+    choose(plan, e, explore, action);
+    result.nonfinite += !problems[e].finite;
+    result.missed |= settings.enabled && problems[e].held == 0;
   }
-  return {done, nonfinite, missed, microseconds_since(start)};
+  if (timed && result.samples > 0) ending.observe(used() - before);
+  if (timed && result.missed) {
+    beginning.pass();
+    ending.pass();
+    for (detail::Pace& pace : paces) pace.pass();
+  }
+  result.elapsed_us = clock->now() - start;
+  result.late = timed && result.elapsed_us > settings.budget_us;
+  return result;
+}
+
+// Learns what everything takes, so that the first plan keeps to its budget as well.
+void Planner::State::warm_up(const detail::PackedModel& model) {
+  constexpr int kTimes = 3;
+  const std::vector<float> obs(static_cast<std::size_t>(settings.num_envs * obs_dim));
+  std::vector<float> action(static_cast<std::size_t>(settings.num_envs * action_dim));
+  Plan plan{model, Key(seed, 0), {0, 1}, std::numeric_limits<double>::infinity()};
+  const auto timed = [&](auto work, auto observe) {
+    for (int i = 0; i <= kTimes; ++i) {
+      const double before = clock->used();
+      work();
+      if (i > 0) observe(clock->used() - before);  // the first one finds cold memory
+    }
+  };
+  timed(
+      [&] { pool.run(settings.num_envs, [&](Index e, int t) { begin(plan, e, obs.data(), t); }); },
+      [&](double time) { beginning.observe(time); });
+  const bool of_prior = sample_blocks.total() == 0;
+  const detail::Blocks& blocks = of_prior ? prior_blocks : sample_blocks;
+  for (Index rows = blocks.rows(0); rows > 0; rows = detail::Pace::fewer(rows)) {
+    timed(
+        [&] {
+          if (of_prior) {
+            score_prior(plan, 0, 0, rows, 0);
+          } else {
+            score_samples(plan, 0, 0, 0, rows, 0);
+          }
+        },
+        [&](double time) { paces[0].observe(rows, time); });
+  }
+  std::fill(paces.begin() + 1, paces.end(), paces[0]);
+  for (Problem& p : problems) p.held = settings.samples;
+  timed(
+      [&] {
+        pool.run(settings.num_envs, [&](Index e, int) { refit(plan, e); });
+        for (Index e = 0; e < settings.num_envs; ++e) choose(plan, e, false, action.data());
+      },
+      [&](double time) { ending.observe(time); });
+  std::fill(mean.begin(), mean.end(), 0.0f);
 }
 
 Planner::Planner(std::shared_ptr<const WorldModel> model, const PlannerSettings& settings,
                  std::uint64_t seed) {
   Models::Model packed = packed_of(std::move(model));
-  check(settings);
+  detail::check(settings);
   state_ = std::make_unique<State>(std::move(packed), settings, seed);
 }
 
@@ -514,21 +638,50 @@ void Planner::publish(const WorldModelView& view) {
   state_->models.publish(view);
 }
 
-PlanResult Planner::plan(const float* obs, bool explore, float* action) noexcept {
+PlanResult Planner::plan(const float* obs, bool explore, float* action, double spent_us) noexcept {
+  const double called = state_->clock->now();
   const detail::ExclusiveCall call(state_->calls, state_->plan_mutex);
-  const PlannerSettings& s = state_->settings;
-  const PlanResult result = state_->run(obs, explore, s.iterations, s.budget_us, action);
+  const double waited = state_->clock->now() - called;
+  const PlanResult result = state_->run(obs, explore, spent_us + waited, action);
   ++state_->step;
+  state_->statistics.add(result);
   return result;
 }
 
-void Planner::warm_up() noexcept {
-  State& s = *state_;
-  const detail::ExclusiveCall call(s.calls, s.plan_mutex);
-  std::copy(s.mean.begin(), s.mean.end(), s.warm_mean.begin());
-  s.run(s.warm_obs.data(), false, std::min<Index>(s.settings.iterations, 3), 0,
-        s.warm_action.data());
-  std::copy(s.warm_mean.begin(), s.warm_mean.end(), s.mean.begin());
+PlanStatistics Planner::statistics() const {
+  const detail::ExclusiveCall call(state_->calls, state_->plan_mutex);
+  return state_->statistics;
+}
+
+void Planner::clear_statistics() noexcept {
+  const detail::ExclusiveCall call(state_->calls, state_->plan_mutex);
+  state_->statistics = {};
+}
+
+double PlanStatistics::edge(int bucket) noexcept { return std::exp2(bucket / 8.0); }
+
+void PlanStatistics::add(const PlanResult& result) noexcept {
+  ++plans;
+  missed += result.missed;
+  late += result.late;
+  nonfinite += static_cast<std::uint64_t>(result.nonfinite);
+  iterations += static_cast<std::uint64_t>(result.iterations);
+  samples += static_cast<std::uint64_t>(result.samples);
+  total_us += result.elapsed_us;
+  max_us = std::max(max_us, result.elapsed_us);
+  const double octaves = std::log2(std::max(result.elapsed_us, 1.0));
+  ++histogram[static_cast<std::size_t>(std::min(8 * octaves, kBuckets - 1.0))];
+}
+
+double PlanStatistics::quantile_us(double q) const noexcept {
+  std::uint64_t below = 0;
+  for (int b = 0; b < kBuckets; ++b) {
+    below += histogram[static_cast<std::size_t>(b)];
+    if (below > 0 && static_cast<double>(below) >= q * static_cast<double>(plans)) {
+      return std::min(edge(b + 1), max_us);
+    }
+  }
+  return max_us;
 }
 
 void Planner::reset(std::ptrdiff_t problem) {

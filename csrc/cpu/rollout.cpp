@@ -113,22 +113,45 @@ void encode(const PackedModel& model, const float* obs, Workspace& workspace, Ro
   network.simnorm(model.encoder.back(), 1, root.z.data());
 }
 
+namespace {
+
+// z_0's part of a first layer, from the activations that `root_operand` has left.
+void first_part(const PackedModel& model, const Network& network, const FirstLayer& layer,
+                const float* excess, Workspace& workspace, float* pre) {
+  network.linear(layer.z, workspace.z.data(), model.simnorm.features(), 1, pre);
+  if (excess) {
+    network.add(layer.excess, workspace.hidden.data(), model.simnorm.groups, 1, pre, 0, pre);
+  }
+}
+
+// z_0 and its groups' excess as operands of products.
+void root_operand(const PackedModel& model, const float* excess, const Root& root,
+                  Workspace& workspace) {
+  const KernelTable& k = *model.kernels;
+  k.to_activations(root.z.data(), model.simnorm.features(), workspace.z.data());
+  if (excess) k.to_activations(excess, model.simnorm.groups, workspace.hidden.data());
+}
+
+}  // namespace
+
+void head(const PackedModel& model, const float* excess, Workspace& workspace, Root& root) {
+  const Network network(model, *model.kernels, workspace);
+  root_operand(model, excess, root, workspace);
+  first_part(model, network, model.policy_first, excess, workspace, workspace.pre.data());
+  network.through(model.policy_first.z, model.policy, 0, 1);
+  std::copy_n(workspace.pre.data(), 2 * model.action_pad, root.head.data());
+}
+
 void grow(const PackedModel& model, const Index* pair, const float* excess, Workspace& workspace,
           Root& root) {
-  const KernelTable& k = *model.kernels;
-  const Network network(model, k, workspace);
-  const Index ld = model.simnorm.features(), groups = model.simnorm.groups;
-  k.to_activations(root.z.data(), ld, workspace.z.data());
-  if (excess) k.to_activations(excess, groups, workspace.hidden.data());
+  const Network network(model, *model.kernels, workspace);
+  root_operand(model, excess, root, workspace);
   const auto part = [&](const FirstLayer& layer, float* pre) {
-    network.linear(layer.z, workspace.z.data(), ld, 1, pre);
-    if (excess) network.add(layer.excess, workspace.hidden.data(), groups, 1, pre, 0, pre);
+    first_part(model, network, layer, excess, workspace, pre);
   };
   part(model.dynamics.first, root.dynamics.data());
   for (int i = 0; i < 2; ++i) part(model.critics[pair[i]].first, root.critic[i].data());
-  part(model.policy_first, workspace.pre.data());
-  network.through(model.policy_first.z, model.policy, 0, 1);
-  std::copy_n(workspace.pre.data(), 2 * model.action_pad, root.head.data());
+  head(model, excess, workspace, root);
 }
 
 void policy_at_root(const PackedModel& model, const Root& root, const float* noise, float* action) {

@@ -16,10 +16,11 @@ struct Blocks {
   Index problems, count, per_problem;
 
   Index total() const { return problems * per_problem; }
-  Index problem(Index block) const { return block / per_problem; }
-  Index first(Index block) const { return count * (block % per_problem) / per_problem; }
+  // In turn, so that the first blocks are of all problems.
+  Index problem(Index block) const { return block % problems; }
+  Index first(Index block) const { return count * (block / problems) / per_problem; }
   Index rows(Index block) const {
-    return count * (block % per_problem + 1) / per_problem - first(block);
+    return count * (block / problems + 1) / per_problem - first(block);
   }
 };
 
@@ -55,8 +56,11 @@ struct Workspace {
 // z_0 = h(obs), into root.z; obs itself where the model has no encoder.
 void encode(const PackedModel& model, const float* obs, Workspace& workspace, Root& root);
 
-// The other fields of `root`, from root.z. `excess` [simnorm.groups] is the groups' sums minus one,
-// or null for a z_0 that `encode` wrote.
+// π's part of `root`, from root.z. `excess` [simnorm.groups] is the groups' sums minus one, or null
+// for a z_0 that `encode` wrote.
+void head(const PackedModel& model, const float* excess, Workspace& workspace, Root& root);
+
+// All fields of `root` but z, in the same way.
 void grow(const PackedModel& model, const Index* pair, const float* excess, Workspace& workspace,
           Root& root);
 

@@ -226,6 +226,9 @@ def convert(
     episodes: Annotated[
         int | None, typer.Option(min=1, help="Take only the first so many.")
     ] = None,
+    best: Annotated[
+        int | None, typer.Option(min=1, help="Take only so many, of the highest return.")
+    ] = None,
     provenance: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Note how it was made; may be repeated."),
@@ -280,5 +283,7 @@ def convert(
     demos = Demonstrations.from_draft(draft)
     if episodes is not None:
         demos = demos.select(episodes)
+    if best is not None:
+        demos = demos.best(best)
     demos.save(target)
     typer.echo(f"{target}: {len(demos)} episodes, {target.stat().st_size} bytes")

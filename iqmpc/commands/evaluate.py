@@ -12,7 +12,9 @@ from iqmpc.console import console, print_summary
 
 
 def evaluate_run(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, or a file of iqmpc export.")
+    ],
     episodes: Annotated[int, typer.Option(min=1)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     planner: Annotated[bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,
@@ -32,7 +34,7 @@ def evaluate_run(
     device: Device = None,
     backend: Backend = None,
 ) -> None:
-    """Evaluate a trained run."""
+    """Evaluate a trained run, or an agent's file."""
     changes = acting(planner, device, backend)
     recorder = None
     if video is not None:

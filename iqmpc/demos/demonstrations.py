@@ -102,6 +102,20 @@ class Demonstrations:
             raise DemonstrationError(f"{n} episodes asked of {self.task}, which has {len(self)}")
         return self._checked(self.task, self.episodes[:n], self.provenance)
 
+    def best(self, n: int) -> Demonstrations:
+        """The set of the n episodes of the highest return, in the order in which they are here.
+
+        Raises `DemonstrationError` unless 1 <= n <= len(self), and where rewards are absent.
+        """
+        returns = self.returns()
+        if returns is None:
+            raise DemonstrationError(f"the episodes of {self.task} have no rewards to choose by")
+        if not 1 <= n <= len(self):
+            raise DemonstrationError(f"{n} episodes asked of {self.task}, which has {len(self)}")
+        chosen = sorted(np.argsort(-returns, kind="stable")[:n])
+        episodes = tuple(self.episodes[index] for index in chosen)
+        return self._checked(self.task, episodes, {**self.provenance, "best": f"{n}/{len(self)}"})
+
     @classmethod
     def load(
         cls,

@@ -13,10 +13,12 @@ import numpy as np
 
 from iqmpc.config import TaskConfig
 from iqmpc.envs.actions import scaled
+from iqmpc.envs.description import indexed
 from iqmpc.envs.extras import GL_ADVICE, cannot_render, import_extra
 from iqmpc.envs.pixels import FrameStack
 from iqmpc.errors import TaskError
 from iqmpc.observation import SIZE
+from iqmpc.task_interface import TaskInterface
 
 # name of the task -> (domain, task) of dm_control
 TASKS = {
@@ -108,6 +110,21 @@ class DMControlEnv(gymnasium.Env):
         fps = round(1 / (self._env.control_timestep() * task.action_repeat))
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": fps}
         self._seed, self._steps = seed, 0
+
+    def describe_interface(self) -> TaskInterface:
+        model, spec = self._env.physics.model, self._env.action_spec()
+        return TaskInterface(
+            tuple(
+                name
+                for key, part in self._env.observation_spec().items()
+                for name in indexed(key, part.shape)
+            ),
+            tuple(model.id2name(i, "actuator") for i in range(spec.shape[0])),
+            tuple(map(float, self._low)),
+            tuple(map(float, self._high)),
+            self.config.action_repeat,
+            self._env.control_timestep() * self.config.action_repeat,
+        )
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -17,8 +17,10 @@ from gymnasium.spaces import Box, Dict
 from iqmpc.config import TaskConfig
 from iqmpc.envs import interface
 from iqmpc.envs.actions import scaled
+from iqmpc.envs.description import indexed, seconds
 from iqmpc.envs.pixels import FrameStack, is_raw_image, resized
 from iqmpc.errors import TaskError
+from iqmpc.task_interface import TaskInterface
 
 
 class FlatObservation(gymnasium.ObservationWrapper):
@@ -37,7 +39,7 @@ class FlatObservation(gymnasium.ObservationWrapper):
             raise TaskError(f"the observation space must be a Dict, got {env.observation_space}")
         members = dict(_members(env.observation_space))
         self._keys = tuple(members) if keys is None else keys
-        self._image = False
+        self._image, self.names = False, ()
         for key in self._keys:
             if key not in members:
                 raise TaskError(f"the observation has no {key!r} (it has: {', '.join(members)})")
@@ -52,6 +54,7 @@ class FlatObservation(gymnasium.ObservationWrapper):
                     f"the observation's {key!r} is {what}, {space}: choose the members to observe, "
                     f"task.obs_keys={','.join(k for k in members if k != key) or 'A,B'}"
                 )
+        self.names = tuple(name for key in self._keys for name in indexed(key, members[key].shape))
         size = sum(int(np.prod(members[key].shape)) for key in self._keys)
         self.observation_space = Box(-np.inf, np.inf, (size,), np.float32)
 
@@ -131,6 +134,19 @@ class ControlEnv(gymnasium.Wrapper):
         self.action_space = Box(-1.0, 1.0, env.action_space.shape, np.float32)
         self._success, self._terminates = success, terminates
         self._seed, self._steps = seed, 0
+
+    def describe_interface(self) -> TaskInterface:
+        period = seconds(self.unwrapped)
+        return TaskInterface(
+            self.env.names
+            if isinstance(self.env, FlatObservation)
+            else indexed("obs", self.observation_space.shape or ()),
+            indexed("action", self.action_space.shape or ()),
+            tuple(map(float, self._low)),
+            tuple(map(float, self._high)),
+            self.config.action_repeat,
+            None if period is None else period * self.config.action_repeat,
+        )
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from iqmpc.threads import threads
 class CpuPlan:
     """See `iqmpc.kernels.mppi_plan`. Weights and flat observations are float32 on the CPU.
 
-    Images are encoded by torch, in float32 and before the budget starts; the C++ planner gets z_0.
+    Images are encoded by torch, in float32 and on the plan's budget; the C++ planner gets z_0.
     Both scores rank alike in the same draws and this backend computes the advantage form for both.
     The GIL is released while a plan runs; `publish` may be called meanwhile, from another thread.
     """
@@ -67,19 +69,20 @@ class CpuPlan:
             budget_us=config.budget_us or 0.0,
             seed=seed,
         )
-        if config.budget_us:
-            self.native.warm_up()
 
     def __call__(self, obs: Tensor, *, explore: bool = False) -> Plan:
         """obs [E, O] or [E, 3C, 64, 64] -> the plan; `explore` adds std_0 ε to its action."""
+        started = time.perf_counter()
         if self._encoder is not None:
             with torch.no_grad():
                 obs = layers.encode(self._encoder, obs)
         action = torch.empty(self.problems, self.action_dim)
-        iterations, nonfinite, missed, _ = self.native.plan(
-            as_array("obs", obs.float().contiguous()), explore, action.numpy()
+        array = as_array("obs", obs.float().contiguous())
+        spent_us = 1e6 * (time.perf_counter() - started)
+        iterations, samples, nonfinite, missed, late, elapsed_us = self.native.plan(
+            array, explore, action.numpy(), spent_us
         )
-        return Plan(action, nonfinite, iterations, missed)
+        return Plan(action, nonfinite, iterations, missed, late, samples, elapsed_us)
 
     def publish(self, weights: Weights) -> None:
         self.native.publish(self._view.of(weights))

@@ -1,5 +1,6 @@
 """Sets in memory and on disk: what is saved is what is loaded, and a save is all or nothing."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -97,6 +98,24 @@ def test_select_takes_the_first_episodes(demos):
 def test_select_refuses_what_is_not_there(demos, n):
     with pytest.raises(DemonstrationError, match=f"^{n} episodes asked of walker-walk.* has 3$"):
         demos.select(n)
+
+
+def test_best_takes_the_highest_returns_in_order(make_episode):
+    values = (1.0, 5.0, 3.0, 5.0)
+    episodes = tuple(
+        dataclasses.replace(make_episode(4, 2, 2, 0), rewards=np.full(4, v, np.float32))
+        for v in values
+    )
+    demos = Demonstrations("t", episodes, {"by": "me"})
+    best = demos.best(3)
+    assert best.episodes == (episodes[1], episodes[2], episodes[3])
+    assert best.provenance == {"by": "me", "best": "3/4"}
+    assert demos.best(1).episodes == (episodes[1],)  # of equal ones the first
+    with pytest.raises(DemonstrationError, match="5 episodes asked of t, which has 4"):
+        demos.best(5)
+    without = tuple(dataclasses.replace(e, rewards=None) for e in episodes)
+    with pytest.raises(DemonstrationError, match="of t have no rewards to choose by"):
+        Demonstrations("t", without).best(2)
 
 
 def test_an_unsound_set_cannot_be_built(make_episode):

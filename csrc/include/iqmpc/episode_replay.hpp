@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "iqmpc/export.hpp"
 #include "iqmpc/learner.hpp"
 
 namespace iqmpc {
@@ -12,7 +13,7 @@ namespace iqmpc {
 // A ring of whole episodes. One of T steps takes T+1 rows (the last holds an observation alone) and
 // offers T-H+1 slices of H steps, none of which crosses into another episode. When the ring is full
 // the oldest episodes make room. Memory grows with use, up to `capacity` rows, by doubling.
-class EpisodeReplay {
+class IQMPC_API EpisodeReplay {
  public:
   // Throws std::invalid_argument for sizes below 1.
   EpisodeReplay(std::ptrdiff_t obs_dim, std::ptrdiff_t action_dim, std::ptrdiff_t horizon,

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "iqmpc/export.hpp"
 #include "iqmpc/isa.hpp"
 
 namespace iqmpc {
@@ -132,7 +133,7 @@ struct LearnerGradient {
 // during a call. Calls from several threads wait for each other. The same parameters, seed and
 // number of update give the same result, bit for bit, on any number of threads. A forked process
 // has none of the threads, and updates on its caller's alone.
-class Learner {
+class IQMPC_API Learner {
  public:
   // Throws std::invalid_argument for parts that do not fit together, settings that cannot be, and
   // an instruction set that the machine does not run. `view`'s memory must outlive the learner.

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "iqmpc/aligned_buffer.hpp"
+#include "iqmpc/export.hpp"
 #include "iqmpc/learner.hpp"
 #include "iqmpc/world_model.hpp"
 
@@ -34,7 +35,7 @@ struct UpdateCounts {
 // the weights. A new one is as untrained as the Python package's: weights of N(0, 0.02²), biases 0,
 // LayerNorm (1, 0), last layers of critics and termination head 0, targets equal to the critics,
 // the average equal to the weights.
-class ModelStorage {
+class IQMPC_API ModelStorage {
  public:
   // Throws std::invalid_argument for sizes that cannot be. The same sizes and seed give the same
   // weights.

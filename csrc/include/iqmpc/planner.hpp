@@ -1,13 +1,24 @@
 // MPPI over the latents of a world model (IQ-MPC, Algorithm 1): a whole plan in one call.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 
+#include "iqmpc/export.hpp"
 #include "iqmpc/world_model.hpp"
 
 namespace iqmpc {
+
+// What a plan with a budget reads the time from: microseconds, since whenever. Called from all of
+// the planner's threads.
+class IQMPC_API PlanClock {
+ public:
+  virtual ~PlanClock() = default;
+  virtual double now() noexcept = 0;   // what deadlines are kept in
+  virtual double used() noexcept = 0;  // by the calling thread: what estimates are made of
+};
 
 // Symbols as in the paper; E problems are planned for at once.
 struct PlannerSettings {
@@ -24,13 +35,42 @@ struct PlannerSettings {
   bool enabled = true;     // false: act with the policy prior
   int threads = 1;
   double budget_us = 0;  // microseconds a plan may take; 0: as long as it takes
+  std::shared_ptr<PlanClock> clock = nullptr;  // null: the machine's
 };
 
 struct PlanResult {
-  std::ptrdiff_t iterations;  // done
+  std::ptrdiff_t iterations;  // whole ones
+  std::ptrdiff_t samples;     // scored, in all iterations and problems
   std::ptrdiff_t nonfinite;   // problems without a finite score, given the policy's mean action
-  bool missed;                // the budget had no room for one iteration: see Planner::plan
-  double elapsed_us;
+  bool missed;                // the budget had no room for any sample: see Planner::plan
+  bool late;                  // it took longer than the budget
+  double elapsed_us;          // what was spent before the call included
+};
+
+// Counts over a planner's plans.
+struct IQMPC_API PlanStatistics {
+  // Eight to an octave, from 1 µs: to some two minutes.
+  static constexpr int kBuckets = 216;
+
+  std::uint64_t plans = 0;
+  std::uint64_t missed = 0;
+  std::uint64_t late = 0;
+  std::uint64_t nonfinite = 0;  // problems
+  std::uint64_t iterations = 0;
+  std::uint64_t samples = 0;
+  double total_us = 0;
+  double max_us = 0;
+  // Plans whose time lay in [edge(b), edge(b + 1)) microseconds; the first and the last one also
+  // count what lies below and above.
+  std::array<std::uint64_t, kBuckets> histogram{};
+
+  static double edge(int bucket) noexcept;
+
+  void add(const PlanResult& result) noexcept;
+
+  // A time that the share `q` in [0, 1] of the plans did not exceed, up to a bucket's width (9 %);
+  // 0 without plans.
+  double quantile_us(double q) const noexcept;
 };
 
 // The draws of one plan, for comparison with another implementation; all standard normal but where
@@ -45,10 +85,11 @@ struct PlanDraws {
   std::ptrdiff_t pair[2];  // critics
 };
 
-// Owns its threads and every buffer: after construction a plan allocates nothing. Calls on one
+// Owns its threads and every buffer: after construction, which with a budget includes some plans to
+// learn what they take, a plan allocates nothing. Calls on one
 // planner from several threads wait for each other, except publish, which a running plan does not
 // notice. The same seed, step and state give the same plan on any number of threads.
-class Planner {
+class IQMPC_API Planner {
  public:
   // Throws std::invalid_argument for settings that cannot be.
   Planner(std::shared_ptr<const WorldModel> model, const PlannerSettings& settings,
@@ -66,14 +107,19 @@ class Planner {
 
   // obs [E, O] -> action [E, A] in [-1, 1]; `explore` adds std_0 ε. Never non-finite.
   //
-  // With a budget, another iteration starts only if it is expected to end in time; the plan is the
-  // best so far. Without time for even one, the action is the shifted previous plan's or, where
-  // there is none (its mean is all zeros), the policy's mean, and the plan is `missed`.
-  PlanResult plan(const float* obs, bool explore, float* action) noexcept;
+  // With a budget, the plan ends at its deadline: the call, less the `spent_us` microseconds that
+  // the caller has used of the budget, plus the budget. Samples are scored in pieces of a block, as
+  // many as are expected to leave time for the refit and the command. An iteration that is cut
+  // short refits on the samples that it scored and, for the others, on those of the iteration
+  // before; the first one on what it scored, with the same share of elites.
+  // Without time for any sample, the action is the shifted previous plan's or, where there is none
+  // (its mean is all zeros), the policy's mean, and the plan is `missed`. A budget that has no room
+  // for encoder and policy is overrun by those, and the plan is `late`.
+  PlanResult plan(const float* obs, bool explore, float* action, double spent_us = 0) noexcept;
 
-  // Times iterations on zeros, so that the first plan with a budget knows what one takes.
-  // Changes neither step nor mean.
-  void warm_up() noexcept;
+  // Over all plans since the planner was made, or since they were cleared.
+  PlanStatistics statistics() const;
+  void clear_statistics() noexcept;
 
   // Whether this process was forked in the middle of a call, which will never end here: nothing but
   // the destructor may then be called.

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "iqmpc/export.hpp"
 #include "iqmpc/thread_pool.hpp"
 #include "iqmpc/world_model.hpp"
 
@@ -37,6 +38,6 @@ struct RolloutView {
 // the same constant.
 //
 // Throws std::invalid_argument where the horizon is below 1 or a critic does not exist.
-void rollout(const WorldModel& model, ThreadPool& pool, const RolloutView& view);
+IQMPC_API void rollout(const WorldModel& model, ThreadPool& pool, const RolloutView& view);
 
 }  // namespace iqmpc

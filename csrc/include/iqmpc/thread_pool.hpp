@@ -11,13 +11,15 @@
 #include <type_traits>
 #include <vector>
 
+#include "iqmpc/export.hpp"
+
 namespace iqmpc {
 
 // Workers spin for a moment after each loop, so that the next one starts without a system call, and
 // then sleep; for a shorter moment where others want the machine's cores. One caller at a time:
 // `run` must not be called from two threads at once. In a process that was forked there are no
 // workers: the caller does everything, with the same results.
-class ThreadPool {
+class IQMPC_API ThreadPool {
  public:
   // `threads` includes the caller; throws std::invalid_argument below 1 or above kMaxThreads, and
   // std::system_error where a thread cannot be started.

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "iqmpc/export.hpp"
 #include "iqmpc/isa.hpp"
 
 namespace iqmpc {
@@ -40,7 +41,7 @@ struct WorldModelView {
 
 // An immutable snapshot, shared freely between threads and planners; it owns all it needs. Weights
 // that are not finite are taken: what they make non-finite is ranked last by a plan.
-class WorldModel {
+class IQMPC_API WorldModel {
  public:
   // Throws std::invalid_argument where the sizes do not fit together or the machine does not run
   // `isa`. The encoder is kept in float32, whatever the precision: it sees raw observations.
