@@ -51,6 +51,28 @@ def test_any_byte_may_be_damaged(run, place, byte):
     assert len(rows) >= 2 and all(list(r) == list(COLUMNS) for r in rows)
 
 
+def test_a_header_in_the_middle_is_damage(run):
+    """As where two files were joined."""
+    lines = lines_of(run)
+    (run / "metrics.csv").write_bytes(b"".join([*lines[:3], lines[0], *lines[3:]]))
+    rows, damaged = read_rows(run / "metrics.csv")
+    assert len(rows) == 4 and damaged == [lines[0].rstrip()]
+
+
+def test_an_evaluation_that_the_checkpoint_does_not_know_is_made_again(tmp_path):
+    """Of step 40, after that step's checkpoint was written: its row would stand there twice."""
+    log = RunLog(RunFolder(tmp_path))
+    for step in (20, 40):
+        log.write(row(step, **{"return": 1.0}))
+        log.write(row(step, eval_return_mean=2.0))
+    log.close()
+    RunLog(RunFolder(tmp_path), since=40, evaluated=20).close()
+    rows, _ = read_rows(tmp_path / "metrics.csv")
+    assert [(r["env_steps"], r["eval_return_mean"]) for r in rows] == [
+        ("20", ""), ("20", "2"), ("40", ""),
+    ]  # fmt: skip
+
+
 def test_an_older_runs_columns_are_completed(tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "env_steps,updates,episodes,wall_s,return\n10,1,1,2.0,3.5\n20,1,1,2.0,4.5\n30,1,"

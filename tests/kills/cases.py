@@ -74,6 +74,7 @@ CASES = {
         learner__gradient_penalty=True,
         model__termination=True,
     ),
+    "fused, updates at ends": _case(1, learner__mode="fused", train__updates_at="episode_end"),
     "eager": _case(2, learner__mode="eager", train__overlap="off"),
     "eager, async": _case(2, learner__mode="eager", train__overlap="async"),
     "compile, async": _case(0.5, learner__mode="compile", train__overlap="async"),
