@@ -42,12 +42,12 @@ def indexed(name: str, shape: Iterable[int]) -> tuple[str, ...]:
 
 def seconds(env: Any) -> float | None:
     """From one step of an unwrapped environment to the next, where it says so."""
-    said: Any = getattr(env, "dt", None)
+    step: Any = getattr(env, "dt", None)
     frequency: Any = getattr(env, "control_freq", None)
-    if said is None and frequency:
-        said = 1 / frequency
+    if step is None:
+        step = 1 / frequency if frequency else 0.0
     try:
-        found = float(said)
+        found = float(step)
     except (TypeError, ValueError):
         return None
     return found if math.isfinite(found) and found > 0 else None
