@@ -1,4 +1,4 @@
-"""The command line: `iqmpc train | config | eval | export | bench | table | plot | demos | doctor`."""
+"""The command line: `iqmpc train`, `eval`, `export`, `demos`, … (`iqmpc --help`)."""
 
 from __future__ import annotations
 
