@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +64,7 @@ class AgentFile(NamedTuple):
 
     @property
     def observation(self) -> ObservationSpec:
-        return ObservationSpec.of(self.about["observation"]["shape"])
+        return ObservationSpec.of(tuple(map(operator.index, self.about["observation"]["shape"])))
 
     @property
     def action_dim(self) -> int:
@@ -110,7 +111,8 @@ def load(path: str | Path) -> AgentFile:
         (length,) = struct.unpack("<Q", data[:8])
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} cannot be read: {said}") from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no agent's file: its format is not {FORMAT}")
     if metadata.get("format_version") != str(VERSION):
@@ -126,10 +128,11 @@ def load(path: str | Path) -> AgentFile:
             json.loads(metadata[key]) for key in ("agent", "provenance", "config")
         )
         found = AgentFile(Config.restored(config), tensors, about, provenance)
-        found.interface, found.observation, found.termination, found.facts  # noqa: B018
+        _ = found.interface, found.observation, found.termination, found.facts  # refused here
         return found
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} does not describe its agent: {error}") from error
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} does not describe its agent: {said}") from error
 
 
 def is_file(path: str | Path) -> bool:

@@ -155,7 +155,7 @@ def _made_anew(agent: Agent) -> TaskInterface:
 
 def _evaluated(folder: RunFolder) -> dict[str, Any]:
     """What the run was evaluated to, where it has ended."""
-    found = folder.load_figures(folder.summary, {"return_mean"})
+    found = folder.load_figures(folder.summary, ())
     keys = ("episodes", "return_mean", "return_std", "success_rate", "success_any_rate", "ratio")
     evaluation = {key: found.get(key) for key in keys} if found else None
     return {"evaluation": evaluation, "commit": found.get("commit")}

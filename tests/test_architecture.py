@@ -14,8 +14,8 @@ ROOT = Path(iqmpc.__file__).parent
 # beside itself. A new module goes on the lowest floor that lets it import what it needs.
 FLOORS = {
     "ground": (
-        "console episode errors files interrupts latency observation paths progress seeding "
-        "__init__ _C",
+        "callbacks console episode errors files interrupts latency observation paths progress "
+        "seeding timing __init__ _C",
         "",
     ),
     "settings": ("capture compiler composition config configs threads", "ground"),

@@ -216,7 +216,7 @@ def test_an_agent_plans_with_the_discount_and_entropy_of_its_settings(small_conf
             model.weights(),
             config.planner,
             discount=discount,
-            beta=config.entropy_coefficient(2),
+            entropy_coef=config.entropy_coefficient(2),
             seed=stream_seed(0, "planner"),
         )
         return planner.plan(torch.ones(1, 2))[0].numpy()

@@ -152,7 +152,7 @@ def test_state_round_trip_draws_the_same():
 def test_a_state_has_every_row_of_the_last_episode():
     """Its last row, an observation alone, too."""
     first = SliceReplay(2, 1, horizon=3, capacity=60)
-    first.add_episode(*episode(4, 3))
+    first.add(episode(4, 3))
     second = SliceReplay(2, 1, horizon=3, capacity=60)
     second.load_state_dict(first.state_dict())
     batch = second.sample(1, torch.Generator().manual_seed(0))
@@ -173,7 +173,7 @@ def test_a_state_has_every_row_of_the_last_episode():
 )
 def test_a_state_that_no_replay_has(change):
     replay = SliceReplay(2, 1, horizon=3, capacity=60)
-    replay.add_episode(*episode(4, 11))
+    replay.add(episode(4, 11))
     state = replay.state_dict() | {k: torch.tensor(v) for k, v in change.items()}
     with pytest.raises(ValueError, match="episodes of a replay lie in its rows"):
         SliceReplay(2, 1, horizon=3, capacity=60).load_state_dict(state)

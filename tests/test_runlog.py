@@ -1,6 +1,8 @@
 """What a run writes, what is read of it, and what damage to metrics.csv costs."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +49,28 @@ def test_any_byte_may_be_damaged(run, place, byte):
     (run / "metrics.csv").write_bytes(data)
     rows, _ = read_rows(run / "metrics.csv")
     assert len(rows) >= 2 and all(list(r) == list(COLUMNS) for r in rows)
+
+
+def test_a_header_in_the_middle_is_damage(run):
+    """As where two files were joined."""
+    lines = lines_of(run)
+    (run / "metrics.csv").write_bytes(b"".join([*lines[:3], lines[0], *lines[3:]]))
+    rows, damaged = read_rows(run / "metrics.csv")
+    assert len(rows) == 4 and damaged == [lines[0].rstrip()]
+
+
+def test_an_evaluation_that_the_checkpoint_does_not_know_is_made_again(tmp_path):
+    """Of step 40, after that step's checkpoint was written: its row would stand there twice."""
+    log = RunLog(RunFolder(tmp_path))
+    for step in (20, 40):
+        log.write(row(step, **{"return": 1.0}))
+        log.write(row(step, eval_return_mean=2.0))
+    log.close()
+    RunLog(RunFolder(tmp_path), since=40, evaluated=20).close()
+    rows, _ = read_rows(tmp_path / "metrics.csv")
+    assert [(r["env_steps"], r["eval_return_mean"]) for r in rows] == [
+        ("20", ""), ("20", "2"), ("40", ""),
+    ]  # fmt: skip
 
 
 def test_an_older_runs_columns_are_completed(tmp_path):
@@ -144,3 +168,10 @@ def test_what_is_not_finite_is_no_figure(tmp_path):
     found = last_evaluations(RunFolder(tmp_path), before=30)
     assert found["last5_return_mean"] is None and found["last5_return_min"] is None
     assert found["last5_success_mean"] == found["last5_success_min"] == 1.0
+
+
+def test_the_glossary_has_every_metric():
+    page = Path(__file__).parents[1] / "docs" / "watching.md"
+    if not page.exists():
+        pytest.skip("the documentation is not beside the tests")
+    assert re.findall(r"^\| `(\w+)` \|", page.read_text(), re.MULTILINE) == list(COLUMNS)

@@ -16,22 +16,22 @@ from iqmpc.task_interface import TaskInterface
 
 def describe(env: gymnasium.Env, task: TaskConfig) -> TaskInterface:
     """The interface of a task's environment; of one that says nothing of itself, by numbers."""
-    shape, action = env.observation_space.shape or (), env.action_space
-    assert isinstance(action, gymnasium.spaces.Box)  # as check_spaces has seen to
+    obs: Any = env.observation_space  # Boxes, as `check_spaces` has seen to
+    action: Any = env.action_space
     try:
         found = env.get_wrapper_attr("describe_interface")()
     except AttributeError:
         found = None
     if not isinstance(found, TaskInterface):  # of somebody else's environment
         found = TaskInterface(
-            indexed("obs", shape),
+            indexed("obs", obs.shape),
             indexed("action", action.shape),
             tuple(map(float, action.low)),
             tuple(map(float, action.high)),
             task.action_repeat,
             None,
         )
-    return dataclasses.replace(found, observation_names=()) if len(shape) == 3 else found
+    return dataclasses.replace(found, observation_names=()) if len(obs.shape) == 3 else found
 
 
 def indexed(name: str, shape: Iterable[int]) -> tuple[str, ...]:
@@ -42,14 +42,12 @@ def indexed(name: str, shape: Iterable[int]) -> tuple[str, ...]:
 
 def seconds(env: Any) -> float | None:
     """From one step of an unwrapped environment to the next, where it says so."""
-    said: Any = getattr(env, "dt", None)
-    frequency = getattr(env, "control_freq", None)
-    if said is None and frequency:
-        said = 1 / frequency
-    if said is None:
-        return None
+    step: Any = getattr(env, "dt", None)
+    frequency: Any = getattr(env, "control_freq", None)
+    if step is None:
+        step = 1 / frequency if frequency else 0.0
     try:
-        step = float(said)
+        found = float(step)
     except (TypeError, ValueError):
         return None
-    return step if math.isfinite(step) and step > 0 else None
+    return found if math.isfinite(found) and found > 0 else None

@@ -136,11 +136,12 @@ class ControlEnv(gymnasium.Wrapper):
         self._seed, self._steps = seed, 0
 
     def describe_interface(self) -> TaskInterface:
-        flat = self.env if isinstance(self.env, FlatObservation) else None
         period = seconds(self.unwrapped)
         return TaskInterface(
-            flat.names if flat else indexed("obs", self.observation_space.shape or ()),
-            indexed("action", (len(self._low),)),
+            self.env.names
+            if isinstance(self.env, FlatObservation)
+            else indexed("obs", self.observation_space.shape or ()),
+            indexed("action", self.action_space.shape or ()),
             tuple(map(float, self._low)),
             tuple(map(float, self._high)),
             self.config.action_repeat,

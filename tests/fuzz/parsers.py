@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import safetensors.torch
 
 import iqmpc
-from iqmpc import checkpoint, plot, runlog, table
+from iqmpc import agent_file, checkpoint, plot, runlog, table
 from iqmpc.demonstrators import npg, sb3
 from iqmpc.demos import Facts, formats
 from iqmpc.errors import IqmpcError, TaskError
+from iqmpc.export import export
 from iqmpc.run_folder import RunFolder
+from iqmpc.task_interface import TaskInterface
 from tests.fuzz import samples
 from tests.fuzz.damage import (
     Files,
@@ -170,6 +173,44 @@ def _agent(path: Path) -> object:
     run = path.parent.parent
     checkpoint.load(path)
     return iqmpc.Agent.load(run)
+
+
+def _exported(folder: Path) -> list[Files]:
+    """The agent of a run as one file."""
+    for files in samples.run(folder):
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+    out = folder / "agent.iqmpc"
+    names = tuple("abc"[: samples.OBS]), tuple("uv"[: samples.ACTIONS])
+    ends = (-1.0,) * samples.ACTIONS, (1.0,) * samples.ACTIONS
+    export(folder / "run", out, interface=TaskInterface(*names, *ends, 1, None))
+    return [{"agent.iqmpc": out.read_bytes()}]
+
+
+def _agent_file_changed(data: bytes, rng: random.Random) -> bytes:
+    """An agent's file whose digest is right, with other things said of it or other tensors."""
+    size = struct.unpack("<Q", data[:8])[0]
+    metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+    tensors = safetensors.torch.load(data)
+    del metadata["digest"]
+    for _ in range(rng.choice((1, 1, 2))):
+        name, kind = rng.choice(list(tensors)), rng.randrange(6)
+        if kind == 0:
+            del tensors[name]
+        elif kind == 1:
+            tensors[name] = tensors[name].reshape(-1)[: rng.randrange(4)].clone()
+        elif kind == 2 and tensors[name].numel():
+            tensors[name].view(-1)[0] = rng.choice((float("nan"), float("inf"), 1e30))
+        else:
+            key = rng.choice(("agent", "agent", "agent", "provenance", "config"))
+            metadata[key] = json_changed(metadata[key].encode(), rng).decode("utf-8", "replace")
+    return agent_file.packed(tensors, metadata)
+
+
+def _from_file(path: Path) -> object:
+    agent = iqmpc.Agent.load(path)
+    return agent.act(np.zeros(samples.OBS, np.float32))
 
 
 def _resumed(path: Path) -> object:
@@ -350,6 +391,7 @@ PARSERS = {
             reshape={".safetensors": _checkpoint_damaged, ".yaml": text_changed},
             damaged=(".safetensors", ".yaml"),
         ),
+        Parser("agent file", _exported, _from_file, reshape={".iqmpc": _agent_file_changed}),
         Parser(
             "resume",
             samples.run,

@@ -24,6 +24,7 @@ import iqmpc
 from iqmpc import checkpoint
 from iqmpc.errors import Interrupted
 from iqmpc.run_folder import RunFolder
+from iqmpc.runlog import TIMING
 from iqmpc.threads import set_threads
 from tests.fuzz import samples
 
@@ -32,7 +33,7 @@ _EPISODE = 12
 _LONGEST_S = 1800.0
 _SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # What differs from one run to the next: time, and where it was made.
-_OWN = ("wall_s", "commit", "machine")
+_OWN = ("wall_s", "commit", "machine", *TIMING)
 
 
 @dataclass
@@ -73,6 +74,7 @@ CASES = {
         learner__gradient_penalty=True,
         model__termination=True,
     ),
+    "fused, updates at ends": _case(1, learner__mode="fused", train__updates_at="episode_end"),
     "eager": _case(2, learner__mode="eager", train__overlap="off"),
     "eager, async": _case(2, learner__mode="eager", train__overlap="async"),
     "compile, async": _case(0.5, learner__mode="compile", train__overlap="async"),

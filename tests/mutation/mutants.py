@@ -1,8 +1,10 @@
 """One-line mutants: what a slip of the hand could do to this program without an error.
 
 A mutant names the text that it replaces, not where it stands: `find` may be laid out otherwise, and
-is looked for in the function or class `inside` (of C++: in the whole of a file), wherever in the
-tree that lies. `tests` are names of test files, each with an expression for pytest's -k or without.
+is looked for in the function `inside`, wherever in the tree that lies (of C++: in the file of that
+name), and where it is not there, in the whole tree. `tests` are names of test files (or of folders
+in their place), with an expression for pytest's -k behind `::` or without; without a name, of all
+files that have a test of such a name.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class _Table:
 _table = _Table()
 
 loss = _table.group("losses", "test_losses.py")
-loss("soft_value", "- beta * log_prob", "+ beta * log_prob")
+loss("soft_value", "- entropy_coef * log_prob", "+ entropy_coef * log_prob")
 loss("soft_value", "with torch.no_grad():", "if True:")
 loss("consistency_loss", ".square().mean((1, 2))", ".abs().mean((1, 2))")
 loss("consistency_loss", "horizon_weights(rho, len(error), error) * error", "error")
@@ -68,7 +70,7 @@ loss(
 loss("model_loss", "loss + config.c_termination * ends", "loss + ends")
 loss("model_loss", "residual[..., n:].mean()", "residual[..., :n].mean()")
 loss("model_loss", "q[..., :n].mean() - q[..., n:].mean()", "q[..., n:].mean() - q[..., :n].mean()")
-loss("policy_loss", "beta * log_prob - q", "beta * log_prob.detach() - q")
+loss("policy_loss", "entropy_coef * log_prob - q", "entropy_coef * log_prob.detach() - q")
 loss(
     "policy_loss",
     "frozen(weights.critics)",
@@ -97,25 +99,29 @@ layer("mish", "(n / (n + 2))", "(n / (n + 1))")
 
 learner = _table.group("learner", "test_learner.py")
 learner("Learner.__init__", "s.lr * s.encoder_lr_scale", "s.lr")
-learner("Learner._update_on_device", "self.config.discount", "0.99")
-learner("Learner._update_on_device", "s.rho, self.beta, s.entropy", "s.rho, 0.0, s.entropy")
-learner("Learner._update_on_device", "self.settings.tau * finite", "0.01 * finite")
-learner("Learner._update_on_device", "self.settings.tau * finite", "self.settings.tau * both")
-learner("Learner._update_on_device", "self.config.agent.average_rate * finite", "0.005 * finite")
-learner("Learner._update_on_device", "self._skipped += ~both", "self._skipped += ~finite")
-learner("Learner._step", "self.settings.grad_clip", "20.0")
-learner("Learner._step", "loss.detach().isfinite() & norm.isfinite()", "loss.detach().isfinite()")
-learner("Learner._keep", "div_(1 - m.dropout)", "div_(1)")
-learner("Learner._model_noise", "2, batch.experts if objective", "2, rows if objective")
+learner("EagerBackend.update_on_device", "x.config.discount", "0.99")
+learner(
+    "EagerBackend.update_on_device", "s.rho, x.entropy_coef, s.entropy", "s.rho, 0.0, s.entropy"
+)
+learner("EagerBackend.update_on_device", "s.tau * finite", "0.01 * finite")
+learner("EagerBackend.update_on_device", "s.tau * finite", "s.tau * both")
+learner("EagerBackend.update_on_device", "x.config.agent.average_rate * finite", "0.005 * finite")
+learner("EagerBackend.update_on_device", "x.skipped += ~both", "x.skipped += ~finite")
+learner(
+    "EagerBackend._step", "clip_grad_norm_(parameters, clip)", "clip_grad_norm_(parameters, 20.0)"
+)
+learner(
+    "EagerBackend._step", "loss.detach().isfinite() & norm.isfinite()", "loss.detach().isfinite()"
+)
+learner("EagerBackend._keep", "div_(1 - m.dropout)", "div_(1)")
+learner("EagerBackend.model_noise", "2, batch.experts if objective", "2, rows if objective")
 learner(
     "Learner.load_state_dict",
     't.copy_(state[f"target.{i}.{name}"])',
     't.copy_(t if i else state[f"target.{i}.{name}"])',
 )
 learner("Learner.load_state_dict", 'self.generator.set_state(state["generator"])', "pass")
-learner(
-    "Learner.load_state_dict", 'self._steps[name] = int(state.get(f"{name}.0.step", 0))', "pass"
-)
+learner("Learner.load_state_dict", "held[field].copy_(v)", "pass")
 learner(
     "Learner.evaluation_weights",
     "self.weights if self.averages is None else self.averages",
@@ -123,26 +129,26 @@ learner(
 )
 learner("Learner.acting_weights", 'self.config.agent.average == "always"', "True")
 learner(
-    "Learner._apply_fused",
-    'self._steps["policy_adam"] += not policy_skipped',
-    'self._steps["policy_adam"] += not model_skipped',
+    "FusedBackend._apply",
+    "policy_steps += not policy_skipped",
+    "policy_steps += not model_skipped",
 )
 learner(
     "UpdateSettings.of",
-    "discount=config.discount",
-    "discount=0.99",
+    '"discount": config.discount',
+    '"discount": 0.99',
     "test_learner.py",
     "test_iq_update.py",
 )
-learner("UpdateSettings.of", 'dropout_always=s.dropout == "always"', "dropout_always=False")
-learner("UpdateSettings.of", "average_rate=config.agent.average_rate", "average_rate=0.005")
+learner("UpdateSettings.of", '"dropout_always": s.dropout == "always"', '"dropout_always": False')
+learner("UpdateSettings.of", '"average_rate": config.agent.average_rate', '"average_rate": 0.005')
 
 replay = _table.group("replay", "test_replay.py")
-replay("SliceReplay.add_episode", "self._next = first + steps + 1", "self._next = first + steps")
+replay("SliceReplay.add", "self._next = first + steps + 1", "self._next = first + steps")
 replay(
-    "SliceReplay.add_episode", "first + steps - 1] = float(terminated)", "first + steps - 1] = 0.0"
+    "SliceReplay.add", "first + steps - 1] = float(episode.terminated)", "first + steps - 1] = 0.0"
 )
-replay("SliceReplay.add_episode", "if steps < self.horizon:", "if steps <= self.horizon:")
+replay("SliceReplay.add", "if steps < self.horizon:", "if steps <= self.horizon:")
 replay(
     "SliceReplay._make_room",
     "at + steps < first or at >= end",
@@ -153,7 +159,7 @@ replay(
     "self.overwritten += len(self._episodes) < before",
     "pass",
     "test_replay.py",
-    "test_trainer.py::overwritten",
+    "::that_was_overwritten",
 )
 replay("SliceReplay._index", "steps - self.horizon + 1", "steps - self.horizon + 2")
 replay(
@@ -167,16 +173,16 @@ replay("join", "experts=expert.action.shape[1]", "experts=behaviour.action.shape
 
 plan = _table.group("plan", "test_mppi_plan.py", "test_planner.py")
 plan(
-    "ReferencePlan._begin",
+    "ReferencePlan.begin",
     "previous[:, 1:], torch.zeros_like(previous[:, :1])",
     "previous[:, :1], previous[:, 1:]",
 )
-plan("ReferencePlan._begin", "self.config.std_max", "1.0")
-plan("ReferencePlan._iterate", "c.temperature", "0.5")
-plan("ReferencePlan._end", "weight.log() + gumbel", "weight.log() - gumbel")
-plan("ReferencePlan._end", "+ std[:, 0] * explore", "+ std[:, -1] * explore")
+plan("ReferencePlan.begin", "self.config.std_max", "1.0")
+plan("ReferencePlan.improve", "c.temperature", "0.5")
+plan("ReferencePlan.choose", "weight.log() + gumbel", "weight.log() - gumbel")
+plan("ReferencePlan.choose", "+ std[:, 0] * explore", "+ std[:, -1] * explore")
 plan("ReferencePlan.draw", "-torch.log(-torch.log(uniform", "torch.log(-torch.log(uniform")
-plan("ReferencePlan.reset", "slice(None) if env is None else env", "slice(None)")
+plan("ReferencePlan.reset", "slice(None) if problem is None else problem", "slice(None)")
 plan("Planner.load_state_dict", 'self.mean.copy_(state["mean"])', "pass")
 plan("Planner.plan", "self.nonfinite_plans += plan.nonfinite", "self.nonfinite_plans += 1")
 plan("Planner.plan", "self.missed_plans += plan.missed", "pass")
@@ -190,7 +196,7 @@ refit("mppi_refit_reference", "clamp(std_min, std_max)", "clamp_min(std_min)")
 
 saved = _table.group("checkpoint", "test_checkpoint.py", "test_files.py")
 saved("save", "and not tensor.isfinite().all()", "and tensor.isnan().all()")
-saved("save", "[KEPT - 1 :]", "[KEPT:]")
+saved("RunFolder.save", "[keep - 1 :]", "[keep:]")
 saved("load", 'digest(tensors, text) != header.get("digest")', "False")
 saved("load", 'header.get("version") != str(VERSION)', "False")
 saved(
@@ -198,24 +204,23 @@ saved(
 )
 saved("digest", "{name}:{tensor.dtype}:{list(tensor.shape)};", "{name}:{list(tensor.shape)};")
 saved("digest", "{name}:{tensor.dtype}:{list(tensor.shape)};", "{name}:{tensor.dtype};")
-saved("_paths", "sorted(found, key=_step, reverse=True)", "sorted(found, reverse=True)")
+saved("RunFolder._steps", "sorted(found, key=_step, reverse=True)", "sorted(found, reverse=True)")
 saved("write_atomically", "os.fsync(file.fileno())", "pass")
 saved("write_atomically", "file.flush()", "pass")
 saved("write_atomically", "_synchronise(path.parent)", "pass")
 saved("write_atomically", "os.replace(temporary, path)", "path.write_bytes(data)")
 saved(
-    "tidy",
-    "for place in (Path(run), folder):",
-    "for place in (folder,):",
-    "test_trainer.py::killed or kill",
-    "test_checkpoint.py",
+    "RunFolder.tidy",
+    "for place in (self.path, self.checkpoints):",
+    "for place in (self.checkpoints,):",
+    "::what_a_kill_has_left",
 )
-saved("locked", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB")
+saved("RunFolder.locked", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB")
 saved(
     "differences",
     "old[key] != new[key]",
     "old[key] is None",
-    "test_trainer.py::settings or resume_refuses",
+    "::settings_that_differ",
 )
 
 env = _table.group("environments", "test_vector.py", "test_interface.py")
@@ -231,7 +236,7 @@ env(
     "test_interface.py",
     "test_evaluation.py",
 )
-env("VectorEnv.step", "episode.terminated = terminated", "episode.terminated = over")
+env("VectorEnv.step", "episode.finish(terminated=terminated)", "episode.finish(terminated=over)")
 env(
     "VectorEnv.step",
     "len(episode.actions) == self._episode_length",
@@ -277,73 +282,71 @@ evaluation(
     'stream_seed(seed, "eval", index)',
     'stream_seed(seed, "eval", 0)',
     "test_evaluation.py",
-    "test_trainer.py::evaluation_is_repeatable",
+    "::evaluation_is_repeatable",
 )
 evaluation("_Watched.step", "bool(self.solved) or success", "success")
 evaluation("_Watched.reset", "self.solved = None", "pass")
-evaluation("rollout", "len(actions) == episode_length", "len(actions) == 1000")
+evaluation("rollout", "len(episode.actions) == episode_length", "len(episode.actions) == 1000")
 evaluation("Evaluation.success_rate", "e.success for e in self.episodes", "s for s in self.solved")
 evaluation("reward_correlation", "== len(e.actions) - 1", ">= 0")
 evaluation(
-    "Agent.decode_reward", "self.beta * log_prob", "0.0 * log_prob", "test_trainer.py::decoded"
+    "Agent.decode_reward", "self.entropy_coef * log_prob", "0.0 * log_prob", "::decoded_reward"
 )
 evaluation(
     "Agent.decode_reward",
     "self.config.discount * alive * value",
     "self.config.discount * value",
-    "test_trainer.py::decoded",
+    "::decoded_reward",
 )
 evaluation(
     "ratio",
     "demonstrator <= 0",
     "demonstrator == 0",
-    "test_trainer.py::negative",
+    "::negative_return",
     "test_table.py",
     "test_evaluation.py",
 )
 evaluation("mixed_episodes", "noises[index % len(noises)]", "noises[0]")
 
 trainer = _table.group("trainer", "test_trainer.py")
-trainer("Trainer._act", "2 * uniform - 1", "uniform", "test_trainer.py::random_actions")
+trainer("Trainer._act", "2 * uniform - 1", "uniform", "::random_actions")
 trainer(
-    "Trainer._keep",
-    "terminated=episode.terminated",
-    "terminated=False",
-    "test_trainer.py::terminations",
+    "SliceReplay.add",
+    "float(episode.terminated)",
+    "float(False)",
+    "::terminations_reach",
 )
+trainer("Trainer._act", "self.updates.begun(self.env_steps)", "True", "::random_actions")
+trainer("Trainer._evaluate", "seed=self.config.seed", "seed=0", "::evaluation_is_repeatable")
 trainer(
-    "_expert_replay", "terminated=e.terminated", "terminated=False", "test_trainer.py::terminations"
-)
-trainer("Trainer._evaluate", "seed=self.config.seed", "seed=0", "test_trainer.py::evaluation")
-trainer(
-    "Trainer._restore",
+    "Trainer._go_on",
     'self._wall_before, self._evaluated_at = meta["wall_s"], meta["evaluated_at"]',
     'self._evaluated_at = meta["evaluated_at"]',
-    "test_trainer.py::resume",
+    "::resume_is_exact",
 )
 trainer(
-    "Trainer._due",
+    "Updates.due",
     "math.floor(since * c.train.update_rate)",
     "math.ceil(since * c.train.update_rate)",
-    "test_trainer.py::fraction",
+    "::a_fraction_of",
 )
 trainer(
     "Trainer._train",
-    "if ended and self.learner.updates >= self._due():",
+    "if ended and self.learner.updates >= self.updates.due(self.env_steps):",
     "if False:",
-    "test_trainer.py::signal",
+    "::test_a_signal_ends",
 )
 trainer(
     "Trainer._rescue",
     "whole.overwritten != self.behaviour.overwritten",
     "False",
-    "test_trainer.py::overwritten",
+    "::that_was_overwritten",
 )
 trainer(
     "Agent.__init__",
     "discount=config.discount",
     "discount=0.5",
-    "test_model.py::discount",
+    "::agent_plans_with_the_discount",
     "test_planner.py",
 )
 trainer(

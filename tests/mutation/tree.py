@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,19 +45,24 @@ def copied(folder: Path) -> Path:
 def find(mutant: Mutant, tree: Path) -> list[Place]:
     """Every place of a mutant's text; a mutant that applies has one."""
     pattern = re.compile(r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", mutant.find))))
-    found = []
-    for path in _files(tree, mutant):
-        text = path.read_text()
-        for start, end in _spans(text, mutant):
-            found += [Place(path, start + m.start(), start + m.end())
-                      for m in pattern.finditer(text[start:end])]  # fmt: skip
-    return found
+    files = {path: path.read_text() for path in _files(tree, mutant)}
+
+    def places(spans: Callable[[str], list[tuple[int, int]]]) -> list[Place]:
+        return [
+            Place(path, start + match.start(), start + match.end())
+            for path, text in files.items()
+            for start, end in spans(text)
+            for match in pattern.finditer(text[start:end])
+        ]
+
+    return places(lambda text: _spans(text, mutant)) or places(lambda text: [(0, len(text))])
 
 
 def _files(tree: Path, mutant: Mutant) -> list[Path]:
     paths = [path for folder in _SOURCES for path in sorted((tree / folder).rglob("*"))]
     if mutant.cpp:
-        return [p for p in paths if p.name == mutant.inside and "tests" not in p.parts]
+        sources = [p for p in paths if p.suffix in (".cpp", ".hpp") and "tests" not in p.parts]
+        return [p for p in sources if p.name == mutant.inside] or sources
     real = {p.resolve() for p in paths if p.suffix == ".py"}  # not again through a link
     return sorted(real)
 
@@ -90,7 +96,14 @@ def tests_of(mutant: Mutant, tree: Path) -> list[list[str]]:
     calls, whole = [], []
     for test in mutant.tests:
         name, _, expression = test.partition("::")
-        paths = [str(path.relative_to(tree)) for path in sorted((tree / "tests").rglob(name))]
+        folder = tree / "tests"
+        if name:
+            # test_X.py, or the folder X
+            there = [*folder.rglob(name)] or [p for p in folder.rglob(name[5:-3]) if p.is_dir()]
+        else:
+            such = re.compile(rf"def test_\w*{expression.removeprefix('test_')}")
+            there = [p for p in folder.rglob("test_*.py") if such.search(p.read_text())]
+        paths = sorted(str(path.relative_to(tree)) for path in there)
         if expression and paths:
             calls.append([*paths, "-k", expression])
         else:
