@@ -21,7 +21,7 @@ test: cpp-test cpp-test-asan cpp-test-tsan
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	find csrc examples -name '*.[ch]pp' -o -name '*.cu*' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc examples tests/native -name '*.[ch]pp' -o -name '*.[ch]' -o -name '*.cu*' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/pytest $(ARGS)
 
 # The core and DMControl against the newest releases that they are known to work with (NumPy 2);

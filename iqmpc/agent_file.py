@@ -128,7 +128,7 @@ def load(path: str | Path) -> AgentFile:
             json.loads(metadata[key]) for key in ("agent", "provenance", "config")
         )
         found = AgentFile(Config.restored(config), tensors, about, provenance)
-        found.interface, found.observation, found.termination, found.facts  # noqa: B018
+        _ = found.interface, found.observation, found.termination, found.facts  # refused here
         return found
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         said = " ".join(str(error).split())[:200]

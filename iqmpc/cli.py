@@ -1,4 +1,4 @@
-"""The command line: `iqmpc train | eval | export | table | plot | demos | doctor`."""
+"""The command line: `iqmpc train`, `eval`, `export`, `demos`, … (`iqmpc --help`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 from iqmpc import __version__
-from iqmpc.commands import doctor, evaluate, export, make, plot, record, table, train
+from iqmpc.commands import (
+    bench,
+    config,
+    doctor,
+    evaluate,
+    export,
+    make,
+    plot,
+    record,
+    table,
+    train,
+)
 from iqmpc.commands.demos import app as demos_app
 from iqmpc.console import print_error, show_warning
 from iqmpc.errors import IqmpcError
@@ -21,8 +32,10 @@ app = typer.Typer(
     help="Learn from demonstrations without rewards, act by planning in a latent world model.",
 )
 app.command("train")(train.train)
+app.command("config")(config.show_config)
 app.command("eval")(evaluate.evaluate_run)
 app.command("export")(export.export_agent)
+app.command("bench")(bench.bench_agent)
 app.command("table")(table.table_of_runs)
 app.command("plot")(plot.plot)
 app.add_typer(demos_app, name="demos", help="Inspect, check, convert and make demonstrations.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import re
 import reprlib
@@ -41,15 +42,18 @@ def names_task(given: str, task: str) -> bool:
 class TaskConfig:
     """Which environment, and how it is stepped.
 
-    `episode_length` counts control steps (after `action_repeat`); `gradient_penalty` is what the
-    task asks for by default (manipulation does, locomotion does not). `env_id` is the gymnasium id
-    or `module:function` of suite `gym`, whose task is named after it unless it is given a name.
-    With probability `transition_noise` a step acts with a uniform action instead of the agent's.
-    `terminates` says that episodes can end in terminal states (a fall), not only by their length.
-    `obs_keys` chooses members of a dictionary of observations, such as `qpos,agent/qvel`, in this
-    order (null: all of them, sorted). `obs: pixels` observes three stacked 64 × 64 frames;
-    `fast_render` draws them without shadows and multisampling, which is faster and gives other
-    pixels.
+    name: the task; of suite `gym` it is named after `env_id` unless it is given
+    suite: dmcontrol, myosuite, maniskill, gym, or a name of one's own
+    episode_length: control steps of an episode, after `action_repeat`
+    action_repeat: steps of the simulator for one action
+    gradient_penalty: what the task asks for by default (manipulation does, locomotion does not)
+    env_id: the gymnasium id or `module:function` of suite `gym`
+    transition_noise: probability that a step acts with a uniform action instead of the agent's
+    terminates: whether episodes can end in terminal states (a fall), not only by their length
+    obs: `pixels` observes three stacked 64 × 64 frames
+    obs_keys: members of a dictionary of observations, such as `qpos,agent/qvel`, in this order
+        (null: all of them, sorted)
+    fast_render: draw frames without shadows and multisampling: faster, and other pixels
     """
 
     name: str = "walker-walk"
@@ -75,8 +79,16 @@ class TaskConfig:
 class ModelConfig:
     """Sizes of the world model; the defaults are the paper's (4.3M parameters).
 
-    `termination` adds a head that recognises terminal latents, which planning then gives no future
-    (null: where the task has `terminates`).
+    encoder_dim: width of the encoder's hidden layer
+    hidden_dim: width of all other hidden layers
+    latent_dim: features of a latent, a multiple of `simnorm_dim`
+    simnorm_dim: latent features that a softmax of SimNorm is over
+    critics: critics in the ensemble, of which pairs are drawn
+    dropout: share of features that the critics' first layer drops
+    log_std_min: least log σ of the policy prior
+    log_std_max: greatest log σ of the policy prior
+    termination: a head that recognises terminal latents, which planning then gives no future
+        (null: where the task has `terminates`)
     """
 
     encoder_dim: int = 256
@@ -107,15 +119,28 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """MPPI over latents. `iterations: null` means 6, or 8 when the task has 20 actions or more.
+    """MPPI over latents.
 
-    `enabled: false` acts with the policy prior alone, in training and evaluation. `precision` is
-    that of matrix products; `bf16` needs the cpu or the triton backend, `tf32` (float32 cut to
-    three decimal digits) the triton backend, `float64` the reference. `mode` is the reference's:
-    `compile` puts it under torch.compile. `threads` and `budget_us` are the cpu backend's: threads
-    of a plan (null: as many as torch uses) and microseconds it may take (null: as long as it
-    takes). `capture` is the triton backend's: a plan is one CUDA graph (null: yes). Each of them is
-    an error beside a backend that makes nothing of it, and `auto` takes none of those.
+    Each of `mode`, `capture`, `threads`, `budget_us` and `precision` is an error beside a backend
+    that makes nothing of it, and `auto` takes none of those.
+
+    enabled: false acts with the policy prior alone, in training and evaluation
+    horizon: steps of an imagined trajectory
+    samples: trajectories of an iteration, those of the policy included
+    elites: best trajectories, to which mean and std are refitted
+    policy_trajectories: trajectories of the policy prior among the samples
+    iterations: rounds of scoring and refitting (null: 6, or 8 when the task has 20 actions or more)
+    temperature: η of the elites' weights exp(η (G − max G))
+    std_min: least std of the sampled actions
+    std_max: greatest std of the sampled actions, and the first
+    score: the telescoped form (`advantage`) or the soft return as written (`unrolled`)
+    backend: what computes a plan; auto takes the fastest that fits
+    precision: of matrix products; `bf16` needs the cpu or the triton backend, `tf32` (float32 cut
+        to three decimal digits) the triton backend, `float64` the reference
+    mode: the reference's: `compile` puts it under torch.compile
+    capture: the triton backend's: a plan is one CUDA graph (null: yes)
+    threads: the cpu backend's: threads of a plan (null: as many as torch uses)
+    budget_us: the cpu backend's: microseconds a plan may take (null: as long as it takes)
     """
 
     enabled: bool = True
@@ -164,18 +189,33 @@ class PlannerConfig:
 class LearnerConfig:
     """The losses and the optimiser. Symbols as in the paper.
 
-    `objective`: `iq` (inverse soft-Q, initial-state form), `v_diff` (the original form with the
-    value difference on behaviour) or `td` (regression on the environment's reward).
-    `mode`: `fused` (one call of the C++ library: on a CPU, of flat observations), `compile`
-    (torch.compile), `eager` (plain torch) or `graph` (one CUDA graph); `auto` is `fused` or `graph`
-    where they can be, else `compile`. `precision` is that of the fused update's matrix products.
-    `entropy_scale`: β·A (`action_dim`) or β (`one`). `entropy` is the form of log π: `exact`, the
-    squashed Gaussian's density, or `presquash`, in which the squashing counts 1/A of the rest (the
-    released code's: `iqmpc.kernels.layers.policy_sample`). `dropout` is where the critics'
-    `model.dropout` acts: where they are regressed (`regression`), or in V, V̄, the policy's loss
-    and the gradient penalty too (`always`, as in the released code). `gradient_penalty: null`
-    follows the task; `discount: null` derives γ from the episode length. `termination_weight` is
-    how many times a terminal latent counts in the termination head's loss.
+    objective: `iq` (inverse soft-Q, initial-state form), `v_diff` (the original form with the value
+        difference on behaviour) or `td` (regression on the environment's reward)
+    batch: slices drawn of each replay for an update
+    horizon: H, steps of a slice
+    rho: λ, by which each further step of a slice counts less
+    discount: γ (null: from the episode length)
+    alpha: α; the smaller, the more large implied rewards are penalised
+    beta: β, weight of the entropy
+    entropy_scale: β·A (`action_dim`) or β (`one`)
+    entropy: form of log π: `exact`, the squashed Gaussian's density, or `presquash`, in which the
+        squashing counts 1/A of the rest (the released code's: `iqmpc.kernels.layers.policy_sample`)
+    dropout: where `model.dropout` acts: where critics are regressed (`regression`), or in V, V̄, the
+        policy's loss and the gradient penalty too (`always`, as in the released code)
+    c_cons: weight of the consistency loss
+    c_iq: weight of the critics' loss
+    c_gp: weight of the gradient penalty
+    c_termination: weight of the termination head's loss
+    termination_weight: how many times a terminal latent counts in the termination head's loss
+    gradient_penalty: whether there is one (null: as the task says)
+    lr: learning rate
+    encoder_lr_scale: the encoder's learning rate as a share of `lr`
+    grad_clip: greatest norm of a gradient
+    tau: τ, by which the target critics move at each update
+    mode: `fused` (one call of the C++ library: on a CPU, of flat observations), `compile`
+        (torch.compile), `eager` (plain torch) or `graph` (one CUDA graph); `auto` is `fused` or
+        `graph` where they can be, else `compile`
+    precision: of the fused update's matrix products
     """
 
     objective: Literal["iq", "v_diff", "td"] = "iq"
@@ -224,8 +264,8 @@ class LearnerConfig:
 class AgentConfig:
     """Which weights act: the live ones, or an exponential average of all of the world model's.
 
-    `average`: `off`, in `evaluation` (of a run and of whoever loads it) or `always` (in training
-    too). After each update the average moves by `average_rate` of its distance to the live weights.
+    average: `off`, in `evaluation` (of a run and of whoever loads it) or `always` (in training too)
+    average_rate: share of its distance to the live weights that the average moves at each update
     """
 
     average: Literal["off", "evaluation", "always"] = "off"
@@ -240,22 +280,30 @@ class AgentConfig:
 class TrainConfig:
     """How long a run is and how it is spent. All counts are control steps of the environment.
 
-    `num_envs` environments are stepped together, their actions planned in one call; counts are
-    over all of them, and `updates_per_step` updates follow for the step of each; a fraction, such
-    as 0.25, is one update for every fourth step.
-    `random_steps: null` means max(1000, 5 episodes); `initial_updates: null` as many as those.
-    `demo_updates` are updates before any interaction, with demonstrations on both sides.
-    `overlap: async` makes a step's updates beside the next step, `sync` makes the same ones one
-    after the other, `off` before the next step; null is `async` on a GPU, else `off` (`Trainer`).
-    `env_workers` puts each environment into a process of its own (null: where there are several);
-    one that fails, or gives no answer for `env_timeout_s` seconds (two minutes more to start), is
-    replaced, `env_restarts` times at most over all of them.
-    `keep` newest checkpoints stay, and the agent of the best evaluation beside them. `stop_at`
-    ends a run at the first evaluation with this share of the demonstrator's return.
-    `updates_at: episode_end` makes the updates of an episode's steps when it has ended, while the
-    robot is put back. `control_hz` is for an environment that does not wait, a robot at that
-    rate: acting then never waits for learning (`iqmpc.realtime`), updates are made beside it as the
-    time allows, and without an `eval_env` of its own nothing is evaluated.
+    steps: length of the run, over all environments
+    num_envs: environments stepped together, their actions planned in one call
+    env_workers: each environment in a process of its own (null: where there are several)
+    env_restarts: how often workers that fail are replaced, over all of them
+    env_timeout_s: seconds after which a worker without an answer is replaced (two minutes more to
+        start)
+    random_steps: steps with random actions first (null: max(1000, 5 episodes))
+    initial_updates: updates after the random steps (null: as many as those)
+    demo_updates: updates before any interaction, with demonstrations on both sides
+    updates_per_step: updates for the step of each environment; 0.25 is one for every fourth step
+    capacity: steps that the replay of behaviour holds
+    eval_every: steps between evaluations
+    eval_episodes: episodes of an evaluation on the way
+    final_episodes: episodes of the last evaluation
+    checkpoint_every: steps between checkpoints
+    keep: newest checkpoints that stay; the agent of the best evaluation stays beside them
+    stop_at: end at the first evaluation with this share of the demonstrator's return
+    overlap: `async` makes a step's updates beside the next step, `sync` the same ones one after the
+        other, `off` before the next step (null: async on a GPU, else off; `Trainer`)
+    updates_at: `episode_end` makes an episode's updates when it has ended, while the robot is put
+        back
+    control_hz: for an environment that does not wait, a robot at that rate: acting then never waits
+        for learning (`iqmpc.realtime`), updates are made beside it as the time allows, and without
+        an `eval_env` of its own nothing is evaluated
     """
 
     steps: int = 100_000
@@ -324,7 +372,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DemosConfig:
-    """Where the demonstrations are. `path: null` takes the packaged set of the task."""
+    """Where the demonstrations are.
+
+    path: a file (null: the packaged set of the task)
+    episodes: how many of its episodes are used (null: all)
+    """
 
     path: str | None = None
     episodes: int | None = None
@@ -338,7 +390,11 @@ class DemosConfig:
 class Config:
     """Everything that defines a run; written to the run folder as `config.yaml`.
 
-    `preset` says which preset `compose` started from, and sets nothing by itself.
+    seed: of everything random
+    device: what learns and plans
+    threads: of planning and updates (null: one for each core)
+    run_dir: the run folder (null: a new one under `runs/`)
+    preset: which preset `compose` started from; sets nothing by itself
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -505,6 +561,18 @@ def all_keys(cls: Any = Config, prefix: str = "") -> list[str]:
         path = f"{prefix}{name}"
         keys += all_keys(hint, path + ".") if dataclasses.is_dataclass(hint) else [path]
     return keys
+
+
+def meanings(cls: Any = Config, prefix: str = "") -> dict[str, str]:
+    """What every dotted key of the schema means: a line `key: meaning` of its class's docstring."""
+    entries = re.findall(r"^(\w+): (.*(?:\n    .*)*)", inspect.getdoc(cls) or "", re.MULTILINE)
+    said = {key: " ".join(text.split()) for key, text in entries}
+    found = {}
+    for name, hint in get_type_hints(cls).items():
+        nested = dataclasses.is_dataclass(hint)
+        path = f"{prefix}{name}"
+        found |= meanings(hint, path + ".") if nested else {path: said.get(name, "")}
+    return found
 
 
 def text_keys(cls: Any = Config, prefix: str = "") -> list[str]:

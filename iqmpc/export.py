@@ -17,6 +17,8 @@ from iqmpc.agent_file import AgentFile
 from iqmpc.envs import make_env
 from iqmpc.envs.description import describe, indexed
 from iqmpc.errors import ConfigError, IqmpcError
+from iqmpc.files import strict_json, write_atomically
+from iqmpc.onnx_model import prior_model
 from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
 from iqmpc.task_interface import TaskInterface
@@ -48,10 +50,35 @@ def export(
         **agent.facts,
         **_evaluated(folder),
     }
-    tensors = {k: v.detach().cpu().float() for k, v in agent.model.state_dict().items()}
-    found = AgentFile(agent.config, tensors, _about(agent, interface), provenance)
+    found = exported(agent, interface, provenance)
     agent_file.save(out, found)
     return found
+
+
+def export_onnx(
+    run: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str = "newest",
+    changes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write encoder and policy prior as an ONNX model: `iqmpc.onnx_model.prior_model`.
+
+    Raises as `export` does, and `ConfigError` where the package onnx is not installed.
+    """
+    agent = Agent.load(run, checkpoint=checkpoint, changes={"device": "cpu", **(changes or {})})
+    interface = RunFolder(run).load_interface() or _made_anew(agent)
+    metadata = {"iqmpc": iqmpc.__version__, "interface": strict_json(interface.to_dict())}
+    write_atomically(Path(out), prior_model(agent.model.weights(), metadata))
+
+
+def exported(agent: Agent, interface: TaskInterface, provenance: Mapping[str, Any]) -> AgentFile:
+    """What a file of this agent holds; `provenance` has the `FACTS` of `iqmpc.agent_file` at least.
+
+    Raises `ConfigError` for an interface of another size.
+    """
+    tensors = {k: v.detach().cpu().float() for k, v in agent.model.state_dict().items()}
+    return AgentFile(agent.config, tensors, _about(agent, interface), dict(provenance))
 
 
 def _about(agent: Agent, interface: TaskInterface) -> dict[str, Any]:

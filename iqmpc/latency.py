@@ -40,6 +40,18 @@ class LatencyHistogram:
         index = int(np.searchsorted(np.cumsum(self._bins), math.ceil(share * total)))
         return min(_LEAST_S * 2 ** ((index + 1) / _PER_OCTAVE), self.max_s)
 
+    def bins(self) -> tuple[np.ndarray, np.ndarray]:
+        """Edges [B+1] in seconds and counts [B], from the first bin that is not empty to the last.
+
+        The first and the last bin of all also count what lies beyond them. Empty without durations.
+        """
+        filled = np.flatnonzero(self._bins)
+        if not len(filled):
+            return np.zeros(1), np.zeros(0, np.int64)
+        first, last = int(filled[0]), int(filled[-1])
+        edges = _LEAST_S * 2.0 ** (np.arange(first, last + 2) / _PER_OCTAVE)
+        return edges, self._bins[first : last + 1].copy()
+
     def summary(self, name: str) -> dict[str, float | int | None]:
         """The count, how many were late, and p50, p99 and the greatest in ms, by `name`."""
 

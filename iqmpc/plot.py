@@ -104,6 +104,22 @@ def over_seeds(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndar
     return grid, values.mean(0), values.min(0), values.max(0)
 
 
+def bootstrap_band(
+    curves: Sequence[tuple[np.ndarray, np.ndarray]], draws: int = 2000
+) -> tuple[np.ndarray, ...]:
+    """Curves of several seeds -> x, mean, and the mean's 95 % bootstrap interval, each [M].
+
+    x as in `over_seeds`. The interval is of percentiles over `draws` samples of whole curves, with
+    replacement; the same curves give the same one.
+    """
+    grid, *_ = over_seeds(curves)
+    values = np.stack([np.interp(grid, x, y) for x, y in curves])  # [seeds, M]
+    chosen = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    counts = np.stack([np.bincount(c, minlength=len(values)) for c in chosen])
+    low, high = np.percentile(counts @ values / len(values), [2.5, 97.5], axis=0)
+    return grid, values.mean(0), low, high
+
+
 def new_figure(out: Path, **options: Any) -> Figure:
     """An empty figure for `out`; `IqmpcError` for another suffix and without matplotlib."""
     if out.suffix not in (".png", ".pdf", ".svg"):
@@ -122,11 +138,12 @@ def save_figure(figure: Figure, out: Path) -> None:
     write_atomically(out, image.getvalue())
 
 
-def plot(runs: Sequence[Path], out: Path) -> None:
+def plot(runs: Sequence[Path], out: Path, *, group: bool = False, title: str | None = None) -> None:
     """Draw the curves of `runs` into `out` (.png, .pdf or .svg) and write their points beside it.
 
     Runs of a task that differ only in their seed are drawn as one: the mean of their evaluations,
-    its range over seeds as a band, every evaluation as a dot. A run without others of its kind
+    its range over seeds as a band, every evaluation as a dot. With `group` the band is the mean's
+    95 % bootstrap interval, and there are no dots. A run without others of its kind
     shows its training episodes too. The CSV has the columns task, seed, env_steps, minutes, kind,
     return.
     """
@@ -135,20 +152,23 @@ def plot(runs: Sequence[Path], out: Path) -> None:
     groups: dict[tuple[str, str], list[Curve]] = {}
     for curve in curves:
         groups.setdefault((curve.task, curve.ablation), []).append(curve)
+    if title is not None:
+        figure.suptitle(title)
     axes = figure.subplots(1, 2, sharey=True)
-    for index, ((task, settings), group) in enumerate(groups.items()):
+    for index, ((task, settings), alike) in enumerate(groups.items()):
         colour = f"C{index}"
-        seeds = f"{len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
+        seeds = f"{len(alike)} seeds" if len(alike) > 1 else f"seed {alike[0].seed}"
         label = textwrap.fill(", ".join(filter(None, [task, settings, seeds])), 50)
-        demonstrators = {c.demonstrator for c in group} - {None}
+        demonstrators = {c.demonstrator for c in alike} - {None}
         for axis, x in zip(axes, ("env_steps", "minutes"), strict=True):
-            _draw(axis, group, x, colour, label)
+            _draw(axis, alike, x, colour, label, bootstrap=group)
             for demonstrator in demonstrators:
                 axis.axhline(demonstrator, color=colour, ls="--", lw=1)
     axes[0].set(xlabel="environment steps", ylabel="return")
     axes[1].set(xlabel="minutes")
+    pale = "95 % of bootstrapped means over seeds" if group else "range over seeds"
     axes[0].legend(
-        title="dots: evaluations; pale: training, or range over seeds\ndashed: the demonstrator",
+        title=f"dots: evaluations; pale: training, or {pale}\ndashed: the demonstrator",
         title_fontsize="small",
         fontsize="small",
     )
@@ -163,16 +183,19 @@ def plot(runs: Sequence[Path], out: Path) -> None:
     write_atomically(out.with_suffix(".csv"), text.getvalue().encode())
 
 
-def _draw(axis: Axes, group: Sequence[Curve], x: str, colour: str, label: str) -> None:
+def _draw(
+    axis: Axes, group: Sequence[Curve], x: str, colour: str, label: str, *, bootstrap: bool
+) -> None:
     """Runs that differ in their seed alone, along `x`."""
     evaluations = [c.along(x, "evaluation") for c in group]
     if len(group) == 1:
         axis.plot(*group[0].along(x, "training"), color=colour, alpha=0.35, lw=1)
         axis.plot(*evaluations[0], color=colour, marker="o", ms=4, label=label)
         return
-    for steps, values in evaluations:
+    for steps, values in [] if bootstrap else evaluations:
         axis.plot(steps, values, color=colour, ls="", marker="o", ms=3, alpha=0.6)
     started = [e for e in evaluations if len(e[0])]
-    grid, mean, least, greatest = over_seeds(started) if started else np.empty((4, 0))
+    band = bootstrap_band if bootstrap else over_seeds
+    grid, mean, low, high = band(started) if started else np.empty((4, 0))
     axis.plot(grid, mean, color=colour, label=label)
-    axis.fill_between(grid, least, greatest, color=colour, alpha=0.2, lw=0)
+    axis.fill_between(grid, low, high, color=colour, alpha=0.2, lw=0)

@@ -223,7 +223,8 @@ class RealTimeUpdates(Updates):
         if self._first is None:
             self._first = learner.updates, time.monotonic()
         assert behaviour is not None  # the schema refuses demo_updates for `td`
-        latest = learner.learn(self._experts, behaviour)
+        with self._reporter.timing.measure("update"):
+            latest = learner.learn(self._experts, behaviour)
         self._agent.publish(learner.acting_weights())
         self._published = learner.updates, time.monotonic()
         if learner.updates % _METRICS_EVERY == 0 or self._reporter.metrics is None:

@@ -11,6 +11,7 @@ import torch
 
 from iqmpc.run_folder import RunFolder
 from iqmpc.runlog import RunLog
+from iqmpc.timing import Timing
 
 Metrics = tuple[tuple[str, ...], torch.Tensor]  # names and, on the learner's device, values
 Phase = tuple[str, int, int]  # its name, how much of it is done, and of how much
@@ -22,7 +23,8 @@ class Reporter:
     """Tells a caller about a run, by `on_progress` and `on_message`, and writes its metrics.
 
     `counters()` gives what every report begins with: env_steps, updates, episodes, wall_s.
-    `metrics` are those of the last update, or None where there are no new ones.
+    `metrics` are those of the last update, or None where there are no new ones. What `timing`
+    measures goes into the next row.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Reporter:
         self._on_progress = on_progress or (lambda values: None)
         self.message = on_message or (lambda text: None)
         self.metrics: Metrics | None = None
+        self.timing = Timing()
         self._log: RunLog | None = None
         self._last_return: float | None = None
         self._told = 0.0  # when, on the monotonic clock
@@ -43,6 +46,7 @@ class Reporter:
     def open(self, run: RunFolder, *, since: int | None, evaluated: int) -> None:
         """Write into the folder from now on, after what `RunLog` keeps there."""
         self._log = RunLog(run, since=since, evaluated=evaluated)
+        self.timing.restart(self._counters()["env_steps"])
 
     def close(self) -> None:
         if self._log is not None:
@@ -71,9 +75,10 @@ class Reporter:
         self.write({"return": episode_return, **self._fetched()})
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Write a row: the counters as they are now, then `values`."""
+        """Write a row: the counters as they are now, then `values`, then the times."""
         assert self._log is not None  # rows are written between open and close
-        self._log.write({**self._counters(), **values})
+        counters = self._counters()
+        self._log.write({**counters, **values, **self.timing.take(counters["env_steps"])})
 
     def _fetched(self) -> dict[str, float]:
         """The last update's metrics, in one transfer from the device."""

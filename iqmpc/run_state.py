@@ -67,10 +67,10 @@ class RunState:
         }
         return Snapshot(step, tensors, self._described(meta), self._behaviour.overwritten)
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Write the checkpoint."""
+    def save(self, snapshot: Snapshot) -> Path:
+        """Write the checkpoint and return its path."""
         keep = self._config.train.keep
-        self.folder.save(snapshot.step, snapshot.tensors, snapshot.meta, keep=keep)
+        return self.folder.save(snapshot.step, snapshot.tensors, snapshot.meta, keep=keep)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the weights as they are now, live and average."""

@@ -36,7 +36,9 @@ LEARNING = (
     "termination_recall",
     "termination_precision",
 )
-COLUMNS: tuple[str, ...] = PROGRESS + RESULTS + LEARNING
+TIMING = ("plan_ms", "env_ms", "update_ms", "steps_per_s")
+COLUMNS: tuple[str, ...] = PROGRESS + RESULTS + LEARNING + TIMING
+_SECTIONS = {"results": RESULTS, "learning": LEARNING, "timing": TIMING}  # of TensorBoard
 _LAST = 5
 
 
@@ -95,10 +97,11 @@ class RunLog:
         if self._board is None:
             return
         try:
-            for key, value in values.items():
-                if key not in PROGRESS and value is not None and math.isfinite(value):
-                    section = "learning" if key in LEARNING else "results"
-                    self._board.add_scalar(f"{section}/{key}", value, values["env_steps"])
+            for section, keys in _SECTIONS.items():
+                for key in keys:
+                    value = values.get(key)
+                    if value is not None and math.isfinite(value):
+                        self._board.add_scalar(f"{section}/{key}", value, values["env_steps"])
         except Exception as error:  # what its writing thread met is raised here
             self._without_board(error)
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from iqmpc.agent import Agent, resolve_device
+from iqmpc.callbacks import Callback
 from iqmpc.compiler import check_compiler
-from iqmpc.config import Config
+from iqmpc.config import Config, shortened
 from iqmpc.demos import Demonstrations
 from iqmpc.envs.description import describe
 from iqmpc.envs.training import Environment, training_envs
@@ -68,7 +69,8 @@ class Trainer:
     called now and then with the current figures (`return` is the last episode's),
     `on_message(text)` with events in words. While steps wait for something long, `values` has its
     `phase`: its name (`demo updates`, `initial updates`, `updates` that were missing,
-    `evaluation`), how much of it is done, and of how much.
+    `evaluation`), how much of it is done, and of how much. `callbacks` are told of every step,
+    episode, evaluation and checkpoint, and may end the run (`iqmpc.callbacks.Callback`).
 
     Evaluations and checkpoints come after ticks at which an episode ended. A checkpoint holds no
     unfinished episode: where other environments were inside theirs, a resumed run has lost those
@@ -118,8 +120,17 @@ class Trainer:
         resume: bool = False,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
         on_message: Callable[[str], None] | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise ConfigError(
+                    "callbacks must be instances of iqmpc.callbacks.Callback, got "
+                    f"{shortened(callback)}"
+                )
         self.config = config
+        self._callbacks = tuple(callbacks)
+        self._ending = False  # before train.steps
         self._reporter = Reporter(self._counters, on_progress, on_message)
         run = run or config.run_dir
         self._named = run is not None
@@ -129,9 +140,9 @@ class Trainer:
         self.device = resolve_device(config.device)
         self._idle_action = idle_action
         prepare_torch(config)
-        self.envs, self.eval_env = training_envs(config, env, eval_env, self._reporter.message)
-        if config.train.control_hz is not None:
-            self.eval_env = eval_env
+        self.envs, like = training_envs(config, env, eval_env, self._reporter.message)
+        self.eval_env = like if config.train.control_hz is None else eval_env
+        self._interface = describe(like, config.task)
         try:
             self._make_parts(demonstrations)
             self._interrupts = Interrupts(self._interrupted)
@@ -239,39 +250,42 @@ class Trainer:
     def _train(self) -> None:
         c = self.config.train
         self.updates.on_demonstrations_alone()
-        enough = False
-        while self.env_steps < c.steps and not enough:
+        self._ending = False
+        while self.env_steps < c.steps and not self._ending:
             ended = self._tick()
             # Before a signal is looked at, which would lose this episode; but one that has cut its
             # updates short is made again.
             if ended and self.updates.complete(self.env_steps):
                 self._whole = self._snapshot()
             self._interrupts.check()
-            if ended and self.env_steps < c.steps:
+            for episode in ended:
+                self._tell("on_episode", episode)
+            if ended and self.env_steps < c.steps and not self._ending:
                 due = self.env_steps - self._evaluated_at >= c.eval_every
                 if due and self.eval_env is not None:
-                    enough = self._is_enough(self._evaluate(c.eval_episodes))
+                    self._stop_if_enough(self._evaluate(c.eval_episodes))
                     self._whole = self._snapshot()
                 if self.env_steps - self._saved_at >= c.checkpoint_every:
-                    self._save()
+                    self._tell("on_checkpoint", self._save())
         self.updates.finish()
         if self._saved_at != self.env_steps:
             self._whole = self._snapshot()
-            self._save()
+            self._tell("on_checkpoint", self._save())
 
-    def _tick(self) -> bool:
-        """One control step of every environment, and learning. Whether an episode ended."""
+    def _tick(self) -> list[Episode]:
+        """One control step of every environment, and learning. The episodes that ended."""
         left = self.config.train.steps - self.env_steps
         self.updates.begin(self.env_steps)
         for index in self.envs.start():
             self.agent.reset(index)
         opened = self.envs.open
         actions = self._act(self.envs.observations)[:left]  # the last tick may have too many
-        with self.updates.beside_step():
+        with self.updates.beside_step(), self._reporter.timing.measure("env"):
             ended = self.envs.step(actions)
         self.env_steps += len(actions)
         self.updates.keep(self.envs, opened, ended)
-        if len(actions) == left:
+        self._tell("on_step", [e for e in opened[: len(actions)] if e is not None])
+        if len(actions) == left or self._ending:
             opened, cut = self.envs.open, self.envs.cut()
             self.updates.keep(self.envs, opened, cut)
             ended += cut
@@ -286,12 +300,21 @@ class Trainer:
             self._reporter.episode(episode.undiscounted_return)
         if ended:
             self._reporter.metrics = None
-        return bool(ended)
+        return ended
+
+    def _tell(self, event: str, about: object) -> None:
+        """Tell every callback, and end the run where one asks for it."""
+        for callback in self._callbacks:
+            if getattr(callback, event)(self, about) and not self._ending:
+                self._ending = True
+                name = f"{type(callback).__name__}.{event}"
+                self._reporter.message(f"step {self.env_steps}: {name} ends the run")
 
     def _act(self, obs: np.ndarray) -> np.ndarray:
         """obs [N, ...] -> action [N, A]."""
         if self.updates.ready(self.env_steps):
-            return self.agent.act(obs, explore=True)
+            with self._reporter.timing.measure("plan"):
+                return self.agent.act(obs, explore=True)
         if self._idle_action is not None:
             return np.asarray(self._idle_action(obs), np.float32)
         shape = len(obs), self.envs.action_dim
@@ -364,16 +387,17 @@ class Trainer:
             self._best = result.score
             figures = result.summary(self.demonstrator_return)
             self._state.save_best(weights, {**at, **figures, "evaluated_at": step})
+        self._tell("on_evaluation", result)
         return result
 
-    def _is_enough(self, result: Evaluation) -> bool:
-        """Whether `train.stop_at` is reached, which is said."""
+    def _stop_if_enough(self, result: Evaluation) -> None:
+        """End the run where `train.stop_at` is reached, and say so."""
         share = ratio(result.return_mean, self.demonstrator_return)
         wanted = self.config.train.stop_at
         if wanted is None or share is None or share < wanted:
-            return False
+            return
         self._reporter.message(f"ending here: train.stop_at={wanted:g} is reached")
-        return True
+        self._ending = True
 
     def _finish(self) -> dict[str, Any]:
         trained_s, episodes = self.wall_s, self.config.train.final_episodes
@@ -388,7 +412,7 @@ class Trainer:
             "updates": self.learner.updates,
             "skipped_updates": self.learner.skipped_updates,
             "wall_s": round(trained_s, 1),
-            "checkpoint": "newest",
+            "checkpoint": self.folder.step_path(self._saved_at).name,
             **figures,
             **last_evaluations(self.folder, before=self.env_steps),
             **self.agent.planner.summary(),
@@ -422,7 +446,7 @@ class Trainer:
             self.folder.save_config(self.config, new=not self._resumed)
         except FileExistsError:
             raise self._taken() from None
-        self.folder.save_interface(describe(self.eval_env, self.config.task))
+        self.folder.save_interface(self._interface)
         self.folder.summary.unlink(missing_ok=True)  # of what came before resuming
         since = self.env_steps if self._resumed else None
         self._reporter.open(self.folder, since=since, evaluated=self._evaluated_at)
@@ -454,10 +478,11 @@ class Trainer:
         self._best = None if meta.get("best") is None else tuple(meta["best"])
         self._saved_at = self.env_steps
 
-    def _save(self) -> None:
+    def _save(self) -> Path:
         assert self._whole is not None
-        self._state.save(self._whole)
+        path = self._state.save(self._whole)
         self._saved_at = self._whole.step
+        return path
 
     def _rescue(self) -> None:
         """Save the last whole episode, while an exception ends the run."""

@@ -191,7 +191,8 @@ class Updates:
         with stream:
             # Those of one tick are few, and without them the tick's episode could not be saved.
             while learner.updates < updates and not (phase and self._stopped.is_set()):
-                latest = learner.learn(self._experts, behaviour)
+                with self._reporter.timing.measure("update"):
+                    latest = learner.learn(self._experts, behaviour)
                 self._any = True
                 last = learner.updates == updates
                 due = last or self._reporter.is_due(learner.updates, 1)

@@ -10,6 +10,7 @@ import torch
 from iqmpc import Trainer
 from iqmpc.kernels import layers
 from iqmpc.run_folder import RunFolder
+from iqmpc.runlog import TIMING
 
 
 def train(config, env, demonstrations, run, **options):
@@ -39,7 +40,7 @@ def planned_steps(trainer):
     planned = []
     act = trainer.agent.act
     trainer.agent.act = lambda obs, **k: planned.append(trainer.env_steps) or act(obs, **k)
-    trainer._evaluate = lambda episodes: None
+    trainer.eval_env = None  # nothing is evaluated on the way
     trainer._finish = dict
     trainer.train()
     return planned
@@ -109,7 +110,7 @@ def marked(**options):
 
 def rows_of(run):
     return [
-        {k: v for k, v in row.items() if k != "wall_s"}
+        {k: v for k, v in row.items() if k not in ("wall_s", *TIMING)}
         for row in csv.DictReader(open(run / "metrics.csv", newline=""))
     ]
 

@@ -14,8 +14,8 @@ ROOT = Path(iqmpc.__file__).parent
 # beside itself. A new module goes on the lowest floor that lets it import what it needs.
 FLOORS = {
     "ground": (
-        "console episode errors files interrupts latency observation paths progress seeding "
-        "__init__ _C",
+        "callbacks console episode errors files interrupts latency observation paths progress "
+        "seeding timing __init__ _C",
         "",
     ),
     "settings": ("capture compiler composition config configs threads", "ground"),
@@ -26,12 +26,12 @@ FLOORS = {
     ),
     "data": ("demos envs", "ground settings records"),
     "method": (
-        "agent learner model plan_statistics planner replay update_backends",
+        "agent learner model onnx_model plan_statistics planner replay update_backends",
         "ground settings kernels records",
     ),
     "runs": (
-        "demonstrators evaluation expert_data export realtime run_state table trainer updates "
-        "video",
+        "bench demonstrators evaluation expert_data export realtime run_state table trainer "
+        "updates video",
         "ground settings records data method",
     ),
     "shell": ("cli commands doctor", "ground settings kernels records data method runs"),

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from iqmpc import compose
 from iqmpc import plot as module
+from iqmpc.cli import app
 from iqmpc.errors import CheckpointError, IqmpcError
-from iqmpc.plot import over_seeds, plot, read_curve
+from iqmpc.plot import bootstrap_band, over_seeds, plot, read_curve
 from iqmpc.run_folder import RunFolder
 from iqmpc.runlog import RunLog
 
@@ -39,8 +41,8 @@ def drawn(monkeypatch, tmp_path):
         module, "save_figure", lambda figure, out: (figures.append(figure), original(figure, out))
     )
 
-    def draw(*runs):
-        plot(runs, tmp_path / "curves.png")
+    def draw(*runs, **options):
+        plot(runs, tmp_path / "curves.png", **options)
         assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
         return figures[-1].axes
 
@@ -110,3 +112,34 @@ def test_what_cannot_be_drawn_is_named(make_run, tmp_path):
     (tmp_path / "seed0" / "metrics.csv").unlink()
     with pytest.raises(CheckpointError, match="seed0 has no metrics.csv"):
         read_curve(tmp_path / "seed0")
+
+
+def test_a_band_of_bootstrapped_means():
+    x = np.array([0.0, 10.0])
+    curves = [(x, np.array([float(seed), 5.0])) for seed in range(8)]
+    grid, mean, low, high = bootstrap_band(curves)
+    assert grid.tolist() == [0, 10] and mean.tolist() == [3.5, 5]
+    spread = 1.96 * np.std(range(8)) / np.sqrt(8)  # of the mean of eight, where it is normal
+    assert low == pytest.approx([3.5 - spread, 5], abs=0.2)
+    assert high == pytest.approx([3.5 + spread, 5], abs=0.2)
+
+
+def test_groups_are_means_with_a_band_and_a_title(make_run, drawn):
+    runs = [make_run(seed, scale=1.0 + seed) for seed in range(3)]
+    steps, _ = drawn(*runs, group=True, title="three seeds")
+    assert steps.figure.get_suptitle() == "three seeds"
+    assert labels(steps) == ["walker-walk, 3 seeds"]
+    (mean,) = (line for line in steps.lines if line.get_linestyle() == "-")
+    assert mean.get_xydata().tolist() == [[10, 20], [20, 40], [30, 60]]
+    (band,) = steps.collections
+    assert band.get_datalim(steps.transData).max == pytest.approx((30, 90))
+    assert "bootstrapped" in steps.get_legend().get_title().get_text()
+
+
+def test_the_command_takes_globs(make_run, tmp_path):
+    make_run(0), make_run(1)
+    words = ["plot", str(tmp_path / "seed*"), "--out", str(tmp_path / "c.svg"), "--group"]
+    result = CliRunner().invoke(app, [*words, "--title", "both seeds"])
+    assert result.exit_code == 0, result.output
+    rows = (tmp_path / "c.csv").read_text().splitlines()
+    assert {row.split(",")[1] for row in rows[1:]} == {"0", "1"}

@@ -1,6 +1,5 @@
 """Runs that go on from a checkpoint: exactly, or refused."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.evaluation import Evaluation, reward_correlation
 from iqmpc.observation import stacked
 from iqmpc.run_folder import RunFolder
-from tests.runs import assert_same_state, marked, tensors_of, train
+from tests.runs import assert_same_state, marked, rows_of, tensors_of, train
 
 
 @pytest.mark.parametrize(
@@ -92,14 +91,7 @@ def test_kill_and_resume_is_exact(tmp_path, small_config, point_demonstrations):
     assert not (tmp_path / "cut" / "summary.json").exists()
     assert start("cut", "resume", 0).wait(120) == 0
     assert_same_state(tmp_path / "straight", tmp_path / "cut")
-    rows = {
-        run: [
-            {k: v for k, v in r.items() if k != "wall_s"}
-            for r in csv.DictReader(open(tmp_path / run / "metrics.csv", newline=""))
-        ]
-        for run in ("straight", "cut")
-    }
-    assert rows["straight"] == rows["cut"]
+    assert rows_of(tmp_path / "straight") == rows_of(tmp_path / "cut")
 
 
 def test_a_damaged_newest_checkpoint_falls_back(

@@ -1,6 +1,8 @@
 """What a run writes, what is read of it, and what damage to metrics.csv costs."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,3 +168,10 @@ def test_what_is_not_finite_is_no_figure(tmp_path):
     found = last_evaluations(RunFolder(tmp_path), before=30)
     assert found["last5_return_mean"] is None and found["last5_return_min"] is None
     assert found["last5_success_mean"] == found["last5_success_min"] == 1.0
+
+
+def test_the_glossary_has_every_metric():
+    page = Path(__file__).parents[1] / "docs" / "watching.md"
+    if not page.exists():
+        pytest.skip("the documentation is not beside the tests")
+    assert re.findall(r"^\| `(\w+)` \|", page.read_text(), re.MULTILINE) == list(COLUMNS)

@@ -32,6 +32,7 @@ def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demon
     assert {p.name for p in run.iterdir()} == {
         "config.yaml",
         "metrics.csv",
+        "interface.json",
         "tensorboard",
         "checkpoints",
         "summary.json",
@@ -44,6 +45,7 @@ def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demon
         "updates",
         "skipped_updates",
         "wall_s",
+        "checkpoint",
         "episodes",
         "return_mean",
         "return_std",

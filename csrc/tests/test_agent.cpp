@@ -68,12 +68,11 @@ void acts_as_a_planner_of_the_same_model() {
       CHECK(agent.act(obs, action, i % 2 == 1).iterations == 2);
       CHECK(action == expected);
     }
-    const long before = allocations;
     const Floats obs(5);
-    const long once = allocations;
-    CHECK(once == before + 1);
+    const long before = allocations;
+    CHECK(before > 0);  // they are counted
     agent.act(obs.data(), action.data());
-    CHECK(allocations == once);
+    CHECK(allocations == before);
   }
 }
 

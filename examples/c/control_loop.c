@@ -30,7 +30,8 @@ int main(int argc, char** argv) {
   }
   const double hz = atof(argv[2]);
 
-  /* ---- Yours from here: load, and act once a tick --------------------------------------------- */
+  /* ---- Yours from here: load, and act once a tick ---------------------------------------------
+   */
   iqmpc_options options = iqmpc_default_options();
   options.budget_us = 0.8e6 / hz; /* of a tick; the rest is the robot's */
   iqmpc_agent* agent;
@@ -53,7 +54,8 @@ int main(int argc, char** argv) {
     due.tv_nsec %= 1000000000;
     clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &due, NULL);
   }
-  /* ---- to here -------------------------------------------------------------------------------- */
+  /* ---- to here --------------------------------------------------------------------------------
+   */
 
   iqmpc_statistics plans;
   iqmpc_agent_statistics(agent, &plans);

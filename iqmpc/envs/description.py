@@ -16,7 +16,8 @@ from iqmpc.task_interface import TaskInterface
 
 def describe(env: gymnasium.Env, task: TaskConfig) -> TaskInterface:
     """The interface of a task's environment; of one that says nothing of itself, by numbers."""
-    obs, action = env.observation_space, env.action_space
+    obs: Any = env.observation_space  # Boxes, as `check_spaces` has seen to
+    action: Any = env.action_space
     try:
         found = env.get_wrapper_attr("describe_interface")()
     except AttributeError:
@@ -41,11 +42,12 @@ def indexed(name: str, shape: Iterable[int]) -> tuple[str, ...]:
 
 def seconds(env: Any) -> float | None:
     """From one step of an unwrapped environment to the next, where it says so."""
-    step, frequency = getattr(env, "dt", None), getattr(env, "control_freq", None)
-    if step is None and frequency:
-        step = 1 / frequency
+    step: Any = getattr(env, "dt", None)
+    frequency: Any = getattr(env, "control_freq", None)
+    if step is None:
+        step = 1 / frequency if frequency else 0.0
     try:
-        step = float(step)
+        found = float(step)
     except (TypeError, ValueError):
         return None
-    return step if math.isfinite(step) and step > 0 else None
+    return found if math.isfinite(found) and found > 0 else None

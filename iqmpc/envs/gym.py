@@ -136,10 +136,12 @@ class ControlEnv(gymnasium.Wrapper):
         self._seed, self._steps = seed, 0
 
     def describe_interface(self) -> TaskInterface:
-        flat, period = isinstance(self.env, FlatObservation), seconds(self.unwrapped)
+        period = seconds(self.unwrapped)
         return TaskInterface(
-            self.env.names if flat else indexed("obs", self.observation_space.shape),
-            indexed("action", self.action_space.shape),
+            self.env.names
+            if isinstance(self.env, FlatObservation)
+            else indexed("obs", self.observation_space.shape or ()),
+            indexed("action", self.action_space.shape or ()),
             tuple(map(float, self._low)),
             tuple(map(float, self._high)),
             self.config.action_repeat,

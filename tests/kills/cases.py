@@ -24,6 +24,7 @@ import iqmpc
 from iqmpc import checkpoint
 from iqmpc.errors import Interrupted
 from iqmpc.run_folder import RunFolder
+from iqmpc.runlog import TIMING
 from iqmpc.threads import set_threads
 from tests.fuzz import samples
 
@@ -32,7 +33,7 @@ _EPISODE = 12
 _LONGEST_S = 1800.0
 _SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # What differs from one run to the next: time, and where it was made.
-_OWN = ("wall_s", "commit", "machine")
+_OWN = ("wall_s", "commit", "machine", *TIMING)
 
 
 @dataclass
