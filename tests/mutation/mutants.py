@@ -332,7 +332,7 @@ trainer(
 )
 trainer(
     "Trainer._train",
-    "if ended and self.learner.updates >= self.updates.due(self.env_steps):",
+    "if ended and self.updates.complete(self.env_steps):",
     "if False:",
     "::test_a_signal_ends",
 )
