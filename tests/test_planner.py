@@ -230,12 +230,9 @@ def test_the_last_plan_and_statistics_say_what_was_done(config):
     assert last.elapsed_us > 0
     assert (found.plans, found.iterations, found.samples) == (5, 15, 5 * samples)
     assert (found.missed, found.late, found.nonfinite) == (0, 0, 0)
-    assert found.histogram.sum() == 5
+    assert len(found.times) == 5
     assert found.times.max_s == found.times.percentile(1) >= found.times.percentile(0.5) > 0
-    (bucket,) = [
-        b for b in found.to_dict()["histogram"] if b["from_us"] <= last.elapsed_us < b["to_us"]
-    ]
-    assert bucket["plans"] >= 1
+    assert found.times.max_s >= 1e-6 * last.elapsed_us
     planner.clear_statistics()
     assert planner.statistics().plans == 0 and found.plans == 5
 
