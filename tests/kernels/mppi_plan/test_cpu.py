@@ -227,8 +227,12 @@ def test_no_time_for_an_iteration_is_a_miss(make_weights):
     assert torch.equal(plan.mean[0], torch.cat([planned[1:], torch.zeros(1, 3)]))
 
 
-def test_a_budget_ends_the_plan_between_iterations(make_weights):
-    """Enough time for some of a million iterations: the plan is what those iterations give."""
+def test_a_budget_ends_the_plan(make_weights):
+    """Enough time for some of a million iterations: the plan is what those iterations give.
+
+    Where it ended inside one, what that had scored counts too, which csrc/tests/test_planner.cpp
+    looks at with a clock of its own.
+    """
     weights, obs = make_weights(5, 3), torch.randn(1, 5)
     plan = cpu(weights, dataclasses.replace(CONFIG, iterations=1_000_000, budget_us=20_000.0))
     started = time.perf_counter()
@@ -237,8 +241,11 @@ def test_a_budget_ends_the_plan_between_iterations(make_weights):
     assert time.perf_counter() - started < 60
     assert 1 <= done.iterations < 1_000_000 and not done.missed
     same = cpu(weights, dataclasses.replace(CONFIG, iterations=done.iterations))
-    assert torch.equal(same(obs).action, done.action)
-    assert torch.equal(same.mean, plan.mean)
+    given = same(obs)
+    assert done.samples >= given.samples
+    if done.samples == given.samples:
+        assert torch.equal(given.action, done.action)
+        assert torch.equal(same.mean, plan.mean)
 
 
 def test_a_generous_budget_changes_nothing(make_weights):
