@@ -81,6 +81,32 @@ def _of_file(path: Path, which: str) -> _Stored:
     )
 
 
+def _model(found: _Stored, config: Config) -> WorldModel:
+    """The model with its weights; none is made of sizes that its weights do not have."""
+
+    def made() -> WorldModel:
+        return WorldModel(
+            found.observation, found.action_dim, config.model, termination=found.termination
+        )
+
+    weights, unfit = found.weights(config), f"{found.path} does not fit its settings (config.yaml)"
+    try:
+        with torch.device("meta"):  # takes no memory
+            expected = {name: tuple(t.shape) for name, t in made().state_dict().items()}
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{unfit}: they describe no model ({said})") from error
+    held = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | held.keys()):
+        if expected.get(name) != held.get(name):
+            raise CheckpointError(
+                f"{unfit}: {name} has the shape {held.get(name)}, expected {expected.get(name)}"
+            )
+    model = made()
+    model.load_state_dict(weights)
+    return model
+
+
 class Agent:
     """A world model and its planner, acting on `num_envs` environments at once (one by default).
 
@@ -143,15 +169,7 @@ class Agent:
             changes["device"] = "cpu"
         config = found.config.replace(changes)
         device = resolve_device(config.device)
-        model = WorldModel(
-            found.observation, found.action_dim, config.model, termination=found.termination
-        )
-        try:
-            model.load_state_dict(found.weights(config))
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{found.path} does not fit its settings (config.yaml): {error}"
-            ) from error
+        model = _model(found, config)
         seed = config.seed if seed is None else seed
         try:
             agent = cls(model.to(device), config, seed=seed, num_envs=num_envs)

@@ -198,11 +198,15 @@ class RunFolder:
         Raises as `checkpoint.save` does, and leaves those that are there then.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        path = self.checkpoints / f"step_{step:09d}.safetensors"
+        path = self.step_path(step)
         checkpoint.save(path, tensors, meta)
         for old in [other for other in self._steps() if other != path][keep - 1 :]:
             old.unlink(missing_ok=True)
         return path
+
+    def step_path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, as long as it is kept."""
+        return self.checkpoints / f"step_{step:09d}.safetensors"
 
     @property
     def best(self) -> Path:

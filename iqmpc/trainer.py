@@ -412,7 +412,7 @@ class Trainer:
             "updates": self.learner.updates,
             "skipped_updates": self.learner.skipped_updates,
             "wall_s": round(trained_s, 1),
-            "checkpoint": "newest",
+            "checkpoint": self.folder.step_path(self._saved_at).name,
             **figures,
             **last_evaluations(self.folder, before=self.env_steps),
             **self.agent.planner.summary(),

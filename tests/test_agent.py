@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from iqmpc import Agent, WorldModel, evaluate
+from iqmpc import Agent, WorldModel, checkpoint, evaluate
+from iqmpc.errors import CheckpointError
 from iqmpc.evaluation import reward_correlation
 from iqmpc.kernels import layers
+from iqmpc.run_folder import RunFolder
 from tests.runs import pearson, train
 
 
@@ -78,3 +80,22 @@ def test_an_agent_of_several_environments_is_loaded(
     )
     agent = Agent.load(tmp_path / "run", num_envs=3)
     assert agent.act(np.zeros((3, 2), np.float32)).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ([2**40], r"encoder\.0\.weight has the shape \(32, 2\), expected \(32, 1099511627776\)"),
+        ([3], r"encoder\.0\.weight has the shape \(32, 2\), expected \(32, 3\)"),
+        ([2**62], "they describe no model"),
+    ],
+)
+def test_a_model_is_made_of_the_sizes_that_its_weights_have(
+    tmp_path, small_config, point_env, point_demonstrations, shape, said
+):
+    """Sizes that a file only claims take no memory."""
+    train(small_config, point_env, point_demonstrations, tmp_path / "run")
+    path, tensors, meta = RunFolder(tmp_path / "run").newest()
+    checkpoint.save(path, tensors, {**meta, "obs_shape": shape})
+    with pytest.raises(CheckpointError, match=f"does not fit its settings.*{said}"):
+        Agent.load(tmp_path / "run")

@@ -280,3 +280,26 @@ def test_a_header_of_a_page_is_not_repeated(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         checkpoint.load(path)
     assert len(str(caught.value)) < 300 + len(str(path))
+
+
+def test_a_digest_tells_names_types_and_shapes_apart():
+    zeros = torch.zeros(2, 3)
+    held = [
+        {"a": zeros, "b": zeros + 1},
+        {"a": zeros + 1, "b": zeros},
+        {"a": zeros, "c": zeros + 1},
+        {"a": zeros.to(torch.int32), "b": zeros + 1},
+        {"a": zeros.reshape(3, 2), "b": zeros + 1},
+        {"a": zeros.reshape(6), "b": zeros + 1},
+    ]
+    assert len({checkpoint.digest(tensors) for tensors in held}) == len(held)
+    assert checkpoint.digest(held[0], "text") != checkpoint.digest(held[0], "other")
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "step_000000001.safetensors"
+    monkeypatch.setattr(checkpoint, "VERSION", 2)
+    checkpoint.save(path, tensors(1), {})
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="has version '2', this program reads 1"):
+        checkpoint.load(path)

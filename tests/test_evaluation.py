@@ -1,11 +1,13 @@
 """The reward correlation and the episodes that it is taken over."""
 
+import gymnasium
 import numpy as np
 import pytest
 
-from iqmpc import Config, Episode
+from iqmpc import Config, Episode, evaluate, evaluation
 from iqmpc.errors import TaskError
 from iqmpc.evaluation import NOISES, Noisy, Random, mixed_episodes, reward_correlation
+from iqmpc.seeding import stream_seed
 
 
 class Homing:
@@ -132,3 +134,52 @@ def test_noise_stays_in_range_and_random_actions_fill_it():
     actions = np.array([random.act(obs) for _ in range(500)])
     assert actions.shape == (500, 3) and 0.95 < np.abs(actions).max() <= 1
     assert actions.dtype == np.float32 and actions.std() == pytest.approx(3**-0.5, abs=0.05)
+
+
+class Telling(gymnasium.Env):
+    """Three steps; solved at those of `steps`, of one episode after the other. Keeps its seeds."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self, *steps):
+        self.steps, self.seeds = steps, []
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.append(seed)
+        self.step_number = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.step_number += 1
+        solved = self.step_number in self.steps[len(self.seeds) - 1]
+        over = self.step_number == 3
+        return np.zeros(2, np.float32), 1.0, False, over, {"success": solved}
+
+
+def test_success_at_the_last_step_and_at_any():
+    """The first is solved on the way alone, the second never, the third at its end."""
+    result = evaluate(Homing(), Telling([2], [], [1, 3]), episodes=3)
+    assert [e.success for e in result.episodes] == [False, False, True]
+    assert result.solved == (True, False, True)
+    assert result.success_rate == pytest.approx(1 / 3)
+    assert result.success_any_rate == pytest.approx(2 / 3)
+
+
+def test_every_episode_has_a_seed_of_its_own():
+    env = Telling([], [], [])
+    evaluate(Homing(), env, episodes=3, seed=7)
+    assert env.seeds == [stream_seed(7, "eval", index) for index in range(3)]
+
+
+def test_each_noise_comes_in_turn(point_env, monkeypatch):
+    given = []
+
+    class Recording(Noisy):
+        def __init__(self, actor, noise, seed):
+            given.append(noise)
+            super().__init__(actor, noise, seed)
+
+    monkeypatch.setattr(evaluation, "Noisy", Recording)
+    mixed_episodes(Homing(), point_env, each=5, noises=(0.1, 0.2, 0.4))
+    assert given == [0.4, 0.1, 0.2, 0.4, 0.1]  # of episodes 5 to 9

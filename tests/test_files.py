@@ -56,3 +56,19 @@ def test_only_what_a_killed_write_leaves_is_removed(tmp_path):
         (tmp_path / name).touch()
     remove_temporary(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.tmp", "a.01234567.tmp"]
+
+
+def test_what_is_written_lies_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """First all bytes of the file, then, with its name, the folder that lists it."""
+    synchronised, path = [], tmp_path / "file"
+    fsync = os.fsync
+
+    def recording(number):
+        about = os.fstat(number)
+        kind = "folder" if stat.S_ISDIR(about.st_mode) else about.st_size
+        synchronised.append((kind, path.exists()))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    write_atomically(path, b"seven..")
+    assert synchronised == [(7, False), ("folder", True)]

@@ -215,6 +215,20 @@ def test_evaluation_is_repeatable_and_episode_seeds_differ(
     assert len(seeds) == 300
 
 
+def test_a_run_is_evaluated_in_episodes_of_its_own_seed(
+    tmp_path, small_config, point_env, point_demonstrations
+):
+    class Watched(type(point_env)):
+        def reset(self, *, seed=None, options=None):
+            seeds.append(seed)
+            return super().reset(seed=seed)
+
+    seeds = []
+    config = small_config.replace({"seed": 5, "train.final_episodes": 2, "train.eval_every": 1000})
+    train(config, point_env, point_demonstrations, tmp_path / "run", eval_env=Watched())
+    assert seeds == [stream_seed(5, "eval", index) for index in range(2)]
+
+
 def test_random_actions_come_first(tmp_path, small_config, point_env, point_demonstrations):
     trainer = Trainer(small_config, point_env, point_demonstrations, run=tmp_path / "run")
     assert planned_steps(trainer) == list(range(40, 100))

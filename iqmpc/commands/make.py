@@ -13,7 +13,6 @@ from iqmpc.commands.train import train_run
 from iqmpc.console import console
 from iqmpc.errors import ConfigError
 from iqmpc.progress import RecordingDisplay
-from iqmpc.run_folder import RunFolder
 
 
 def make_demonstrations(
@@ -117,6 +116,8 @@ def make_demonstrations(
 
 def _train_demonstrator(config: Any, run: Path) -> None:
     """Train an agent on the task's reward into `run`, or continue or take the one that is there."""
+    from iqmpc.run_folder import RunFolder
+
     folder = RunFolder(run)
     if folder.holds_run:
         there = folder.load_config()

@@ -338,3 +338,34 @@ def test_functions_that_cannot_be_called_are_named(module, monkeypatch):
     ):
         with pytest.raises(TaskError, match=f"somebodys_envs:{name} .*{said}"):
             make_env(task(f"somebodys_envs:{name}"), **options)
+
+
+class Ending(gymnasium.Env):
+    """A terminal state at step 2; two answers to whether it is solved."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        info = {"success": False, "is_success": True}
+        return np.zeros(1, np.float32), 1.0, self.steps == 2, False, info
+
+
+@pytest.mark.parametrize(("terminates", "ends"), [(True, [2]), (False, [5])])
+def test_terminal_states_end_an_episode_where_the_task_has_them(terminates, ends):
+    env = ControlEnv(Ending(), task("ending", episode_length=5), terminates=terminates)
+    env.reset()
+    flags = [env.step(np.zeros(1))[2:4] for _ in range(ends[0])]
+    assert flags[:-1] == [(False, False)] * (ends[0] - 1)
+    assert flags[-1] == (terminates, not terminates)
+
+
+def test_what_says_success_by_that_name_counts_first():
+    env = ControlEnv(Ending(), task("ending"))
+    env.reset()
+    assert env.step(np.zeros(1))[4]["success"] is False

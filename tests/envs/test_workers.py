@@ -161,7 +161,10 @@ def test_images_are_shared_as_bytes():
         (functools.partial(die, signal.SIGSEGV), "was ended by SIGSEGV"),
         (functools.partial(ctypes.string_at, 0), "was ended by SIGSEGV"),
         (functools.partial(os._exit, 3), "ended with exit code 3"),
-        (functools.partial(sys.exit, 3), r"raised\nTraceback [\s\S]*SystemExit: 3"),
+        (
+            functools.partial(sys.exit, 3),
+            r"failed: step\(\) asked the program to end \(SystemExit: 3\)",
+        ),
         (fail, r"raised\nTraceback [\s\S]*in fail\n[\s\S]*ValueError: the simulator \[diverged\]"),
         (functools.partial(time.sleep, 60), r"gave no answer for 5 s \(train.env_timeout_s\)"),
     ],

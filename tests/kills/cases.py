@@ -210,7 +210,7 @@ def _compared(case: Case, run: Path) -> str:
     if summary != case.summary:
         return f"summary.json is another: {summary} for {case.summary}"
     stray = [p.name for p in run.rglob("*") if p.name.endswith((".tmp", ".damaged"))]
-    kept = len(list((run / "checkpoints").iterdir()))
+    kept = len(list((run / "checkpoints").glob("step_*")))
     if stray or kept > 2:
         return f"left over: {stray}, {kept} checkpoints"
     return ""

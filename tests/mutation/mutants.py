@@ -316,7 +316,7 @@ trainer(
     "float(False)",
     "::terminations_reach",
 )
-trainer("Trainer._act", "self.updates.begun(self.env_steps)", "True", "::random_actions")
+trainer("Trainer._act", "self.updates.ready(self.env_steps)", "True", "::random_actions")
 trainer("Trainer._evaluate", "seed=self.config.seed", "seed=0", "::evaluation_is_repeatable")
 trainer(
     "Trainer._go_on",
@@ -332,7 +332,7 @@ trainer(
 )
 trainer(
     "Trainer._train",
-    "if ended and self.learner.updates >= self.updates.due(self.env_steps):",
+    "if ended and self.updates.complete(self.env_steps):",
     "if False:",
     "::test_a_signal_ends",
 )
