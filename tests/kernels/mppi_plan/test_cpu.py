@@ -22,6 +22,22 @@ from tests.kernels.contract import drawn, ending_half
 
 LEVELS = _C.isa_levels()
 CONFIG = PlannerConfig(samples=40, elites=8, policy_trajectories=6, iterations=3)
+# What the library is given for CONFIG, but for the seed.
+NATIVE = dict(
+    num_envs=1,
+    horizon=3,
+    samples=40,
+    elites=8,
+    policy_trajectories=6,
+    iterations=3,
+    temperature=0.5,
+    std_min=0.05,
+    std_max=2.0,
+    discount=0.97,
+    enabled=True,
+    threads=1,
+    budget_us=0.0,
+)
 
 
 def cpu(weights, config=CONFIG, **settings):
@@ -430,24 +446,8 @@ def test_stacked_critics_are_checked(make_weights):
     ],
 )
 def test_settings_are_checked_by_the_library_too(make_weights, change, message):
-    arguments = dict(
-        num_envs=1,
-        horizon=3,
-        samples=40,
-        elites=8,
-        policy_trajectories=6,
-        iterations=3,
-        temperature=0.5,
-        std_min=0.05,
-        std_max=2.0,
-        discount=0.97,
-        enabled=True,
-        threads=1,
-        budget_us=0.0,
-        seed=0,
-    )
     with pytest.raises(ValueError, match=message):
-        _C.Planner(CpuWeights(make_weights(5, 3)).native, **(arguments | change))
+        _C.Planner(CpuWeights(make_weights(5, 3)).native, **(NATIVE | {"seed": 0} | change))
 
 
 def test_arrays_and_problems_that_do_not_fit_are_named(make_weights):
@@ -539,23 +539,7 @@ def test_without_an_encoder_latents_are_planned_for(make_weights):
     plan = cpu(weights, CONFIG)
     obs = torch.randn(1, 5)
     latent = CpuPlan(weights, CONFIG, discount=0.97, entropy_coef=1e-3, seed=7)
-    latent.native = _C.Planner(
-        model,
-        num_envs=1,
-        horizon=3,
-        samples=40,
-        elites=8,
-        policy_trajectories=6,
-        iterations=3,
-        temperature=0.5,
-        std_min=0.05,
-        std_max=2.0,
-        discount=0.97,
-        enabled=True,
-        threads=1,
-        budget_us=0.0,
-        seed=7,
-    )
+    latent.native = _C.Planner(model, **NATIVE, seed=7)
     torch.testing.assert_close(
         latent(layers.encode(weights, obs)).action, plan(obs).action, rtol=1e-4, atol=1e-4
     )
