@@ -52,6 +52,7 @@ def prepare_torch(config: Config) -> None:
         (config.device == "cpu" or not torch.cuda.is_available())
         and config.task.obs == "state"
         and config.learner.mode in ("auto", "fused")
+        and config.learner.matmul is None  # else torch learns
         and config.planner.backend in ("auto", "cpu")
         and config.planner.mode == "eager"  # else the reference plans
     )

@@ -6,7 +6,8 @@ changes in place: a checkpoint does not know which one made it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -53,6 +54,23 @@ class UpdateBackend(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def products(matmul: str) -> Iterator[None]:
+    """float32 products and convolutions of the block in `tf32`, or else in float32.
+
+    For the whole process: what another thread multiplies on a GPU meanwhile, it does so too.
+    """
+    tf32 = matmul == "tf32"
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
 class EagerBackend:
     """Plain torch, on any device: the losses under autograd, draws from the learner's generator."""
 
@@ -65,10 +83,12 @@ class EagerBackend:
 
     @staticmethod
     def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:
-        precision = config.learner.precision
-        if precision == "float32":
-            return None
-        return f"computes in float32, got learner.precision={precision}"
+        settings = config.learner
+        if settings.precision != "float32":
+            return f"multiplies as learner.matmul says, got learner.precision={settings.precision}"
+        if settings.matmul == "tf32" and device.type != "cuda":
+            return f"has tf32 on a CUDA device alone, got learner.matmul=tf32 on {device.type}"
+        return None
 
     def learn(self, experts: SliceReplay | None, behaviour: SliceReplay) -> dict[str, Tensor]:
         return self.learner.update(self.batch(experts, behaviour))
@@ -88,22 +108,28 @@ class EagerBackend:
 
     def update_on_device(self, batch: Batch) -> dict[str, Tensor]:
         """The update, without any state of the host's: what mode `graph` captures."""
+        with products(self.learner.matmul):
+            return self._update_on_device(batch)
+
+    def _update_on_device(self, batch: Batch) -> dict[str, Tensor]:
         x, s = self.learner, self.learner.settings
-        loss, latents, metrics = self._model_loss(
-            x.weights,
-            x.targets,
-            batch,
-            self.model_noise(batch),
-            s,
-            x.config.discount,
-            x.entropy_coef,
-            x.penalise,
-        )
+        with self._autocast():
+            loss, latents, metrics = self._model_loss(
+                x.weights,
+                x.targets,
+                batch,
+                self.model_noise(batch),
+                s,
+                x.config.discount,
+                x.entropy_coef,
+                x.penalise,
+            )
         metrics["model_grad_norm"], finite = self._step(loss, x.model_optimiser, x.model_parameters)
 
-        policy_loss, policy_metrics = self._policy_loss(
-            x.weights, latents, self.policy_noise(latents), s.rho, x.entropy_coef, s.entropy
-        )
+        with self._autocast():
+            policy_loss, policy_metrics = self._policy_loss(
+                x.weights, latents, self.policy_noise(latents), s.rho, x.entropy_coef, s.entropy
+            )
         policy_metrics["policy_grad_norm"], both = self._step(
             policy_loss, x.policy_optimiser, list(x.model.policy.parameters()), finite
         )
@@ -117,6 +143,13 @@ class EagerBackend:
             )
         x.skipped += ~both
         return metrics | policy_metrics | {"skipped_updates": x.skipped.to(loss.dtype)}
+
+    def _autocast(self) -> torch.autocast:
+        """For the losses alone: what is cast anew for every product can be captured."""
+        x = self.learner
+        return torch.autocast(
+            x.device.type, torch.bfloat16, enabled=x.matmul == "bf16", cache_enabled=False
+        )
 
     def _step(
         self,
@@ -278,6 +311,10 @@ class FusedBackend:
     def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:
         if device.type != "cpu":
             return f"needs device=cpu, got {device.type}"
+        if config.learner.matmul is not None:
+            return (
+                f"multiplies as learner.precision says, got learner.matmul={config.learner.matmul}"
+            )
         if spec.images:
             return f"takes flat observations, got images {list(spec.shape)}"
         return cannot_run("cpu", "fused")

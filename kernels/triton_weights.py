@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from iqmpc.kernels.triton_tiles import power_of_two
 from iqmpc.kernels.weights import Layer, Weights, map_layers
 
 PAD = 64  # rows and columns of packed matrices come in multiples of this
@@ -54,8 +55,8 @@ class TritonWeights:
         self.obs_shape, self.action_dim = weights.obs_shape, weights.action_dim
         self.latent_dim, self.num_critics = weights.latent_dim, weights.num_critics
         self.log_std_min, self.log_std_max = weights.log_std_min, weights.log_std_max
-        self.actions = max(16, _power(self.action_dim))  # padded
-        self.group = _power(weights.simnorm_dim)
+        self.actions = max(16, power_of_two(self.action_dim))  # padded
+        self.group = power_of_two(weights.simnorm_dim)
         self.simnorm_dim = weights.simnorm_dim
         groups = self.latent_dim // self.simnorm_dim
         # A padded latent feature is v of group g at g * group + v.
@@ -81,7 +82,7 @@ class TritonWeights:
             *self.encoder, *self.dynamics, *self.policy, *self.critics))
         # The kernels' step through a product: 128 bytes, and whole groups of SimNorm.
         self.block = max(self.group, 64 if precision == "bf16" else 32)
-        self.slots = _power(self.width // PAD)
+        self.slots = power_of_two(self.width // PAD)
         self.matrices = torch.zeros(self._matrix_size, dtype=self.dtype, device=self.device)
         self.vectors = torch.zeros(self._vector_size, device=self.device)
         self.policy_layers = map_layers(
@@ -176,10 +177,6 @@ class TritonWeights:
 
 def padded(size: int) -> int:
     return -(-size // PAD) * PAD
-
-
-def _power(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 def _view(buffer: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:

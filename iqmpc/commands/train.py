@@ -25,8 +25,8 @@ def train(
 
     `resume=RUN` continues a run. What it learns may then not be changed: only train.* (but not
     train.num_envs), where the data lie (demos.path), and how it is computed (threads, device,
-    learner.mode, learner.precision, and the planner's backend, precision, mode, capture and
-    threads).
+    learner.mode, learner.precision, learner.matmul, and the planner's backend, precision, mode,
+    capture and threads).
     """
     from iqmpc.composition import compose, parse, resumed
     from iqmpc.run_folder import RunFolder

@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iqmpc.capture import captured
+from iqmpc.capture import CapturedStep, captured
 from iqmpc.config import PlannerConfig
 from iqmpc.errors import BackendError
 from iqmpc.kernels.mppi_plan.reference import PlanNoise
 from iqmpc.kernels.mppi_plan.types import Plan
 from iqmpc.kernels.mppi_refit.triton import HELD, elites_of, fit
 from iqmpc.kernels.mppi_rollout import triton as rollout
-from iqmpc.kernels.triton_launch import INTERPRETED, LAUNCH, power_of_two
+from iqmpc.kernels.triton_launch import COUNTED, INTERPRETED, LAUNCH
+from iqmpc.kernels.triton_tiles import power_of_two
 from iqmpc.kernels.triton_weights import TritonWeights, encoder_unfit
 from iqmpc.kernels.weights import Weights
 
@@ -217,7 +218,8 @@ class TritonPlan:
     takes the time of both schedules of the rollout, the faster of which is kept (`schedule` names
     one instead). With `config.capture` the plan then becomes one CUDA graph; a captured plan and
     one that is not launch the same kernels on the same memory. `publish` rewrites the weights that
-    a graph reads, `reset` the mean; seed, step and whether to explore are inputs, from which a
+    a graph reads, itself as a graph from the second time on that it is given the same memory;
+    `reset` the mean; seed, step and whether to explore are inputs, from which a
     plan's draws are computed on the device.
     """
 
@@ -237,16 +239,21 @@ class TritonPlan:
         if reason is not None:
             raise ValueError(reason)
         self.config, self.problems, self.step = config, problems, 0
-        self.weights = w = TritonWeights(weights, precision=config.precision)
+        self.precision = config.precision or ("float32" if INTERPRETED else "bf16")
+        self.weights = w = TritonWeights(weights, precision=self.precision)
         self.device, self.iterations = w.device, config.iterations_for(w.action_dim)
         self._discount, self._seed = float(discount), seed
         self._allocate()
         self.schedule = schedule
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._refresh: CapturedStep | None = None
+        self._published: Weights | None = None
         if INTERPRETED:
             self.schedule = schedule or rollout.resolve_schedule(self._sample_launches[0])
         else:
-            self._side = torch.cuda.Stream(self.device)
+            # Of another priority: torch's streams come from a pool of each, and two of one may be
+            # the same, on which the branch would wait for its trunk.
+            self._side = torch.cuda.Stream(self.device, priority=-1)
             self._prepare(capture)
 
     @torch.no_grad()
@@ -273,7 +280,13 @@ class TritonPlan:
         return Plan(marked[:, :-1], int(marked[:, -1].sum()), iterations)
 
     def publish(self, weights: Weights) -> None:
-        self.weights.refresh(weights)
+        if self._refresh is None:
+            self.weights.refresh(weights)
+            return
+        # A learner publishes the same memory again and again: some hundred launches become one.
+        with torch.cuda.device_of(self.mean):
+            self._refresh(lambda: self.weights.refresh(weights), tensors_key(weights))
+        self._published = weights  # the graph reads its memory
 
     def reset(self, problem: int | None = None) -> None:
         self.mean[slice(None) if problem is None else problem] = 0
@@ -305,10 +318,10 @@ class TritonPlan:
                  for name, shape in (shapes | each).items()}
         total = sum(sizes[name] * (self.iterations if name in each else 1) for name in sizes)
         largest = max(total, problems * horizon * c.samples * action_dim)
-        if largest >= 2**31:
+        if largest >= COUNTED:
             raise ValueError(
                 f"a plan for {problems} problems at once needs {largest} random numbers or "
-                f"actions, and the triton backend counts to {2**31 - 1}: plan for fewer")
+                f"actions, and the triton backend counts to {COUNTED - 1}: plan for fewer")
         self._normal = torch.empty(total, device=device)
         parts = iter(self._normal.split(
             [sizes[name] for name in shapes]
@@ -358,6 +371,7 @@ class TritonPlan:
             self.mean.zero_()
             if capture:
                 self._graph, _ = captured(self._plan, torch.cuda.Stream(self.device))
+                self._refresh = CapturedStep(self.device, warm_ups=1)
 
     def _plan(self) -> None:
         """One plan, from the inputs on the device to the action: launches, and nothing else."""
@@ -424,6 +438,11 @@ class TritonPlan:
             c.policy_trajectories, c.elites, c.temperature, c.std_min, c.std_max, CHOOSE=choose,
             A=w.action_dim, WIDTH=w.width, SAMPLES=power_of_two(c.samples), ELITES=elites,
             BLOCK_A=block, LINES=max(1, 2048 // block), num_warps=8, **LAUNCH)
+
+
+def tensors_key(weights: Weights) -> tuple[tuple[int, torch.dtype], ...]:
+    """Where a model's tensors lie: what a graph that reads them depends on."""
+    return tuple((t.data_ptr(), t.dtype) for t in weights.tensors())
 
 
 def _on_host(tensor: Tensor) -> Tensor:

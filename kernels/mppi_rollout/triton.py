@@ -28,16 +28,18 @@ from torch import Tensor
 from triton.runtime.cache import get_cache_manager
 
 from iqmpc.kernels import layers
+from iqmpc.kernels import triton_tiles as tiles
 from iqmpc.kernels.mppi_rollout import triton_jobs as tables
 from iqmpc.kernels.triton_launch import (
+    COUNTED,
     INTERPRETED,
     LAUNCH,
     check_tensors,
     device_time,
     multiprocessors,
-    power_of_two,
     tuned,
 )
+from iqmpc.kernels.triton_tiles import power_of_two
 from iqmpc.kernels.triton_weights import PAD, VECTORS, TritonWeights
 from iqmpc.kernels.weights import Weights
 
@@ -46,6 +48,7 @@ SCHEDULES = ("throughput", "latency")
 # stays near the second-level cache. No tile is taller, in either schedule.
 _TALLEST = 128
 _KEPT = "iqmpc.schedule.txt"  # in Triton's cache
+_KERNELS = Path(__file__).parents[1]
 _LARGEST = 4 << 30  # bytes of scratch memory beyond which the latency schedule is not considered
 
 # Arguments whose values no kernel is compiled for: they vary from call to call.
@@ -277,13 +280,7 @@ def _valid(pair, critics):
 
 
 @tuned(
-    # Wide blocks hold a whole row, so that it is normalised in registers; the others go over the
-    # scratch memory once more, but are taller and read the weights less often.
-    [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in (
-        (64, 512, 8, 3), (64, 512, 8, 2), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3),
-        (64, 256, 8, 3), (128, 128, 8, 3), (128, 256, 8, 2), (128, 256, 8, 3), (64, 128, 8, 3),
-        (32, 128, 4, 3))],
-    interpreted=dict(BLOCK_M=16, BLOCK_N=64),
+    tiles.CHAIN, interpreted=tiles.Tile(16, 64, 4, 1),
     key=["tuned_for", "WIDTH", "PRECISION"],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -378,10 +375,7 @@ def _chain_kernel(
 
 
 @tuned(
-    [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in (
-        (16, 64, 4, 4), (32, 64, 4, 4), (64, 64, 4, 3), (32, 128, 4, 3), (64, 128, 4, 3),
-        (64, 128, 8, 3), (128, 64, 8, 3))],
-    interpreted=dict(BLOCK_M=16, BLOCK_N=64),
+    tiles.STAGE, interpreted=tiles.Tile(16, 64, 4, 1),
     key=["tuned_for", "WIDTH", "IN", "PRECISION"],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -450,9 +444,7 @@ def _stage_kernel(
 
 
 @tuned(
-    [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=1) for m, n, warps in (
-        (1, 512, 4), (2, 512, 4), (4, 256, 4), (4, 512, 8), (8, 128, 4))],
-    interpreted=dict(BLOCK_M=8, BLOCK_N=64),
+    tiles.SCORE, interpreted=tiles.Tile(8, 64, 4, 1),
     key=["tuned_for", "WIDTH"],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -527,10 +519,15 @@ def mppi_rollout_triton(
     if schedule is not None and schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     check_tensors(critic_pair, z0=z0, actions=actions, score_noise=score_noise)
+    problems, horizon, samples, _ = actions.shape
+    largest = max(actions.numel(), score_noise.numel())
+    if largest >= COUNTED:
+        raise ValueError(
+            f"actions and score_noise have {largest} numbers, and the triton backend counts to "
+            f"{COUNTED - 1}: score fewer samples or problems at once")
     if isinstance(weights, Weights):
         check_tensors(critic_pair, weights=weights.dynamics[0].weight)
         weights = TritonWeights(weights)
-    problems, horizon, samples, _ = actions.shape
     returns = actions.new_empty(problems, samples)
     first = score == "unrolled"  # of the draws, the one for z_1
     launch = Launch(
@@ -624,7 +621,7 @@ def resolve_schedule(r: Launch, timer: Callable[[Callable[[], None]], float] | N
     key = (name, w.precision, w.width, w.latent_size, w.action_dim, w.group, horizon,
            power_of_two(rows))
     if key not in _measured:
-        code = triton.__version__, Path(__file__).read_text(encoding="utf-8")
+        code = triton.__version__, sources(_KERNELS)
         kept = get_cache_manager(hashlib.sha256(repr((key, code)).encode()).hexdigest())
         path = kept.get_file(_KEPT)
         if path is None:
@@ -633,6 +630,11 @@ def resolve_schedule(r: Launch, timer: Callable[[Callable[[], None]], float] | N
             path = kept.put(min(times, key=times.get), _KEPT, binary=False)
         _measured[key] = Path(path).read_text()
     return _measured[key]
+
+
+def sources(folder: Path) -> str:
+    """The text of all files that the Triton kernels are made of: what a timing depends on."""
+    return "".join(path.read_text("utf-8") for path in sorted(folder.rglob("triton*.py")))
 
 
 def choose_schedule(problems: int, samples: int, device: torch.device) -> str:

@@ -28,12 +28,14 @@ from iqmpc.kernels.mppi_plan import triton as plan
 from iqmpc.kernels.mppi_refit import triton as refit
 from iqmpc.kernels.mppi_rollout import triton as rollout
 from iqmpc.kernels.mppi_rollout import triton_jobs as tables
-from iqmpc.kernels.triton_launch import LAUNCH, Target, fits, power_of_two
+from iqmpc.kernels.triton_launch import LAUNCH, _tile
+from iqmpc.kernels.triton_tiles import Target, fits, power_of_two
 from iqmpc.kernels.triton_weights import PRECISIONS, TritonWeights
 from iqmpc.kernels.weights import Layer, Weights
 
 TARGETS = {80: Target(163 * 1024, False), 90: Target(227 * 1024, True)}
-SIZES = {"paper": (39, 512, 512), "small": (6, 128, 384)}  # A, Z, hidden
+# A, Z, hidden
+SIZES = {"paper": (39, 512, 512), "small": (6, 128, 384), "narrow": (1, 32, 48)}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Types of the arguments that are neither float32 tensors nor int32.
 OPERANDS = ("matrices", "scratch")
@@ -118,7 +120,7 @@ def cases(size: str, precision: str, arch: int, every: bool) -> Iterator[Case]:
             c
             for c in kernel.configs
             if "BLOCK_K" not in constants
-            or fits(c, TARGETS[arch], w.dtype.itemsize, w.block, w.width)
+            or fits(_tile(c), TARGETS[arch], w.dtype.itemsize, w.block, w.width)
         ]
         for c in configs if every else {0: configs[0], 1: configs[-1]}.values():
             yield Case(

@@ -14,6 +14,7 @@ from iqmpc.config import PlannerConfig
 from iqmpc.errors import BackendError
 from iqmpc.kernels import layers
 from iqmpc.kernels.mppi_plan import PlanNoise, ReferencePlan
+from iqmpc.kernels.triton_weights import TritonWeights
 from iqmpc.kernels.weights import Layer, Weights, snapshot
 from tests.kernels.contract import GAMMA
 from tests.kernels.on_triton import (
@@ -146,6 +147,27 @@ def test_a_plan_follows_from_seed_step_and_mean(make_weights):
     one.reset(0)
     assert not one.mean[0].any() and one.mean[1].any()
     assert torch.equal(one.plan(obs, explore=True)[1], second[1])  # the other's is as it was
+
+
+@needs_triton
+def test_publishing_the_same_memory_again_is_one_graph(make_weights):
+    """Weights that a learner changes in place are keyed alike, others and moved ones are not."""
+    keys = []
+
+    class Step:
+        def __call__(self, refresh, key):
+            refresh()
+            keys.append(key)
+
+    plan = planner(make_weights(5, 3))
+    plan._refresh = Step()
+    live, other = (to_device(make_weights(5, 3, seed=s)) for s in (1, 2))
+    for weights in (live, live, other, live):
+        live.critics[0].weight.add_(1)
+        plan.publish(weights)
+    assert keys[0] == keys[1] == keys[3] != keys[2]
+    assert plan._published is live  # kept while a graph may read it
+    assert torch.equal(plan.weights.matrices, TritonWeights(live).matrices)
 
 
 @needs_triton
@@ -347,11 +369,25 @@ def test_new_weights_change_the_captured_plan(make_weights):
 
 
 @needs_gpu
+def test_a_captured_publish_is_the_uncaptured_one(make_weights):
+    live = to_device(make_weights(17, 6, latent=64, hidden=128))
+    plan = planner(live, PlannerConfig())
+    for number in range(4):  # the first as it is, the second captures, the others replay
+        for t in live.tensors():
+            t.mul_(1 + number / 100)
+        plan.publish(live)
+        expected = TritonWeights(live, precision="bf16")
+        assert torch.equal(plan.weights.matrices, expected.matrices)
+        assert torch.equal(plan.weights.vectors, expected.vectors)
+    assert plan._refresh.captures == 1
+
+
+@needs_gpu
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("envs", [1, 8])
 def test_a_plan_at_the_sizes_in_use(make_weights, envs, schedule):
     weights = make_weights(91, 39, latent=512, hidden=512, encoder=256, critics=5)
-    config = PlannerConfig()
+    config = PlannerConfig(precision="float32")
     plan, obs = planner(weights, config, problems=envs, schedule=schedule), torch.randn(envs, 91)
     for _ in range(2):
         before = plan.mean.clone()
@@ -367,9 +403,10 @@ def test_auto_plans_with_triton_on_the_gpu(make_weights):
     from iqmpc import Planner
 
     weights = to_device(make_weights(5, 3))
+    assert planner(make_weights(5, 3), PlannerConfig()).precision == "bf16"  # what a GPU is for
     for precision, backend in dict(
         float32="triton", tf32="triton", bf16="triton", float64="reference"
     ).items():
-        planner = Planner(weights, PlannerConfig(precision=precision), discount=GAMMA)
-        action = planner.plan(torch.randn(1, 5))
-        assert planner.backend == backend and action.device.type == "cpu"
+        made = Planner(weights, PlannerConfig(precision=precision), discount=GAMMA)
+        action = made.plan(torch.randn(1, 5))
+        assert made.backend == backend and action.device.type == "cpu"

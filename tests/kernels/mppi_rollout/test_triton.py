@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -107,6 +109,28 @@ def test_the_faster_schedule_is_kept(make_weights, monkeypatch, tmp_path):
     assert resolve(9, (2.0, 1.0)) == "throughput" and timed == [4, 4, 9, 9]
     monkeypatch.setattr(module, "_LARGEST", 1)
     assert resolve(20, (1.0, 2.0)) == "throughput" and timed == [4, 4, 9, 9]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["triton_weights", "mppi_rollout/triton_jobs", "triton_launch"])
+def test_a_schedule_is_timed_anew_when_a_kernel_file_has_changed(tmp_path, name):
+    from iqmpc.kernels.mppi_rollout import triton as module
+
+    kernels = shutil.copytree(module._KERNELS, tmp_path / "kernels")
+    before = module.sources(kernels)
+    assert before == module.sources(module._KERNELS)
+    path = kernels / f"{name}.py"
+    path.write_text(path.read_text() + "# another\n")
+    assert module.sources(kernels) != before
+
+
+@needs_triton
+def test_more_numbers_than_a_kernel_counts_are_refused(make_weights):
+    weights = to_device(make_weights(5, 3))
+    z0, actions, noise, pair = draw(weights, 1, 2, 1)
+    many = actions.expand(1, 2, 2**29, 3), noise.expand(1, 1, 2**29, 3)  # takes no memory
+    with pytest.raises(ValueError, match="have 3221225472 numbers, and the triton backend counts"):
+        rollout(weights, (z0, *many, pair))
 
 
 @needs_triton
