@@ -20,6 +20,7 @@ from torch import Tensor
 from iqmpc.kernels.triton_tiles import Target, Tile, usable
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"  # where a kernel's tensors lie
 # Of every launch. Said outright because Triton 3.10 changes what it does unasked.
 LAUNCH = dict(enable_fp_fusion=True)
 COUNTED = 2**31  # elements of a tensor that the kernels' offsets cannot reach
@@ -124,9 +125,8 @@ def check_tensors(beside: Tensor | None = None, **tensors: Tensor) -> None:
             raise ValueError(
                 f"{name} requires grad and the triton backend has no backward: use "
                 "backend='reference' or torch.no_grad()")
-    expected = "cpu" if INTERPRETED else "cuda"
     for tensor in (*tensors.values(), *(() if beside is None else (beside,))):
-        if tensor.device != device or device.type != expected:
+        if tensor.device != device or device.type != DEVICE:
             raise ValueError(
-                f"the triton backend takes tensors on one {expected} device, got {device} and "
+                f"the triton backend takes tensors on one {DEVICE} device, got {device} and "
                 f"{tensor.device}")

@@ -14,13 +14,14 @@ from torch import Tensor
 from iqmpc.capture import CapturedStep, captured
 from iqmpc.config import PlannerConfig
 from iqmpc.errors import BackendError
+from iqmpc.kernels import triton_launch
 from iqmpc.kernels.mppi_plan.reference import PlanNoise
 from iqmpc.kernels.mppi_plan.types import Plan
 from iqmpc.kernels.mppi_refit.triton import HELD, elites_of, fit
 from iqmpc.kernels.mppi_rollout import triton as rollout
 from iqmpc.kernels.triton_launch import COUNTED, INTERPRETED, LAUNCH
 from iqmpc.kernels.triton_tiles import power_of_two
-from iqmpc.kernels.triton_weights import TritonWeights, encoder_unfit
+from iqmpc.kernels.triton_weights import TritonWeights
 from iqmpc.kernels.weights import Weights
 
 _BLOCK = 1024  # numbers that a program of the elementwise kernels makes
@@ -231,13 +232,10 @@ class TritonPlan:
         if capture and INTERPRETED:
             raise BackendError("Triton's interpreter captures no CUDA graph, got "
                                "planner.capture=true")
-        device, expected = weights.encoder[0].weight.device, "cpu" if INTERPRETED else "cuda"
+        device, expected = weights.encoder[0].weight.device, triton_launch.DEVICE
         if device.type != expected:
             raise ValueError(
                 f"the triton backend takes weights on a {expected} device, got {device}")
-        reason = encoder_unfit(weights)
-        if reason is not None:
-            raise ValueError(reason)
         self.config, self.problems, self.step = config, problems, 0
         self.precision = config.precision or ("float32" if INTERPRETED else "bf16")
         self.weights = w = TritonWeights(weights, precision=self.precision)
@@ -248,7 +246,7 @@ class TritonPlan:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._refresh: CapturedStep | None = None
         self._published: Weights | None = None
-        if INTERPRETED:
+        if device.type == "cpu":
             self.schedule = schedule or rollout.resolve_schedule(self._sample_launches[0])
         else:
             # Of another priority: torch's streams come from a pool of each, and two of one may be
@@ -258,7 +256,8 @@ class TritonPlan:
 
     @torch.no_grad()
     def __call__(self, obs: Tensor, *, explore: bool = False) -> Plan:
-        """obs [E, O] -> the plan; `explore` adds std_0 ε to its action."""
+        """obs [E, O], or uint8 images [E, 3C, 64, 64] -> the plan; `explore` adds std_0 ε to its
+        action."""
         self._host_control.numpy()[:] = _signed(self._seed), _signed(self.step), explore
         self.step += 1
         with torch.cuda.device_of(self.mean):
@@ -341,12 +340,14 @@ class TritonPlan:
         self.mean = torch.zeros(problems, horizon, action_dim, device=device)
         self._out = torch.zeros(problems, action_dim + 1, device=device)
         self._host_out = _on_host(self._out)
-        # Seed, step and whether to explore, [3] int64, and the observations [E, O] in one piece.
-        self._inputs = torch.zeros(32 + 4 * problems * w.obs_shape[0], dtype=torch.uint8,
-                                   device=device)
+        # Seed, step and whether to explore, [3] int64, and the observations in one piece.
+        shape = (problems, *w.obs_shape)
+        dtype = torch.uint8 if len(w.obs_shape) > 1 else torch.float32
+        size = torch.Size(shape).numel() * dtype.itemsize
+        self._inputs = torch.zeros(32 + size, dtype=torch.uint8, device=device)
         self._host_inputs = _on_host(self._inputs)
         (self._control, self._obs), (self._host_control, self._host_obs) = (
-            (x[:24].view(torch.int64), x[32:].view(torch.float32).view(problems, w.obs_shape[0]))
+            (x[:24].view(torch.int64), x[32:].view(dtype).view(shape))
             for x in (self._inputs, self._host_inputs))
 
         def launch(first: int, last: int, score_noise: Tensor, policy_noise: Tensor | None = None
@@ -374,7 +375,8 @@ class TritonPlan:
                 self._refresh = CapturedStep(self.device, warm_ups=1)
 
     def _plan(self) -> None:
-        """One plan, from the inputs on the device to the action: launches, and nothing else."""
+        """One plan, from the inputs on the device to the action: launches, and nothing else but
+        torch's own of an encoder that is not packed."""
         c, n = self.config, self._noise
         self._draw()
         rollout.start(self._sample_launches[0], self._obs, imagine=c.enabled)

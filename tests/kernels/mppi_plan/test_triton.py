@@ -16,7 +16,7 @@ from iqmpc.kernels import layers
 from iqmpc.kernels.mppi_plan import PlanNoise, ReferencePlan
 from iqmpc.kernels.triton_weights import TritonWeights
 from iqmpc.kernels.weights import Layer, Weights, snapshot
-from tests.kernels.contract import GAMMA
+from tests.kernels.contract import GAMMA, drawn, ending_half, image_model, images
 from tests.kernels.on_triton import (
     INTERPRETED,
     SCHEDULES,
@@ -88,6 +88,40 @@ def test_plan_is_the_reference(
     torch.testing.assert_close(plan.mean.double(), mean, rtol=1e-4, atol=1e-5)
     assert (done.nonfinite, done.iterations, done.missed) == (0, iterations, False)
     assert (plan.draws().explore != 0).any() == explore and plan.step == 1
+
+
+@needs_triton
+@unlikely
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_plan_with_a_termination_head_is_the_reference(make_weights, schedule):
+    weights = make_weights(5, 2, latent=24, termination=True)
+    weights = ending_half(weights, drawn(weights, 2, 3, 50))
+    config = dataclasses.replace(SMALL, samples=12, policy_trajectories=5, horizon=3)
+    plan, obs = planner(weights, config, problems=2, schedule=schedule), torch.randn(2, 5)
+    before = plan.mean.uniform_(-0.5, 0.5).clone()
+    done = plan(obs, explore=True)
+    action, _, mean = exact(weights, config, plan, obs, before)
+    torch.testing.assert_close(done.action.double(), action, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plan.mean.double(), mean, rtol=1e-4, atol=1e-5)
+    *_, bare = exact(weights._replace(termination=()), config, plan, obs, before)
+    assert not torch.allclose(bare, mean, rtol=1e-3)
+
+
+@needs_triton
+@unlikely
+def test_images_are_planned_for_as_the_reference_does():
+    """Through a snapshot of the convolutions, which is published with the rest."""
+    plan = planner(image_model(), problems=2, schedule="latency")
+    for seed in (0, 1):
+        weights, obs = image_model(seed), images(2)
+        plan.publish(to_device(weights))
+        weights.encoder[0].weight.data.add_(1)  # not published: the snapshot is a copy
+        weights = image_model(seed)
+        before = plan.mean.clone()
+        done = plan(obs, explore=True)
+        action, _, mean = exact(weights, SMALL, plan, obs, before)
+        torch.testing.assert_close(done.action.double(), action, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plan.mean.double(), mean, rtol=1e-4, atol=1e-4)
 
 
 @needs_triton
@@ -292,8 +326,8 @@ def test_the_interpreter_captures_nothing(make_weights):
 @needs_triton
 def test_what_a_plan_cannot_take_is_named(make_weights):
     weights = make_weights(5, 3)
-    bare = weights._replace(encoder=(*weights.encoder[:-1], Layer(*weights.encoder[-1][:2])))
-    with pytest.raises(ValueError, match="encoder: the triton backend takes linear layers, each "):
+    bare = weights._replace(policy=(*weights.policy[:-2], Layer(*weights.policy[-2][:2])))
+    with pytest.raises(ValueError, match="policy: the triton backend takes three layers, LayerN"):
         planner(bare)
     with pytest.raises(ValueError, match="takes weights on a c[a-z]+ device, got meta"):
         planner(weights.map(lambda t: t.to("meta")), move=False)
@@ -366,6 +400,22 @@ def test_new_weights_change_the_captured_plan(make_weights):
     refreshed.step = 0
     after = refreshed(obs).action
     assert torch.equal(after, fresh(obs).action) and not torch.equal(after, before)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["termination", "images"])
+def test_a_captured_plan_of_every_model_is_the_uncaptured_one(make_weights, kind):
+    if kind == "images":
+        weights, obs = image_model(), images(2)
+    else:
+        weights = make_weights(17, 6, latent=64, hidden=128, termination=True)
+        obs = torch.randn(2, 17)
+    captured, launched = (
+        planner(weights, PlannerConfig(capture=capture), problems=2) for capture in (None, False)
+    )
+    for step in range(3):
+        one, other = (plan(obs, explore=step == 1) for plan in (captured, launched))
+        assert torch.equal(one.action, other.action) and one.nonfinite == 0
 
 
 @needs_gpu

@@ -10,7 +10,17 @@ import torch
 from iqmpc.kernels.mppi_refit import mppi_refit
 from iqmpc.kernels.mppi_rollout import mppi_rollout
 from iqmpc.kernels.triton_weights import TritonWeights
-from tests.kernels.contract import BETA, GAMMA, TOLERANCE, assert_within, in_float64
+from tests.kernels.contract import (
+    BETA,
+    GAMMA,
+    TOLERANCE,
+    assert_within,
+    decided,
+    drawn,
+    end_logits,
+    ending_half,
+    in_float64,
+)
 from tests.kernels.on_triton import (
     INTERPRETED,
     SCHEDULES,
@@ -62,6 +72,47 @@ def test_rollout_is_the_reference(
     if precision == "bf16":  # it is another computation
         assert (returns - expected[:, :samples]).abs().max() > 0
         assert not torch.equal(returns, rollout(weights, some, score))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("schedule", "precision", "score"),
+    [
+        ("throughput", "float32", "advantage"),
+        ("latency", "float32", "unrolled"),
+        ("throughput", "bf16", "unrolled"),
+        ("latency", "bf16", "advantage"),
+    ],
+)
+def test_rollout_ends_where_the_reference_does(make_weights, schedule, precision, score):
+    """Samples that end at every step: all that are clear as in the reference, some changed."""
+    weights = make_weights(5, 2, latent=24, hidden=70, termination=True)
+    draws = drawn(weights, 2, 3, 30, score)
+    weights = ending_half(weights, draws)
+    alive = (end_logits(weights, draws)[..., :-1] <= 0).cumprod(-1).sum(-1)
+    clear = decided(weights, draws, precision)
+    assert alive.unique().tolist() == [0, 1, 2] and clear.float().mean() > 0.5
+    expected = in_float64(weights, draws, score)
+    there, placed = to_device(weights), tuple(t.to(device()) for t in draws)
+    returns = rollout(TritonWeights(there, precision=precision), placed, score, schedule).cpu()
+    assert_within(returns.where(clear, expected.float()), expected, precision)
+    bare = TritonWeights(there._replace(termination=()), precision=precision)
+    without = rollout(bare, placed, score, schedule).cpu()
+    changed = (returns - without).abs() > 1e-6
+    assert torch.equal(changed[clear], (alive < 2)[clear])
+
+
+@needs_triton
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_exponentials_beyond_float32_are_bounded(make_weights, schedule):
+    """What is before SimNorm may be several hundred, either way: returns stay finite."""
+    weights = make_weights(5, 2)
+    last = weights.dynamics[-1]
+    shift = torch.tensor([200.0, -200.0]).repeat_interleave(8)  # a group each
+    large = last._replace(beta=last.beta + shift)
+    weights = to_device(weights._replace(dynamics=(*weights.dynamics[:-1], large)))
+    draws = draw(weights, 1, 2, 9)
+    assert rollout(TritonWeights(weights), draws, schedule=schedule).isfinite().all()
 
 
 @needs_triton
