@@ -113,6 +113,11 @@ class Planner:
         self._statistics = PlanStatistics()
 
     @property
+    def leaves_torch_idle(self) -> bool:
+        """Whether plans are the C++ library's from the observation to the action."""
+        return self.backend == "cpu" and not self.observation_spec.images
+
+    @property
     def mean(self) -> Tensor:
         """The last plan's mean, [E, H, A]."""
         return self._plan.mean
