@@ -18,6 +18,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from operator import attrgetter
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from iqmpc.errors import ConfigError
@@ -262,16 +263,22 @@ class LearnerConfig:
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """Which weights act: the live ones, or an exponential average of all of the world model's.
+    """Which method learns and acts, and with which weights.
 
-    average: `off`, in `evaluation` (of a run and of whoever loads it) or `always` (in training too)
+    name: `iq_mpc`, or a baseline (docs/baselines.md), to which `model` and `planner` mean nothing
+    average: which weights act: the live ones (`off`), or an exponential average of all of the world
+        model's in `evaluation` (of a run and of whoever loads it) or `always` (in training too)
     average_rate: share of its distance to the live weights that the average moves at each update
+    hidden_dim: a baseline's width of both hidden layers of each network
     """
 
+    name: Literal["iq_mpc", "bc"] = "iq_mpc"
     average: Literal["off", "evaluation", "always"] = "off"
     average_rate: float = 0.005
+    hidden_dim: int = 256
 
     def __post_init__(self) -> None:
+        _at_least("agent", self, 1, "hidden_dim")
         _positive("agent", self, "average_rate")
         _in_range("agent", self, 0.0, 1.0, "average_rate")
 
@@ -430,6 +437,24 @@ class Config:
             raise ConfigError(
                 "train.demo_updates needs demonstrations, which learner.objective=td does not use"
             )
+        if self.is_baseline:
+            self._check_baseline()
+
+    def _check_baseline(self) -> None:
+        """`ConfigError` for what is asked for and only `agent.name=iq_mpc` has."""
+        for key, allowed in (
+            ("task.obs", ("state",)),
+            ("learner.objective", ("iq", "v_diff")),
+            ("learner.mode", ("auto", "eager")),
+            ("learner.precision", ("float32",)),
+            ("agent.average", ("off",)),
+            ("train.control_hz", (None,)),
+        ):
+            given = attrgetter(key)(self)
+            if given not in allowed:
+                raise ConfigError(
+                    f"agent.name={self.agent.name} has no {key}={given} (agent.name=iq_mpc has)"
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -467,6 +492,11 @@ class Config:
                 node = node[section]
             node[last] = value
         return Config.from_dict(values)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether another method than IQ-MPC learns and acts."""
+        return self.agent.name != "iq_mpc"
 
     @property
     def discount(self) -> float:

@@ -276,7 +276,12 @@ def mixed_correlation(
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> float | None:
-    """`reward_correlation` over `mixed_episodes`, the same whatever was planned before."""
+    """`reward_correlation` over `mixed_episodes`, the same whatever was planned before.
+
+    None for an agent that decodes no reward.
+    """
+    if not agent.decodes_rewards:
+        return None
     agent.planner.step = 0
     return reward_correlation(agent, mixed_episodes(agent, env, seed=seed, progress=progress))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iqmpc.config import LearnerConfig
 from iqmpc.kernels import layers
-from iqmpc.kernels.weights import Layer, Weights, frozen
+from iqmpc.kernels.weights import Layer, PolicyLayers, Weights, frozen
 
 if TYPE_CHECKING:
     from iqmpc.kernels.iq_update.types import UpdateSettings
@@ -79,7 +79,7 @@ def horizon_weights(rho: float, steps: int, like: Tensor) -> Tensor:
 
 
 def soft_value(
-    weights: Weights,
+    weights: PolicyLayers,
     pair: Critics,
     z: Tensor,
     noise: Tensor,

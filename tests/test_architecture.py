@@ -26,7 +26,8 @@ FLOORS = {
     ),
     "data": ("demos envs", "ground settings records"),
     "method": (
-        "agent learner model onnx_model plan_statistics planner replay update_backends",
+        "agent baselines controller learner methods model onnx_model optimisation plan_statistics "
+        "planner replay update_backends",
         "ground settings kernels records",
     ),
     "runs": (
