@@ -270,15 +270,20 @@ class AgentConfig:
         model's in `evaluation` (of a run and of whoever loads it) or `always` (in training too)
     average_rate: share of its distance to the live weights that the average moves at each update
     hidden_dim: a baseline's width of both hidden layers of each network
+    temperature: a baseline's weight of the entropy (null: 0.01 for `iql_sac`, else learnt so that
+        the entropy is -A)
     """
 
-    name: Literal["iq_mpc", "bc"] = "iq_mpc"
+    name: Literal["iq_mpc", "bc", "iql_sac", "sqil"] = "iq_mpc"
     average: Literal["off", "evaluation", "always"] = "off"
     average_rate: float = 0.005
     hidden_dim: int = 256
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         _at_least("agent", self, 1, "hidden_dim")
+        if self.temperature is not None:
+            _positive("agent", self, "temperature")
         _positive("agent", self, "average_rate")
         _in_range("agent", self, 0.0, 1.0, "average_rate")
 

@@ -83,7 +83,7 @@ def soft_value(
     pair: Critics,
     z: Tensor,
     noise: Tensor,
-    entropy_coef: float,
+    entropy_coef: float | Tensor,
     form: Literal["exact", "presquash"] = "exact",
     keep: Tensor | None = None,
 ) -> Tensor:

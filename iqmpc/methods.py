@@ -17,6 +17,8 @@ from iqmpc.replay import SliceReplay
 _LEARNERS = {
     "iq_mpc": "iqmpc.learner:Learner",
     "bc": "iqmpc.baselines.bc:BehaviouralCloning",
+    "iql_sac": "iqmpc.baselines.iql_sac:IqLearnSac",
+    "sqil": "iqmpc.baselines.sqil:Sqil",
 }
 
 

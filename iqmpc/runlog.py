@@ -29,6 +29,7 @@ LEARNING = (
     "policy_loss",
     "q_policy",
     "entropy",
+    "temperature",
     "model_grad_norm",
     "policy_grad_norm",
     "skipped_updates",

@@ -18,3 +18,19 @@ def hand_mlp(part, x, member=None):
             x = x * gamma + beta
             x = x * np.tanh(np.log1p(np.exp(x)))
     return x
+
+
+def hand_q(critics, obs, action):
+    """Q of both critics on rows, [2, N]."""
+    x = np.concatenate([np.asarray(obs), np.asarray(action)], -1)
+    return np.array([hand_mlp(critics, x, member)[:, 0] for member in range(2)])
+
+
+def hand_policy(model, obs, noise):
+    """a = tanh(μ + σ ε) and the density's logarithm, log σ in [-5, 2]."""
+    mean, x = np.split(hand_mlp(model.policy, obs), 2, -1)
+    log_std = -5 + 0.5 * 7 * (np.tanh(x) + 1)
+    noise = np.asarray(noise, np.float64)
+    action = np.tanh(mean + np.exp(log_std) * noise)
+    density = np.exp(-0.5 * noise**2) / (np.exp(log_std) * np.sqrt(2 * np.pi)) / (1 - action**2)
+    return action, np.log(density).sum(-1)
