@@ -21,6 +21,7 @@ from iqmpc.model import WorldModel
 from iqmpc.observation import ObservationSpec
 from iqmpc.planner import Planner
 from iqmpc.run_folder import RunFolder
+from iqmpc.scaling import ObservationScaling
 from iqmpc.seeding import stream_seed
 
 # Settings that mean something to one backend alone, as they are where they are not given.
@@ -60,8 +61,18 @@ def _of_run(folder: RunFolder, which: str) -> _Stored:
             raise CheckpointError(
                 f"{path} holds no average of the weights, agent.average={config.agent.average}"
             )
-        return held
+        if scaled == "off" or config.is_baseline:  # whose model has the scaling itself
+            return held
+        try:
+            scaling = (tensors[f"learner.scaling.{key}"] for key in ObservationScaling._fields)
+            return ObservationScaling(*scaling).folded_state(held)
+        except (KeyError, RuntimeError) as error:  # absent, or of another size
+            raise CheckpointError(
+                f"{path} holds no scaling of its observations, model.normalise_obs={scaled}"
+            ) from error
 
+    # An agent takes observations as they are: the scaling lies in its weights.
+    scaled, config = config.model.normalise_obs, config.replace({"model.normalise_obs": "off"})
     facts = {key: meta[key] for key in agent_file.FACTS}
     return _Stored(path, config, *shapes(meta), config.termination, facts, weights)
 
@@ -114,21 +125,31 @@ class Agent:
     thread needs an agent of its own, as calls from several would warm-start one another's plans.
     """
 
-    def __init__(self, model: WorldModel, config: Config, *, seed: int = 0, num_envs: int = 1):
+    def __init__(
+        self,
+        model: WorldModel,
+        config: Config,
+        *,
+        seed: int = 0,
+        num_envs: int = 1,
+        weights: Weights | None = None,
+    ):
+        """`weights` is what acts in place of the model's own, until `publish` is called."""
+        weights = model.weights() if weights is None else weights
         self.entropy_coef = config.entropy_coefficient(model.action_dim)
         planner = Planner(
-            model.weights(),
+            weights,
             config.planner,
             discount=config.discount,
             entropy_coef=self.entropy_coef,
             problems=num_envs,
             seed=stream_seed(seed, "planner"),
         )
-        self._set_up(model, config, planner)
+        self._set_up(model, config, planner, weights)
 
-    def _set_up(self, model: Any, config: Config, planner: Any) -> None:
+    def _set_up(self, model: Any, config: Config, planner: Any, weights: Any) -> None:
         self.model, self.config, self.planner = model, config, planner
-        self.weights = model.weights()  # what decodes rewards; the planner has a snapshot of them
+        self.weights = weights  # what decodes rewards; the planner has a snapshot of them
         self.device = next(model.parameters()).device
         # What training says of it: checkpoint, env_steps, updates, wall_s, demonstrator_return.
         self.facts: dict[str, Any] = {}

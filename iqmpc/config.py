@@ -90,6 +90,7 @@ class ModelConfig:
     log_std_max: greatest log σ of the policy prior
     termination: a head that recognises terminal latents, which planning then gives no future
         (null: where the task has `terminates`)
+    normalise_obs: `demos` scales flat observations by the demonstrations' mean and std
     """
 
     encoder_dim: int = 256
@@ -101,6 +102,7 @@ class ModelConfig:
     log_std_min: float = -10.0
     log_std_max: float = 2.0
     termination: bool | None = None
+    normalise_obs: Literal["off", "demos"] = "off"
 
     def __post_init__(self) -> None:
         _at_least("model", self, 1, "encoder_dim", "hidden_dim", "latent_dim", "simnorm_dim")
@@ -444,6 +446,16 @@ class Config:
             )
         if self.is_baseline:
             self._check_baseline()
+        if self.model.normalise_obs != "off" and self.learner.objective == "td":
+            raise ConfigError(
+                f"model.normalise_obs={self.model.normalise_obs} needs demonstrations, which "
+                "learner.objective=td does not use"
+            )
+        if self.model.normalise_obs != "off" and self.task.obs == "pixels":
+            raise ConfigError(
+                f"model.normalise_obs={self.model.normalise_obs} scales numbers, and the task "
+                "observes images: task.obs=pixels"
+            )
 
     def _check_baseline(self) -> None:
         """`ConfigError` for what is asked for and only `agent.name=iq_mpc` has."""

@@ -12,6 +12,7 @@ from iqmpc.agent import Agent
 from iqmpc.config import Config
 from iqmpc.observation import ObservationSpec
 from iqmpc.replay import SliceReplay
+from iqmpc.scaling import ObservationScaling
 
 # Imported when asked for: some need a package that is an extra.
 _LEARNERS = {
@@ -43,6 +44,7 @@ class MethodLearner(Protocol):
         device: torch.device | str = "cpu",
         *,
         sampler: torch.Generator | None = None,
+        scaling: ObservationScaling | None = None,
     ): ...
 
     @staticmethod

@@ -27,7 +27,7 @@ FLOORS = {
     "data": ("demos envs", "ground settings records"),
     "method": (
         "agent baselines controller learner methods model onnx_model optimisation plan_statistics "
-        "planner replay update_backends",
+        "planner replay scaling update_backends",
         "ground settings kernels records",
     ),
     "runs": (

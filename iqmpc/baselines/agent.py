@@ -40,7 +40,8 @@ class PolicyController(Controller):
             shape = self._problems, self._weights.action_dim
             noise = torch.randn(shape, generator=generator).to(self._device)
         self.step += 1
-        action = self._weights.act(obs.to(self._device), noise).cpu()
+        scaled = self._weights.scaling(obs.to(self._device))
+        action = self._weights.act(scaled, noise).cpu()
         finite = action.isfinite().all(-1, keepdim=True)
         self.count_nonfinite(
             int((~finite).sum()), "the policy's action is not finite: acting with zeros"
@@ -53,11 +54,18 @@ class PolicyAgent(Agent):
 
     model: PolicyModel
 
-    def __init__(self, model: PolicyModel, config: Config, *, seed: int = 0, num_envs: int = 1):
-        planner = PolicyController(
-            model.weights(), problems=num_envs, seed=stream_seed(seed, "planner")
-        )
-        self._set_up(model, config, planner)
+    def __init__(
+        self,
+        model: PolicyModel,
+        config: Config,
+        *,
+        seed: int = 0,
+        num_envs: int = 1,
+        weights: PolicyWeights | None = None,
+    ):
+        weights = model.weights() if weights is None else weights
+        planner = PolicyController(weights, problems=num_envs, seed=stream_seed(seed, "planner"))
+        self._set_up(model, config, planner, weights)
 
     @property
     def decodes_rewards(self) -> bool:
@@ -68,4 +76,5 @@ class PolicyAgent(Agent):
     ) -> Tensor:
         if not self.decodes_rewards:
             raise ConfigError(f"agent.name={self.config.agent.name} learns no reward to decode")
-        return self.model.reward(obs, action, next_obs, terminated, noise)
+        scaling = self.model.scaling
+        return self.model.reward(scaling(obs), action, scaling(next_obs), terminated, noise)

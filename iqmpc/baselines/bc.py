@@ -15,6 +15,7 @@ from iqmpc.config import Config
 from iqmpc.losses import Batch
 from iqmpc.observation import ObservationSpec
 from iqmpc.replay import SliceReplay
+from iqmpc.scaling import ObservationScaling
 
 
 def cloning_loss(w: PolicyWeights, obs: Tensor, action: Tensor) -> Tensor:
@@ -33,8 +34,9 @@ class BehaviouralCloning(BaselineLearner):
         device: torch.device | str = "cpu",
         *,
         sampler: torch.Generator | None = None,
+        scaling: ObservationScaling | None = None,
     ):
-        super().__init__(obs_shape, action_dim, config, device, sampler=sampler)
+        super().__init__(obs_shape, action_dim, config, device, sampler=sampler, scaling=scaling)
         self._policy = self.optimiser("policy", list(self.model.policy.parameters()))
 
     @staticmethod

@@ -14,6 +14,7 @@ from iqmpc.losses import Batch
 from iqmpc.observation import ObservationSpec
 from iqmpc.optimisation import guarded_step, load_optimiser_tensors, optimiser_tensors
 from iqmpc.replay import SliceReplay, join
+from iqmpc.scaling import ObservationScaling
 from iqmpc.seeding import stream_seed
 
 
@@ -63,6 +64,7 @@ class BaselineLearner:
         device: torch.device | str = "cpu",
         *,
         sampler: torch.Generator | None = None,
+        scaling: ObservationScaling | None = None,
     ):
         self.config, self.settings = config, config.learner
         self.device = torch.device(device)
@@ -70,6 +72,9 @@ class BaselineLearner:
             torch.manual_seed(stream_seed(config.seed, "model"))
             spec = ObservationSpec.of(obs_shape)
             self.model = self.make_model(spec, action_dim, config).to(self.device)
+        if scaling is not None:
+            self.model.obs_mean.copy_(scaling.mean)
+            self.model.obs_std.copy_(scaling.std)
         self.weights = self.model.weights()
         self.others = nn.ModuleDict()
         self.generator = torch.Generator(self.device).manual_seed(

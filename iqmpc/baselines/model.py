@@ -12,6 +12,7 @@ from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Layer, layer_tensors, map_layers
 from iqmpc.model import Linear, layer_views
 from iqmpc.observation import ObservationSpec
+from iqmpc.scaling import ObservationScaling
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # as usual for SAC
 
@@ -19,12 +20,13 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # as usual for SAC
 class PolicyWeights(NamedTuple):
     """A policy, squashed Gaussian (2A outputs) or deterministic (A), and its critics, if any.
 
-    As `iqmpc.kernels.weights.Weights`, with what is observed in the place of latents.
+    As `iqmpc.kernels.weights.Weights`, with what is observed, scaled, in the place of latents.
     """
 
     policy: tuple[Layer, ...]
     critics: tuple[Layer, ...]
     action_dim: int
+    scaling: ObservationScaling
     log_std_min: float = LOG_STD_MIN
     log_std_max: float = LOG_STD_MAX
 
@@ -43,7 +45,7 @@ class PolicyWeights(NamedTuple):
         )
 
     def act(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
-        """obs [N, O] -> action [N, A]: the mode's, or with standard normal noise [N, A] a draw."""
+        """Scaled obs [N, O] -> action [N, A]: the mode, or with noise [N, A] a draw."""
         if self.deterministic:
             return torch.tanh(layers.mlp(self.policy, obs))
         if noise is None:
@@ -55,7 +57,8 @@ class PolicyModel(nn.Module):
     """π of flat observations, and what more a method has.
 
     Each network has two hidden layers of `agent.hidden_dim`, the world model's: Linear, LayerNorm,
-    Mish. A `deterministic` policy gives tanh of A outputs.
+    Mish. A `deterministic` policy gives tanh of A outputs. All take observations that are scaled
+    already, as the replays hold them; who has them as they are applies `scaling` first.
     """
 
     decodes_rewards = False
@@ -66,6 +69,8 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.observation_spec, self.action_dim = spec, action_dim
         self.hidden = config.agent.hidden_dim
+        self.register_buffer("obs_mean", torch.zeros(self.obs_dim))
+        self.register_buffer("obs_std", torch.ones(self.obs_dim))
         self.policy = self.network(self.obs_dim, action_dim if deterministic else 2 * action_dim)
         self.critics = nn.ModuleList()
 
@@ -85,16 +90,23 @@ class PolicyModel(nn.Module):
             ]
         )
 
+    @property
+    def scaling(self) -> ObservationScaling:
+        """Of observations as they are, into what the networks take (`model.normalise_obs`)."""
+        return ObservationScaling(self.obs_mean, self.obs_std)
+
     def weights(self) -> PolicyWeights:
         """A live view of the policy's and the critics' parameters."""
-        return PolicyWeights(layer_views(self.policy), layer_views(self.critics), self.action_dim)
+        return PolicyWeights(
+            layer_views(self.policy), layer_views(self.critics), self.action_dim, self.scaling
+        )
 
     def reward(
         self, obs: Tensor, action: Tensor, next_obs: Tensor, terminated: Tensor, noise: Tensor
     ) -> Tensor:
         """The reward that the method has learnt, [N], where `decodes_rewards`.
 
-        obs, next_obs [N, O], action [N, A], terminated [N]; noise [S, N, A] is standard normal, for
-        methods that average over the policy's actions.
+        Scaled obs and next_obs [N, O], action [N, A], terminated [N]; noise [S, N, A] is standard
+        normal, for methods that average over the policy's actions.
         """
         raise NotImplementedError

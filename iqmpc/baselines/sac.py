@@ -22,6 +22,7 @@ from iqmpc.losses import soft_value
 from iqmpc.model import layer_views
 from iqmpc.observation import ObservationSpec
 from iqmpc.optimisation import move
+from iqmpc.scaling import ObservationScaling
 
 Critics = tuple[Layer, ...]
 
@@ -109,8 +110,9 @@ class SacLearner(BaselineLearner):
         device: torch.device | str = "cpu",
         *,
         sampler: torch.Generator | None = None,
+        scaling: ObservationScaling | None = None,
     ):
-        super().__init__(obs_shape, action_dim, config, device, sampler=sampler)
+        super().__init__(obs_shape, action_dim, config, device, sampler=sampler, scaling=scaling)
         model = self.model
         targets = model.network(model.obs_dim + action_dim, 1, members=2).to(self.device)
         targets.load_state_dict(model.critics.state_dict())

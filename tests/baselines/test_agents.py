@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from iqmpc import Agent, Config, table
+from iqmpc import Agent, Config, Trainer, table
 from iqmpc.composition import ablation, compose, options
 from iqmpc.config import AgentConfig
 from iqmpc.errors import ConfigError
@@ -30,6 +30,7 @@ def baseline(small_config):
             "train.random_steps": 20,
             "train.initial_updates": 3,
             "train.num_envs": 2,
+            "model.normalise_obs": "demos",
         }
     )
 
@@ -53,9 +54,14 @@ def test_a_run_resumes_exactly_and_its_agent_acts(
     learnt = [r for r in rows_of(whole) if r["policy_loss"]]
     assert learnt and all(np.isfinite(float(r["policy_loss"])) for r in learnt)
 
+    seen = np.concatenate([e.observations for e in point_demonstrations.episodes])
+    obs_moments = seen.mean(0), np.maximum(seen.std(0), 0.01)
     agent = Agent.load(whole, num_envs=2)
     obs = np.random.default_rng(0).normal(size=(2, 2)).astype(np.float32)
     action = agent.act(obs)
+    scaled = torch.tensor((obs - obs_moments[0]) / obs_moments[1], dtype=torch.float32)
+    with torch.no_grad():
+        np.testing.assert_allclose(action, agent.weights.act(scaled), atol=1e-5)
     assert action.shape == (2, 2) and action.dtype == np.float32 and (abs(action) <= 1).all()
     np.testing.assert_array_equal(action, agent.act(obs))  # no draw without exploration
     alone = Agent.load(whole)
@@ -138,10 +144,13 @@ def test_terminal_steps_and_their_successors_reach_the_method(
         BehaviouralCloning, "update", lambda self, batch: seen.append(batch) or update(self, batch)
     )
     config = baseline("bc").replace({"train.num_envs": 1, "learner.horizon": 2})
-    train(config, Ends(point_env), point_demonstrations, tmp_path)
+    trainer = Trainer(config, Ends(point_env), point_demonstrations, run=tmp_path / "run")
+    trainer.train()
     batch = seen[-1]
     assert len(batch.obs) == 2 * 2 * config.learner.batch and batch.experts == len(batch.obs) // 2
-    moved = (batch.obs + 0.2 * batch.action).clamp(-2, 2)
-    np.testing.assert_allclose(batch.next_obs, moved, atol=1e-6)
+    scaling = trainer.experts.scaling
+    obs, next_obs = (x * scaling.std + scaling.mean for x in (batch.obs, batch.next_obs))
+    moved = (obs + 0.2 * batch.action).clamp(-2, 2)
+    np.testing.assert_allclose(next_obs, moved, atol=1e-6)
     ended = sum(float(b.terminated[b.experts :].sum()) for b in seen)
     assert ended and not any(b.terminated[: b.experts].any() for b in seen)

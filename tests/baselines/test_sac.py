@@ -144,11 +144,11 @@ def test_an_update_moves_targets_by_tau_and_the_temperature_to_the_entropy(small
         strict=True,
     ):
         torch.testing.assert_close(target, old + config.learner.tau * (live - old))
-    change = float(learner.model.log_temperature)
+    change = learner.model.log_temperature.item()
     assert change and (change < 0) == (float(metrics["entropy"]) > -2)
     fixed = Sqil(3, 2, config.replace({"agent.temperature": 0.2}))
     fixed.update(batch)
-    assert float(fixed.model.log_temperature.exp()) == pytest.approx(0.2)
+    assert fixed.model.log_temperature.exp().item() == pytest.approx(0.2)
 
 
 def test_an_update_that_is_not_finite_changes_nothing_of_it(small_config, parts):
