@@ -31,8 +31,8 @@ FLOORS = {
         "ground settings kernels records",
     ),
     "runs": (
-        "bench demonstrators evaluation expert_data export realtime run_state table trainer "
-        "updates video",
+        "bench demonstrators evaluation expert_data export realtime reproduce run_list run_state "
+        "table trainer updates video",
         "ground settings records data method",
     ),
     "shell": ("cli commands doctor", "ground settings kernels records data method runs"),
