@@ -276,7 +276,7 @@ class AgentConfig:
         the entropy is -A)
     """
 
-    name: Literal["iq_mpc", "bc", "iql_sac", "sqil"] = "iq_mpc"
+    name: Literal["iq_mpc", "bc", "iql_sac", "sqil", "gail", "hype", "hyper", "cfil_sac"] = "iq_mpc"
     average: Literal["off", "evaluation", "always"] = "off"
     average_rate: float = 0.005
     hidden_dim: int = 256

@@ -20,6 +20,10 @@ _LEARNERS = {
     "bc": "iqmpc.baselines.bc:BehaviouralCloning",
     "iql_sac": "iqmpc.baselines.iql_sac:IqLearnSac",
     "sqil": "iqmpc.baselines.sqil:Sqil",
+    "gail": "iqmpc.baselines.gail:Gail",
+    "hype": "iqmpc.baselines.hype:Hype",
+    "hyper": "iqmpc.baselines.hyper:Hyper",
+    "cfil_sac": "iqmpc.baselines.cfil_sac:CfilSac",
 }
 
 

@@ -30,6 +30,8 @@ LEARNING = (
     "q_policy",
     "entropy",
     "temperature",
+    "reward_loss",
+    "dynamics_loss",
     "model_grad_norm",
     "policy_grad_norm",
     "skipped_updates",

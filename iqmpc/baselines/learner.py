@@ -30,6 +30,10 @@ class Transitions(NamedTuple):
     terminated: Tensor
     experts: int
 
+    def behaviour(self) -> Transitions:
+        """The rows that are no demonstrations."""
+        return Transitions(*(column[self.experts :] for column in self[:4]), 0)
+
     @classmethod
     def of(cls, batch: Batch) -> Transitions:
         """All steps of a batch of slices."""

@@ -185,13 +185,15 @@ class SacLearner(BaselineLearner):
 
 
 def sides(q: Tensor, reward: Tensor, experts: int) -> dict[str, Tensor]:
-    """Metrics of Q and of rewards [2, N], of demonstrations and of behaviour apart."""
+    """Metrics of Q and of rewards [2, N], of behaviour and, where there are any, demonstrations."""
     q, reward = q.detach(), reward.detach()
-    of_experts, of_behaviour = q[:, :experts].mean(), q[:, experts:].mean()
-    return {
-        "q_expert": of_experts,
-        "q_behaviour": of_behaviour,
-        "q_difference": of_experts - of_behaviour,
-        "reward_expert": reward[:, :experts].mean(),
-        "reward_behaviour": reward[:, experts:].mean(),
-    }
+    behaviour = q[:, experts:].mean()
+    found = {"q_behaviour": behaviour, "reward_behaviour": reward[:, experts:].mean()}
+    if experts:
+        of_experts = q[:, :experts].mean()
+        found |= {
+            "q_expert": of_experts,
+            "q_difference": of_experts - behaviour,
+            "reward_expert": reward[:, :experts].mean(),
+        }
+    return found
