@@ -64,7 +64,12 @@ def test_the_words_of_a_run(demos):
     assert ours.name == "myo-key-turn-iq_mpc-seed1"
     (demos / "myo-key-turn.h5").unlink()
     without = reproduce.planned(what, "paper", 1, demos)
-    assert [r.words for r in without if r.task == "myo-key-turn"] == [()] * 3
+    assert [r.words for r in without if r.task == "myo-key-turn"] == [()] * 5
+    some = what.only(["myo-obj-hold"], ["hype", "bc"])
+    found = reproduce.planned(some, "cpu", 1, demos)
+    assert [(r.task, r.variant) for r in found] == [("myo-obj-hold", v) for v in ("hype", "bc")]
+    with pytest.raises(ConfigError, match="table1 has no 'pick-cube'"):
+        what.only(["pick-cube"], ())
     with pytest.raises(ConfigError, match="no scale 'gpu'"):
         reproduce.planned(what, "gpu", 1, demos)
     with pytest.raises(ConfigError, match="no experiment 'tabel1'; did you mean 'table1'"):
@@ -86,6 +91,7 @@ def test_a_run_under_the_same_settings_is_taken(tmp_path, demos, ended):
 
 def test_rows_are_mean_and_standard_error_beside_the_papers():
     what = reproduce.experiment("table5")
+    what = what.only((), ["iq_mpc", "bc"])
     values = {("pick-cube", "iq_mpc"): [0.5, 0.9, 0.7], ("pick-cube", "bc"): [0.25]}
     rows = reproduce.rows(what, values)
     ours = rows[0]

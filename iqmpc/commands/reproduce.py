@@ -21,6 +21,10 @@ def reproduce_experiment(
     name: Annotated[str, typer.Argument(help="table1, figure2, …; list shows all.")],
     scale: Annotated[str, typer.Option(help="cpu (hours a run at most) or paper.")] = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="Of each run: 0 to SEEDS - 1.")] = 2,
+    task: Annotated[list[str] | None, typer.Option(help="These tasks alone.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="These variants alone, such as iq_mpc.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the runs, and what they cost on this machine.")
     ] = False,
@@ -55,7 +59,7 @@ def reproduce_experiment(
         for known in reproduce.names():
             console.print(f"{known:10} {reproduce.experiment(known).title}", highlight=False)
         return
-    what = reproduce.experiment(name)
+    what = reproduce.experiment(name).only(task or (), only or ())
     planned = reproduce.planned(what, scale, seeds, demos, ours or ())
     into = into or Path("runs/reproduce", scale)
     out = out or into

@@ -15,7 +15,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from operator import attrgetter
 from pathlib import Path
@@ -63,6 +63,21 @@ class Experiment:
     tasks: tuple[str, ...]
     variants: Mapping[str, tuple[str, ...]]
     paper: Mapping[str, Mapping[str, Sequence[float]]]
+
+    def only(self, tasks: Sequence[str], variants: Sequence[str]) -> Experiment:
+        """The same of some tasks and variants, all where none are given.
+
+        Raises `ConfigError` for one that is not there.
+        """
+        for given, known in ((tasks, self.tasks), (variants, self.variants)):
+            for name in given:
+                if name not in known:
+                    raise ConfigError(f"{self.name} has no {name!r} (known: {', '.join(known)})")
+        return replace(
+            self,
+            tasks=tuple(t for t in self.tasks if not tasks or t in tasks),
+            variants={v: w for v, w in self.variants.items() if not variants or v in variants},
+        )
 
 
 class PlannedRun(NamedTuple):
@@ -120,7 +135,7 @@ def planned(
     demos: Path,
     ours: Sequence[str] = (),
 ) -> list[PlannedRun]:
-    """Its runs of seeds 0 to `seeds` - 1.
+    """Its runs of seeds 0 to `seeds` - 1, variant by variant.
 
     Demonstrations are `demos`/TASK.h5 or .npz, else those packaged with the task. `ours` are
     further words for runs of IQ-MPC. Raises `ConfigError` for an unknown scale.
