@@ -207,6 +207,7 @@ class LearnerConfig:
     c_cons: weight of the consistency loss
     c_iq: weight of the critics' loss
     c_gp: weight of the gradient penalty
+    c_bc: weight of the prior's squared error on demonstrated actions, times 1 + |their mean Q|
     c_termination: weight of the termination head's loss
     termination_weight: how many times a terminal latent counts in the termination head's loss
     gradient_penalty: whether there is one (null: as the task says)
@@ -233,6 +234,7 @@ class LearnerConfig:
     c_cons: float = 20.0
     c_iq: float = 0.1
     c_gp: float = 1.0
+    c_bc: float = 0.0
     c_termination: float = 1.0
     termination_weight: float = 10.0
     gradient_penalty: bool | None = None
@@ -254,6 +256,7 @@ class LearnerConfig:
             "c_cons",
             "c_iq",
             "c_gp",
+            "c_bc",
             "c_termination",
             "encoder_lr_scale",
         )
@@ -431,6 +434,11 @@ class Config:
         if self.train.demo_updates and self.learner.objective == "td":
             raise ConfigError(
                 "train.demo_updates needs demonstrations, which learner.objective=td does not use"
+            )
+        if self.learner.c_bc and self.learner.objective == "td":
+            raise ConfigError(
+                f"learner.c_bc={self.learner.c_bc:g} needs demonstrations, which "
+                "learner.objective=td does not use"
             )
         if self.model.normalise_obs != "off" and self.learner.objective == "td":
             raise ConfigError(

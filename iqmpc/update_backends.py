@@ -102,7 +102,13 @@ class EagerBackend:
         metrics["model_grad_norm"], finite = self._step(loss, x.model_optimiser, x.model_parameters)
 
         policy_loss, policy_metrics = self._policy_loss(
-            x.weights, latents, self.policy_noise(latents), s.rho, x.entropy_coef, s.entropy
+            x.weights,
+            latents,
+            self.policy_noise(latents),
+            s.rho,
+            x.entropy_coef,
+            s.entropy,
+            *losses.cloning(batch, metrics, s.c_bc),
         )
         policy_metrics["policy_grad_norm"], both = self._step(
             policy_loss, x.policy_optimiser, list(x.model.policy.parameters()), finite
@@ -308,6 +314,8 @@ class FusedBackend:
             values["q_difference"] = values["q_expert"] - values["q_behaviour"]
         if not x.penalise:
             absent.add("gradient_penalty")
+        if not x.settings.c_bc:
+            absent.add("cloning_error")
         if not x.weights.termination:
             absent |= {"termination_loss", "termination_recall", "termination_precision"}
         values["skipped_updates"] = x.skipped
