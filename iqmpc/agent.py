@@ -61,18 +61,19 @@ def _of_run(folder: RunFolder, which: str) -> _Stored:
             raise CheckpointError(
                 f"{path} holds no average of the weights, agent.average={config.agent.average}"
             )
-        if scaled == "off" or config.is_baseline:  # whose model has the scaling itself
+        names = [f"learner.scaling.{key}" for key in ObservationScaling._fields]
+        absent = normalise == "auto" and not tensors.keys() & set(names)
+        if normalise == "off" or absent or config.is_baseline:  # whose model has the scaling itself
             return held
         try:
-            scaling = (tensors[f"learner.scaling.{key}"] for key in ObservationScaling._fields)
-            return ObservationScaling(*scaling).folded_state(held)
+            return ObservationScaling(*(tensors[name] for name in names)).folded_state(held)
         except (KeyError, RuntimeError) as error:  # absent, or of another size
             raise CheckpointError(
-                f"{path} holds no scaling of its observations, model.normalise_obs={scaled}"
+                f"{path} holds no scaling of its observations, model.normalise_obs={normalise}"
             ) from error
 
     # An agent takes observations as they are: the scaling lies in its weights.
-    scaled, config = config.model.normalise_obs, config.replace({"model.normalise_obs": "off"})
+    normalise, config = config.model.normalise_obs, config.replace({"model.normalise_obs": "off"})
     facts = {key: meta[key] for key in agent_file.FACTS}
     return _Stored(path, config, *shapes(meta), config.termination, facts, weights)
 

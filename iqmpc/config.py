@@ -90,7 +90,8 @@ class ModelConfig:
     log_std_max: greatest log σ of the policy prior
     termination: a head that recognises terminal latents, which planning then gives no future
         (null: where the task has `terminates`)
-    normalise_obs: `demos` scales flat observations by the demonstrations' mean and std
+    normalise_obs: `demos` scales flat observations by the demonstrations' mean and std, `auto` too,
+        where there are demonstrations and numbers
     """
 
     encoder_dim: int = 256
@@ -102,7 +103,7 @@ class ModelConfig:
     log_std_min: float = -10.0
     log_std_max: float = 2.0
     termination: bool | None = None
-    normalise_obs: Literal["off", "demos"] = "off"
+    normalise_obs: Literal["off", "demos", "auto"] = "off"
 
     def __post_init__(self) -> None:
         _at_least("model", self, 1, "encoder_dim", "hidden_dim", "latent_dim", "simnorm_dim")
@@ -208,6 +209,7 @@ class LearnerConfig:
     c_cons: weight of the consistency loss
     c_iq: weight of the critics' loss
     c_gp: weight of the gradient penalty
+    c_bc: weight of the prior's squared error on demonstrated actions, times 1 + |their mean Q|
     c_termination: weight of the termination head's loss
     termination_weight: how many times a terminal latent counts in the termination head's loss
     gradient_penalty: whether there is one (null: as the task says)
@@ -234,6 +236,7 @@ class LearnerConfig:
     c_cons: float = 20.0
     c_iq: float = 0.1
     c_gp: float = 1.0
+    c_bc: float = 0.0
     c_termination: float = 1.0
     termination_weight: float = 10.0
     gradient_penalty: bool | None = None
@@ -255,6 +258,7 @@ class LearnerConfig:
             "c_cons",
             "c_iq",
             "c_gp",
+            "c_bc",
             "c_termination",
             "encoder_lr_scale",
         )
@@ -446,15 +450,15 @@ class Config:
             )
         if self.is_baseline:
             self._check_baseline()
-        if self.model.normalise_obs != "off" and self.learner.objective == "td":
+        if self.learner.c_bc and self.learner.objective == "td":
             raise ConfigError(
-                f"model.normalise_obs={self.model.normalise_obs} needs demonstrations, which "
+                f"learner.c_bc={self.learner.c_bc:g} needs demonstrations, which "
                 "learner.objective=td does not use"
             )
-        if self.model.normalise_obs != "off" and self.task.obs == "pixels":
+        if self.model.normalise_obs == "demos" and self.learner.objective == "td":
             raise ConfigError(
-                f"model.normalise_obs={self.model.normalise_obs} scales numbers, and the task "
-                "observes images: task.obs=pixels"
+                "model.normalise_obs=demos needs demonstrations, which learner.objective=td does "
+                "not use"
             )
 
     def _check_baseline(self) -> None:
@@ -464,6 +468,7 @@ class Config:
             ("learner.objective", ("iq", "v_diff")),
             ("learner.mode", ("auto", "eager")),
             ("learner.precision", ("float32",)),
+            ("learner.c_bc", (0.0,)),
             ("agent.average", ("off",)),
             ("train.control_hz", (None,)),
         ):

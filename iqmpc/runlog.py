@@ -38,6 +38,7 @@ LEARNING = (
     "termination_loss",
     "termination_recall",
     "termination_precision",
+    "cloning_error",
 )
 TIMING = ("plan_ms", "env_ms", "update_ms", "steps_per_s")
 COLUMNS: tuple[str, ...] = PROGRESS + RESULTS + LEARNING + TIMING

@@ -105,7 +105,13 @@ class EagerBackend:
         )
 
         policy_loss, policy_metrics = self._policy_loss(
-            x.weights, latents, self.policy_noise(latents), s.rho, x.entropy_coef, s.entropy
+            x.weights,
+            latents,
+            self.policy_noise(latents),
+            s.rho,
+            x.entropy_coef,
+            s.entropy,
+            *losses.cloning(batch, metrics, s.c_bc),
         )
         policy_metrics["policy_grad_norm"], both = guarded_step(
             policy_loss,
@@ -292,6 +298,8 @@ class FusedBackend:
             values["q_difference"] = values["q_expert"] - values["q_behaviour"]
         if not x.penalise:
             absent.add("gradient_penalty")
+        if not x.settings.c_bc:
+            absent.add("cloning_error")
         if not x.weights.termination:
             absent |= {"termination_loss", "termination_recall", "termination_precision"}
         values["skipped_updates"] = x.skipped
