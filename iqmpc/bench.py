@@ -96,6 +96,7 @@ def bench(
     chosen = {"device": "cpu", **(changes or {})}
     chosen.setdefault("planner.backend", "cpu" if chosen["device"] == "cpu" else "auto")
     held = Agent.load(run, changes=_OF_A_BACKEND[chosen["planner.backend"] == "cpu"] | chosen)
+    held.require_world_model("iqmpc bench")
     planner = held.config.planner
     budget_us = planner.budget_us or SHARE * 1e6 / hz
     missing = become_real_time(planner.threads or 1)

@@ -13,7 +13,9 @@ from iqmpc.kernels.weights import Weights, map_layers
 from iqmpc.losses import Batch
 from iqmpc.model import WorldModel
 from iqmpc.observation import ObservationSpec
+from iqmpc.optimisation import load_optimiser_tensors, optimiser_tensors
 from iqmpc.replay import SliceReplay
+from iqmpc.scaling import ObservationScaling
 from iqmpc.seeding import stream_seed
 
 
@@ -36,6 +38,7 @@ class Learner:
     others draw from `generator`, and slices from `sampler`, by default a generator of the learner's
     own; whoever gives it keeps its state. `matmul` is what `config.learner.matmul` comes to here,
     of torch's matrix products in an update. `entropy_coef` is the entropy coefficient in force.
+    `scaling` is that of the observations in the replays; what acts takes them unscaled.
 
     Raises `ConfigError` for a mode that cannot be here, with the reason.
     """
@@ -48,14 +51,14 @@ class Learner:
         device: torch.device | str = "cpu",
         *,
         sampler: torch.Generator | None = None,
+        scaling: ObservationScaling | None = None,
     ):
         self.config, self.settings = config, config.learner
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "model"))
-            self.model = WorldModel(
-                obs_shape, action_dim, config.model, termination=config.termination
-            ).to(self.device)
+            self.model = self.make_model(obs_shape, action_dim, config).to(self.device)
+        self.scaling = None if scaling is None else scaling.to(self.device)
         spec = self.model.observation_spec
         self.mode = update_backends.resolve_update(config, self.device, spec)
         self.matmul = self.settings.matmul or ("tf32" if self.device.type == "cuda" else "float32")
@@ -104,6 +107,19 @@ class Learner:
         )
         self.backend = update_backends.BACKENDS[self.mode](self)
 
+    @staticmethod
+    def make_model(
+        obs_shape: ObservationSpec | tuple[int, ...] | int,
+        action_dim: int,
+        config: Config,
+        *,
+        termination: bool | None = None,
+    ) -> WorldModel:
+        """What a run learns: `termination` is `config.termination` where it is not given."""
+        if termination is None:
+            termination = config.termination
+        return WorldModel(obs_shape, action_dim, config.model, termination=termination)
+
     def learn(self, experts: SliceReplay | None, behaviour: SliceReplay) -> dict[str, Tensor]:
         """Draw `learner.batch` slices of each replay and make one update on them.
 
@@ -117,14 +133,19 @@ class Learner:
         return self.backend.update(batch)
 
     def acting_weights(self) -> Weights:
-        """What training acts with: a live view, of the average for `agent.average: always`."""
-        if self.averages is not None and self.config.agent.average == "always":
-            return self.averages
-        return self.weights
+        """What training acts with: a live view, of the average for `agent.average: always`.
+
+        Of a scaling's learner the encoder's first layer is a copy, into which it is folded.
+        """
+        always = self.config.agent.average == "always"
+        return self._unscaled(self.averages if self.averages and always else self.weights)
 
     def evaluation_weights(self) -> Weights:
         """What evaluation acts with: a live view, of the average where there is one."""
-        return self.weights if self.averages is None else self.averages
+        return self._unscaled(self.averages or self.weights)
+
+    def _unscaled(self, weights: Weights) -> Weights:
+        return weights if self.scaling is None else self.scaling.folded(weights)
 
     @property
     def skipped_updates(self) -> int:
@@ -148,11 +169,10 @@ class Learner:
         }
         if self.average is not None:
             state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        if self.scaling is not None:
+            state |= {f"scaling.{k}": v for k, v in self.scaling._asdict().items()}
         for name, optimiser in self._optimisers():
-            for index, values in optimiser.state_dict()["state"].items():
-                for key, v in values.items():
-                    # A count may be shared by all parameters, which a file does not allow.
-                    state[f"{name}.{index}.{key}"] = v.clone() if key == "step" else v
+            state |= optimiser_tensors(name, optimiser)
         state["generator"] = self.generator.get_state()
         state["updates"] = torch.tensor(self.updates)
         state["skipped_updates"] = self.skipped
@@ -168,24 +188,15 @@ class Learner:
                 model.load_state_dict(
                     {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                 )
+        if self.scaling is not None:
+            for name, t in self.scaling._asdict().items():
+                t.copy_(state[f"scaling.{name}"])
         for i, layer in enumerate(self.targets):
             for name, t in layer._asdict().items():
                 if t is not None:
                     t.copy_(state[f"target.{i}.{name}"])
         for name, optimiser in self._optimisers():
-            parameters = [p for group in optimiser.param_groups for p in group["params"]]
-            for index, parameter in enumerate(parameters):
-                held, prefix = optimiser.state[parameter], f"{name}.{index}."
-                for t in held.values():
-                    t.zero_()  # as before the first step, where nothing was saved
-                for key, v in state.items():
-                    if not key.startswith(prefix):
-                        continue
-                    field = key.removeprefix(prefix)
-                    if field in held:
-                        held[field].copy_(v)
-                    else:
-                        held[field] = v.to(self.device, copy=True)
+            load_optimiser_tensors(name, optimiser, state)
         self.generator.set_state(state["generator"])
         self.updates = int(state["updates"])
         self.skipped.fill_(int(state.get("skipped_updates", 0)))  # absent: saved before any count

@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from iqmpc.agent import Agent, resolve_device
+from iqmpc.agent import resolve_device
 from iqmpc.callbacks import Callback
 from iqmpc.compiler import check_compiler
 from iqmpc.config import Config, shortened
@@ -24,7 +24,7 @@ from iqmpc.errors import CheckpointError, ConfigError, TaskError
 from iqmpc.evaluation import Evaluation, evaluate, no_evaluation, ratio
 from iqmpc.expert_data import demonstrations_for, expert_replay
 from iqmpc.interrupts import Interrupts
-from iqmpc.learner import Learner
+from iqmpc.methods import agent_class, learner_class
 from iqmpc.provenance import commit, machine
 from iqmpc.realtime import RealTimeUpdates
 from iqmpc.replay import SliceReplay
@@ -33,7 +33,7 @@ from iqmpc.run_folder import RunFolder
 from iqmpc.run_state import RunState, Snapshot
 from iqmpc.runlog import last_evaluations
 from iqmpc.seeding import stream_seed
-from iqmpc.threads import prepare_torch, share_threads, threads
+from iqmpc.threads import leave_torch_idle, prepare_torch, share_threads, threads
 from iqmpc.updates import Updates
 
 _SHORT_ENOUGH = 10  # episodes, all too short to learn from, after which a run gives up
@@ -53,6 +53,8 @@ class _Watched(gymnasium.Wrapper):
 
 class Trainer:
     """Trains an agent on environments from demonstrations (none for `objective: td`).
+
+    `agent.name` says by which method (`iqmpc.methods`): the trainer is the same for all.
 
     What is not given follows from `config`, as on the command line: environments of `config.task`,
     the demonstrations of `config.demos` or those packaged with the task, and for `run` the folder
@@ -170,21 +172,38 @@ class Trainer:
         acting = config if config.train.control_hz is None else share_threads(config)
         # Of the random actions, and later of the batches.
         self.generator = torch.Generator(device).manual_seed(stream_seed(config.seed, "trainer"))
-        self.learner = Learner(spec, action_dim, config, device, sampler=self.generator)
-        check_compiler(config, device, self.learner.mode)
-        self.agent = Agent(self.learner.model, acting, seed=config.seed, num_envs=count)
+        scaling = None if self.experts is None else self.experts.scaling
+        self.learner = learner = learner_class(config)(
+            spec, action_dim, config, device, sampler=self.generator, scaling=scaling
+        )
+        check_compiler(config, device, learner.mode)
+        agent = agent_class(config)
+        self.agent = agent(
+            learner.model,
+            acting,
+            seed=config.seed,
+            num_envs=count,
+            weights=learner.acting_weights(),
+        )
         # Evaluation plans for one environment; a single agent does both (and is compiled once),
         # but not beside a learner that publishes what acts.
         both = count == 1 and config.train.control_hz is None
         self._evaluator = (
-            self.agent if both else Agent(self.learner.model, acting, seed=config.seed)
+            self.agent
+            if both
+            else agent(
+                learner.model, acting, seed=config.seed, weights=learner.evaluation_weights()
+            )
         )
+        if learner.mode == "fused" and self.agent.planner.leaves_torch_idle:
+            leave_torch_idle()
         self.behaviour = SliceReplay(
             spec,
             action_dim,
             horizon=config.learner.horizon,
             capacity=config.train.capacity,
             device=device,
+            scaling=scaling,
         )
         updates = Updates if config.train.control_hz is None else RealTimeUpdates
         self.updates = updates(
