@@ -472,6 +472,7 @@ class Config:
             ("learner.objective", ("iq", "v_diff")),
             ("learner.mode", ("auto", "eager")),
             ("learner.precision", ("float32",)),
+            ("learner.matmul", (None, "float32")),
             ("learner.c_bc", (0.0,)),
             ("agent.average", ("off",)),
             ("train.control_hz", (None,)),
