@@ -82,19 +82,21 @@ def report_steps(results: Path, *, cpu: bool) -> list[Step]:
 
 def test_steps(results: Path, source: Path, groups: int) -> list[Step]:
     """The tests that are marked `gpu`, wherever they are, and all of Triton's, which are held to
-    float64 at odd sizes and run on a GPU where there is one; spread over groups of files."""
-    marked = [f for f in source.glob("tests/**/test_*.py") if "gpu" in f.read_text("utf-8")]
-    triton = list(source.glob("tests/kernels/**/test_triton*.py"))
-    files = sorted({*marked, *triton})
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu or not slow"]
+    float64 at odd sizes and run on a GPU where there is one; spread over groups of files, the last
+    of which is Triton's."""
+    triton = set(source.glob("tests/kernels/**/test_triton*.py"))
+    marked = {f for f in source.glob("tests/**/test_*.py") if "gpu" in f.read_text("utf-8")}
+    others, last = sorted(marked - triton), max(1, groups - 1)
+    parts = [("gpu", others[i::last]) for i in range(last)] + [("gpu or not slow", sorted(triton))]
     return [
         Step(
             f"test-{i}",
-            [*words, f"--junitxml={results / f'test-{i}.xml'}"]
-            + [str(f.relative_to(source)) for f in files[i::groups]],
+            ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker]
+            + [f"--junitxml={results / f'test-{i}.xml'}"]
+            + [str(f.relative_to(source)) for f in files],
             LIMITS_S["test"],
         )
-        for i in range(min(groups, len(files)))
+        for i, (marker, files) in enumerate(parts)
     ]
 
 
