@@ -30,6 +30,8 @@ def training_envs(
     count = config.train.num_envs
     if env is None:
         env = [partial(make_env, config.task, seed=config.seed)] * count
+        if eval_env is None and config.train.video_every is not None:
+            eval_env = make_env(config.task, seed=config.seed, render_mode="rgb_array")
     given = list(env) if isinstance(env, Sequence) else [env]
     if len(given) != count:
         raise ConfigError(f"train.num_envs={count} needs {count} environments, got {len(given)}")
