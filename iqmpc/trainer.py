@@ -17,6 +17,7 @@ from iqmpc.callbacks import Callback
 from iqmpc.compiler import check_compiler
 from iqmpc.config import Config, shortened
 from iqmpc.demos import Demonstrations
+from iqmpc.envs.batched import Worlds
 from iqmpc.envs.description import describe
 from iqmpc.envs.training import Environment, training_envs
 from iqmpc.episode import Episode
@@ -62,7 +63,9 @@ class Trainer:
 
     `env` is any `gymnasium.Env` with flat Box observations, or images as `iqmpc.observation` says,
     and actions in [-1, 1], or a sequence of `config.train.num_envs` of them with the same spaces.
-    They are stepped together, one tick after another, and their actions planned in one call. In
+    They are stepped together, one tick after another, and their actions planned in one call; a
+    simulator that steps all of its worlds at once takes their place (`iqmpc.envs.batched.Worlds`,
+    a `gymnasium.vector.VectorEnv` among others), with an `eval_env` of its own. In
     place of environments, functions that make them may be given: then `config.train.env_workers`
     can put each into a process of its own (`iqmpc.envs.workers`). Evaluation takes `eval_env`, in
     this process; where that is absent it is `env` itself, if that is one environment, or is made by
@@ -113,7 +116,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        env: Environment | Sequence[Environment] | None = None,
+        env: Environment | Sequence[Environment] | Worlds | None = None,
         demonstrations: Demonstrations | None = None,
         *,
         run: str | Path | None = None,
