@@ -74,9 +74,14 @@ def train_run(
         )
         run = trainer.claim_folder()
         parameters = sum(p.numel() for p in trainer.learner.model.parameters())
+        acting = (
+            f"agent {config.agent.name}"
+            if config.is_baseline
+            else f"planner {trainer.agent.planner.backend}"
+        )
         display.message(
-            f"{config.task.name}: {parameters:,} parameters on {trainer.device}, planner "
-            f"{trainer.agent.planner.backend}, run folder {run}"
+            f"{config.task.name}: {parameters:,} parameters on {trainer.device}, {acting}, run "
+            f"folder {run}"
         )
         hint = _busy_hint(config, trainer.learner.mode)
         if hint is not None:
