@@ -309,6 +309,11 @@ class TrainConfig:
     demo_updates: updates before any interaction, with demonstrations on both sides
     updates_per_step: updates for the step of each environment; 0.25 is one for every fourth step
     capacity: steps that the replay of behaviour holds
+    loggers: of `tensorboard`, `csv` (metrics.csv, written whether it is named or not) and `wandb`
+    log_every: steps between rows of metrics, with the mean return since the last (null: a row for
+        each episode)
+    video_every: steps between videos of an evaluation's first episode, the last one's too (null:
+        none)
     eval_every: steps between evaluations
     eval_episodes: episodes of an evaluation on the way
     final_episodes: episodes of the last evaluation
@@ -334,6 +339,9 @@ class TrainConfig:
     demo_updates: int = 0
     updates_per_step: int | float = 1
     capacity: int = 1_000_000
+    loggers: tuple[Literal["tensorboard", "csv", "wandb"], ...] = ("tensorboard", "csv")
+    log_every: int | None = None
+    video_every: int | None = None
     eval_every: int = 10_000
     eval_episodes: int = 3
     final_episodes: int = 10
@@ -371,9 +379,19 @@ class TrainConfig:
                         f"train.{key} must be left alone with train.control_hz, which says when "
                         f"updates are made and steps in this process, got {given}"
                     )
-        for key in ("random_steps", "initial_updates"):
+            if self.log_every is not None:
+                raise ConfigError(
+                    "train.log_every must be left alone with train.control_hz: rows are written "
+                    f"between episodes, got {self.log_every}"
+                )
+        for key, least in (
+            ("random_steps", 0),
+            ("initial_updates", 0),
+            ("log_every", 1),
+            ("video_every", 1),
+        ):
             if getattr(self, key) is not None:
-                _at_least("train", self, 0, key)
+                _at_least("train", self, least, key)
 
     @functools.cached_property
     def update_rate(self) -> Fraction:
@@ -501,7 +519,12 @@ class Config:
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Nested dictionaries and lists, as `from_dict` takes them and files hold them."""
+
+        def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {k: list(v) if isinstance(v, tuple) else v for k, v in pairs}
+
+        return dataclasses.asdict(self, dict_factory=plain)
 
     def replace(self, changes: Mapping[str, Any]) -> Config:
         """A copy with dotted keys changed, checked as in `from_dict`."""
@@ -680,6 +703,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             whole = isinstance(value, int) and not isinstance(value, bool)
             return _convert(int if whole else float, value, path)
         return None if value is None else _convert(inner[0], value, path)
+    if origin is tuple:
+        (inner, _) = get_args(hint)
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} must be a list, such as [a,b], got {shortened(value)}")
+        return tuple(_convert(inner, v, f"{path}[{i}]") for i, v in enumerate(value))
     if origin is Literal:
         choices = get_args(hint)
         if isinstance(value, str) and value in choices:
