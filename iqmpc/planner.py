@@ -102,6 +102,11 @@ class Planner(Controller):
         self._statistics = PlanStatistics()
 
     @property
+    def leaves_torch_idle(self) -> bool:
+        """Whether torch computes nothing of an action: all of it is the C++ library's."""
+        return self.backend == "cpu" and not self.observation_spec.images
+
+    @property
     def mean(self) -> Tensor:
         """The last plan's mean, [E, H, A]."""
         return self._plan.mean

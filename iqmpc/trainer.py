@@ -33,7 +33,7 @@ from iqmpc.run_folder import RunFolder
 from iqmpc.run_state import RunState, Snapshot
 from iqmpc.runlog import last_evaluations
 from iqmpc.seeding import stream_seed
-from iqmpc.threads import prepare_torch, share_threads, threads
+from iqmpc.threads import leave_torch_idle, prepare_torch, share_threads, threads
 from iqmpc.updates import Updates
 
 _SHORT_ENOUGH = 10  # episodes, all too short to learn from, after which a run gives up
@@ -195,6 +195,8 @@ class Trainer:
                 learner.model, acting, seed=config.seed, weights=learner.evaluation_weights()
             )
         )
+        if learner.mode == "fused" and self.agent.planner.leaves_torch_idle:
+            leave_torch_idle()
         self.behaviour = SliceReplay(
             spec,
             action_dim,

@@ -6,7 +6,7 @@ import yaml
 
 from iqmpc.composition import SUITES, ablation, compose, departures, options, parse
 from iqmpc.config import Config, all_keys, names_task
-from iqmpc.envs import TASKS
+from iqmpc.envs import TASKS, dmcontrol, maniskill, myosuite
 from iqmpc.errors import ConfigError
 
 
@@ -98,8 +98,12 @@ def test_every_option_composes(group):
         compose([f"{group}={option}"])
 
 
-def test_every_task_file_is_a_task():
+def test_every_task_file_is_a_task_of_its_suite():
     assert set(options("task")) == set(TASKS) | {"gym"}
+    suites = {"dmcontrol": dmcontrol, "myosuite": myosuite, "maniskill": maniskill}
+    assert {name: TASKS[name].suite for name in TASKS} == {
+        name: suite for suite, module in suites.items() for name in module.TASKS
+    }
     for name in TASKS:
         assert compose([f"task={name}"]).task == TASKS[name]
 

@@ -54,7 +54,7 @@ class CpuPlan:
         self.action_dim: int = packed.action_dim
         self.native = _C.Planner(
             packed,
-            num_envs=problems,
+            problems=problems,
             horizon=config.horizon,
             samples=config.samples,
             elites=config.elites,

@@ -446,7 +446,9 @@ for _inside, _find, _new, _tests in (
     reader(_inside, _find, _new, *_tests)
 
 native = _table.group("C++", "test_iq_update.py", cpp=True)
-native("learner_blocks.cpp", "- set.beta * w.log_prob.data()[r]; sums.target", "; sums.target")
+native(
+    "learner_blocks.cpp", "- set.entropy_coef * w.log_prob.data()[r]; sums.target", "; sums.target"
+)
 native("learner_blocks.cpp", "(1 - source.terminated(t, column(i))) * v", "v")
 native(
     "learner_blocks.cpp",
@@ -463,7 +465,7 @@ native(
     "float shares[2] = {q.first, 1 - q.first}",
     "float shares[2] = {1.0f, 0.0f}",
 )
-native("learner_blocks.cpp", "set.beta * log_prob - q.value", "log_prob - q.value")
+native("learner_blocks.cpp", "set.entropy_coef * log_prob - q.value", "log_prob - q.value")
 native("learner.cpp", "slow.step.rate *= settings.encoder_lr_scale", "slow.step.rate *= 1.0f")
 native("learner.cpp", "s.grad_clip / (norm + 1e-6)", "20.0 / (norm + 1e-6)")
 native(

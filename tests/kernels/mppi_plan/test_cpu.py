@@ -24,7 +24,7 @@ LEVELS = _C.isa_levels()
 CONFIG = PlannerConfig(samples=40, elites=8, policy_trajectories=6, iterations=3)
 # What the library is given for CONFIG, but for the seed.
 NATIVE = dict(
-    num_envs=1,
+    problems=1,
     horizon=3,
     samples=40,
     elites=8,
@@ -50,9 +50,6 @@ def its_draws(plan: CpuPlan, score: str, *, explore: bool) -> PlanNoise:
     """What the next plan of the C++ backend will draw."""
     d = {k: torch.tensor(v) for k, v in plan.native.draws(plan.step).items()}
     pair, explored = d.pop("pair"), d.pop("explore").double()
-    for old, new in (("prior", "policy"), ("samples", "sample")):
-        d[f"{new}_noise"] = d.pop(old)
-    d["policy_score_noise"], d["score_noise"] = d.pop("prior_score"), d.pop("score")
     if score == "unrolled":  # the reference also draws at z_H, whose value cancels
         for name, other in (
             ("policy_score_noise", "policy_noise"),
@@ -195,19 +192,19 @@ def test_draws_are_standard_normal_and_independent(make_weights):
         problems=2,
     )
     draws = plan.native.draws(0)
-    x = draws["samples"].ravel().astype(np.float64)
+    x = draws["sample_noise"].ravel().astype(np.float64)
     bound = 5 / np.sqrt(x.size)
     assert abs(x.mean()) < bound and abs((x**2).mean() - 1) < bound * np.sqrt(2)
     assert abs((x**3).mean()) < bound * np.sqrt(15) and abs((x**4).mean() - 3) < bound * np.sqrt(96)
     assert abs((np.abs(x) > 1.959964).mean() - 0.05) < bound * 0.22
     # Between neighbours, iterations, problems, purposes and steps.
-    s, later = draws["samples"], plan.native.draws(1)["samples"]
+    s, later = draws["sample_noise"], plan.native.draws(1)["sample_noise"]
     for a, b in (
         (s[..., 0], s[..., 1]),
         (s[0], s[1]),
         (s[:, 0], s[:, 1]),
         (s, later),
-        (s[:, :, 1:], draws["score"]),
+        (s[:, :, 1:], draws["score_noise"]),
         (s[:, :, 0, :-1], s[:, :, 0, 1:]),
     ):
         assert abs((a.astype(np.float64) * b).mean()) < 5 / np.sqrt(a.size)
@@ -437,7 +434,7 @@ def test_stacked_critics_are_checked(make_weights):
     [
         (dict(elites=41), "elites must be at most samples = 40, got 41"),
         (dict(samples=0), "samples must be at least 1, got 0"),
-        (dict(num_envs=0), "num_envs must be at least 1, got 0"),
+        (dict(problems=0), "problems must be at least 1, got 0"),
         (dict(std_min=0.0), "std_min must be positive, got 0"),
         (dict(std_max=float("nan")), "std_max must be finite and at least std_min, got nan"),
         (dict(discount=1.5), r"discount must be in \[0, 1\], got 1.5"),

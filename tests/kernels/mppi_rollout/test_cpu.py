@@ -333,11 +333,11 @@ def test_arrays_from_elsewhere_are_checked(make_weights):
         model=native,
         z0=z0,
         actions=actions,
-        policy_noise=noise,
+        score_noise=noise,
         critic_pair=(0, 1),
         discount=0.9,
         score="advantage",
-        entropy=0.0,
+        entropy_coef=0.0,
         returns=np.empty((2, 4), np.float32),
         threads=1,
     )
@@ -351,9 +351,9 @@ def test_arrays_from_elsewhere_are_checked(make_weights):
         ),
         (dict(z0=z0.tolist()), TypeError, "z0 must be a NumPy array, got list"),
         (
-            dict(policy_noise=noise[:, :1]),
+            dict(score_noise=noise[:, :1]),
             ValueError,
-            r"policy_noise must be float32 with shape \[2, 2, 4, 3\], got float32 \[2, 1, 4, 3\]",
+            r"score_noise must be float32 with shape \[2, 2, 4, 3\], got float32 \[2, 1, 4, 3\]",
         ),
         (
             dict(returns=np.empty((2, 5), np.float32)),
