@@ -140,7 +140,8 @@ class PlannerConfig:
     score: the telescoped form (`advantage`) or the soft return as written (`unrolled`)
     backend: what computes a plan; auto takes the fastest that fits
     precision: of matrix products; `bf16` needs the cpu or the triton backend, `tf32` (float32 cut
-        to three decimal digits) the triton backend, `float64` the reference
+        to three decimal digits) the triton backend, `float64` the reference (null: bf16 of the
+        triton backend on a GPU, else float32)
     mode: the reference's: `compile` puts it under torch.compile
     capture: the triton backend's: a plan is one CUDA graph (null: yes)
     threads: the cpu backend's: threads of a plan (null: as many as torch uses)
@@ -158,7 +159,7 @@ class PlannerConfig:
     std_max: float = 2.0
     score: Literal["advantage", "unrolled"] = "advantage"
     backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
-    precision: Literal["float32", "bf16", "tf32", "float64"] = "float32"
+    precision: Literal["float32", "bf16", "tf32", "float64"] | None = None
     mode: Literal["eager", "compile"] = "eager"
     capture: bool | None = None
     threads: int | None = None
@@ -221,6 +222,8 @@ class LearnerConfig:
         (torch.compile), `eager` (plain torch) or `graph` (one CUDA graph); `auto` is `fused` or
         `graph` where they can be, else `compile`
     precision: of the fused update's matrix products
+    matmul: the other updates' matrix products: `float32`, `tf32` (on a GPU) or `bf16` (null: tf32
+        on a GPU, else float32)
     """
 
     objective: Literal["iq", "v_diff", "td"] = "iq"
@@ -246,6 +249,7 @@ class LearnerConfig:
     tau: float = 0.01
     mode: Literal["auto", "fused", "compile", "eager", "graph"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
+    matmul: Literal["float32", "tf32", "bf16"] | None = None
 
     def __post_init__(self) -> None:
         _at_least("learner", self, 1, "batch", "horizon")
@@ -486,6 +490,7 @@ class Config:
             ("learner.objective", ("iq", "v_diff")),
             ("learner.mode", ("auto", "eager")),
             ("learner.precision", ("float32",)),
+            ("learner.matmul", (None, "float32")),
             ("learner.c_bc", (0.0,)),
             ("agent.average", ("off",)),
             ("train.control_hz", (None,)),
@@ -590,6 +595,7 @@ _CHANGEABLE = {
     "demos.path",
     "learner.mode",
     "learner.precision",
+    "learner.matmul",
     "planner.backend",
     "planner.precision",
     "planner.mode",

@@ -173,9 +173,10 @@ class TrainingDisplay(_Display):
 
 
 def _losses(values: dict[str, Any]) -> str:
-    if "q_difference" not in values:
-        return ""
-    return (
-        f"  Q expert-behaviour {values['q_difference']:.2f}"
-        f"  consistency {values['consistency']:.1e}"
-    )
+    """What of the last update is there: a baseline has not all of it."""
+    found = ""
+    if "q_difference" in values:
+        found += f"  Q expert-behaviour {values['q_difference']:.2f}"
+    if "consistency" in values:
+        found += f"  consistency {values['consistency']:.1e}"
+    return found

@@ -145,6 +145,7 @@ class RunState:
             "demonstrations": self._experts,
             "device": self._device,
             "mode": self._learner.mode,
+            "matmul": self._learner.matmul,
             "settings": self._config.to_dict(),
         }
 
@@ -176,8 +177,10 @@ class RunState:
             raise ConfigError(
                 "what a run learns cannot change when it is resumed: " + "; ".join(changed)
             )
-        made = {"mode": meta.get("mode"), "precision": settings.get("learner", {}).get("precision")}
-        now = {"mode": self._learner.mode, "precision": self._config.learner.precision}
+        made = {key: meta.get(key) for key in ("mode", "matmul")}
+        made["precision"] = settings.get("learner", {}).get("precision")
+        now = {"mode": self._learner.mode, "matmul": self._learner.matmul}
+        now["precision"] = self._config.learner.precision
         for key, old in made.items():
             if old not in (None, now[key]):
                 self._message(

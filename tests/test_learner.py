@@ -726,9 +726,19 @@ def test_what_learns_where(small_config, monkeypatch):
     with pytest.raises(ConfigError, match="mode=graph needs a CUDA device, got cpu"):
         mode(mode="graph")
     with pytest.raises(
-        ConfigError, match="mode=eager computes in float32, got learner.precision=b"
+        ConfigError, match="mode=eager multiplies as learner.matmul says, got learner.precision=b"
     ):
         mode(mode="eager", precision="bf16")
+    assert mode(mode="auto", matmul="bf16") == mode(mode="auto", matmul="float32") == "compile"
+    assert mode(mode="graph", device="cuda", matmul="tf32") == "graph"
+    with pytest.raises(
+        ConfigError, match="mode=fused multiplies as learner.precision says, got learner.matmul=b"
+    ):
+        mode(mode="fused", matmul="bf16")
+    with pytest.raises(
+        ConfigError, match="eager has tf32 on a CUDA device alone, got learner.matmul=tf32 on cpu"
+    ):
+        mode(mode="eager", matmul="tf32")
     with pytest.raises(
         ConfigError, match="no learner.mode can serve: fused takes flat observations"
     ):
@@ -737,6 +747,21 @@ def test_what_learns_where(small_config, monkeypatch):
     assert mode(mode="auto") == "compile"
     with pytest.raises(ConfigError, match="mode=fused cannot run: iqmpc._C is not built"):
         mode(mode="fused")
+
+
+def test_bf16_products_learn_nearly_the_same(small_config):
+    """The sums, and what is learnt, stay float32."""
+    one, other = (
+        Learner(2, 2, with_(small_config, mode="eager", matmul=matmul))
+        for matmul in ("float32", "bf16")
+    )
+    assert one.matmul == Learner(2, 2, with_(small_config, mode="eager")).matmul == "float32"
+    exact, near = one.update(batch()), other.update(batch())
+    assert exact["critic_loss"] != near["critic_loss"]
+    for key in ("critic_loss", "model_grad_norm", "policy_loss"):
+        assert near[key].dtype == torch.float32
+        torch.testing.assert_close(near[key], exact[key], rtol=5e-2, atol=5e-3)
+    assert all(t.dtype == torch.float32 for t in other.weights.tensors())
 
 
 def test_fused_learns_from_replays_as_they_grow(small_config):

@@ -61,7 +61,7 @@ class BaselineLearner:
     target networks, is registered in `others`.
     """
 
-    mode = "eager"
+    mode, matmul = "eager", "float32"
 
     def __init__(
         self,

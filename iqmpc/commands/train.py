@@ -29,8 +29,8 @@ def train(
 
     `resume=RUN` continues a run. What it learns may then not be changed: only train.* (but not
     train.num_envs), where the data lie (demos.path), and how it is computed (threads, device,
-    learner.mode, learner.precision, and the planner's backend, precision, mode, capture and
-    threads).
+    learner.mode, learner.precision, learner.matmul, and the planner's backend, precision, mode,
+    capture and threads).
 
     With -m, settings have several values and `hydra/launcher=joblib|submitit_local|submitit_slurm|
     ray` says where the runs are made; the same command with `hydra.sweep.dir=SWEEP` continues them.

@@ -59,7 +59,7 @@ class ReferencePlan:
         self.config, self.discount, self.entropy_coef = config, discount, entropy_coef
         self.problems, self.seed, self.step = problems, seed, 0
         self.iterations = config.iterations_for(weights.action_dim)
-        self.dtype = _DTYPES[config.precision]
+        self.dtype = _DTYPES[config.precision or "float32"]
         self.weights = snapshot(weights, self.dtype)
         self.device = weights.encoder[0].weight.device
         self.generator = torch.Generator(self.device)
