@@ -97,7 +97,7 @@ layer(
 )
 layer("mish", "(n / (n + 2))", "(n / (n + 1))")
 
-learner = _table.group("learner", "test_learner.py")
+learner = _table.group("learner", "test_learner.py::not compil and not images")
 learner("Learner.__init__", "s.lr * s.encoder_lr_scale", "s.lr")
 learner("EagerBackend.update_on_device", "x.config.discount", "0.99")
 learner(
@@ -317,7 +317,7 @@ trainer(
     "::terminations_reach",
 )
 trainer("Trainer._act", "self.updates.ready(self.env_steps)", "True", "::random_actions")
-trainer("Trainer._evaluate", "seed=self.config.seed", "seed=0", "::evaluation_is_repeatable")
+trainer("Trainer._evaluate", "seed=self.config.seed", "seed=0", "::evaluated_in_episodes")
 trainer(
     "Trainer._go_on",
     'self._wall_before, self._evaluated_at = meta["wall_s"], meta["evaluated_at"]',
