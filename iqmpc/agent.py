@@ -14,7 +14,7 @@ from torch import Tensor
 from iqmpc import agent_file
 from iqmpc.checkpoint import shapes
 from iqmpc.config import Config
-from iqmpc.errors import BackendError, CheckpointError, ConfigError
+from iqmpc.errors import BackendError, CheckpointError, ConfigError, one_line
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Weights
 from iqmpc.model import WorldModel
@@ -94,8 +94,7 @@ def _model(found: _Stored, config: Config) -> WorldModel:
         with torch.device("meta"):  # takes no memory
             expected = {name: tuple(t.shape) for name, t in made().state_dict().items()}
     except RuntimeError as error:
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{unfit}: they describe no model ({said})") from error
+        raise CheckpointError(f"{unfit}: they describe no model ({one_line(error)})") from error
     held = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | held.keys()):
         if expected.get(name) != held.get(name):

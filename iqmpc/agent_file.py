@@ -27,7 +27,7 @@ import safetensors.torch
 from torch import Tensor
 
 from iqmpc.config import Config
-from iqmpc.errors import CheckpointError
+from iqmpc.errors import CheckpointError, one_line
 from iqmpc.files import write_atomically
 from iqmpc.observation import ObservationSpec
 from iqmpc.task_interface import TaskInterface
@@ -111,8 +111,7 @@ def load(path: str | Path) -> AgentFile:
         (length,) = struct.unpack("<Q", data[:8])
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} cannot be read: {said}") from error
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no agent's file: its format is not {FORMAT}")
     if metadata.get("format_version") != str(VERSION):
@@ -131,8 +130,7 @@ def load(path: str | Path) -> AgentFile:
         _ = found.interface, found.observation, found.termination, found.facts  # refused here
         return found
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} does not describe its agent: {said}") from error
+        raise CheckpointError(f"{path} does not describe its agent: {one_line(error)}") from error
 
 
 def is_file(path: str | Path) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from iqmpc.config import shortened
-from iqmpc.errors import CheckpointError
+from iqmpc.errors import CheckpointError, one_line
 from iqmpc.files import write_atomically
 from iqmpc.observation import ObservationSpec
 
@@ -72,7 +72,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_said(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
     if header.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is no {FORMAT} file (its format says {shortened(header.get('format'))})"
@@ -87,7 +87,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         return tensors, json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds no description of itself: {_said(error)}") from error
+        raise CheckpointError(
+            f"{path} holds no description of itself: {one_line(error)}"
+        ) from error
 
 
 def check_description(path: Path, meta: Any) -> None:
@@ -117,11 +119,6 @@ def shapes(meta: Mapping[str, Any]) -> tuple[ObservationSpec, int]:
     # "obs_dim" stands in checkpoints from before there were images
     observed = meta.get("obs_shape") or int(meta["obs_dim"])
     return ObservationSpec.of(observed), int(meta["action_dim"])
-
-
-def _said(error: Exception) -> str:
-    """In a line: an error about a file repeats what stands in it."""
-    return " ".join(str(error).split())[:200]
 
 
 def _is_count(value: Any) -> bool:

@@ -9,6 +9,11 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(error: Exception) -> str:
+    """What an error says in a line of 200 characters: one about a file may repeat its content."""
+    return " ".join(str(error).split())[:200]
+
+
 class IqmpcError(Exception):
     """Base of every error whose cause is the input: a setting, a file, a missing extra."""
 

@@ -67,7 +67,8 @@ class RealTimeUpdates(Updates):
         self.ages = LatencyHistogram()  # of the weights that act
         self._parts: deque[Episode] = deque()
         self._taken: dict[int, int] = {}  # steps handed over, by the number of an open episode
-        self._wake, self._free, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        self._wake, self._free = threading.Event(), threading.Event()
+        self._lock = threading.RLock()  # a checkpoint pauses for its snapshot within its own pause
         self._free.set()
         self._steps = 0
         self._stepped: float | None = None  # when the environments' last step had ended

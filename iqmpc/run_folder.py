@@ -24,7 +24,7 @@ from torch import Tensor
 
 from iqmpc import checkpoint
 from iqmpc.config import Config, differences, may_change, shortened
-from iqmpc.errors import CheckpointError, ConfigError
+from iqmpc.errors import CheckpointError, ConfigError, one_line
 from iqmpc.files import remove_temporary, strict_json, write_atomically
 from iqmpc.task_interface import TaskInterface
 
@@ -123,8 +123,7 @@ class RunFolder:
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(f"{self} is no run folder: it has no config.yaml") from None
         except (OSError, UnicodeError, ValueError, RecursionError, yaml.YAMLError) as error:
-            said = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{self.config} cannot be read: {said}") from error
+            raise CheckpointError(f"{self.config} cannot be read: {one_line(error)}") from error
         try:
             return Config.restored(values)
         except ConfigError as error:

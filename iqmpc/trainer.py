@@ -479,8 +479,11 @@ class Trainer:
         self._saved_at = self.env_steps
 
     def _save(self) -> Path:
-        assert self._whole is not None
-        path = self._state.save(self._whole)
+        with self.updates.paused():  # the snapshot's replay is the live one
+            assert self._whole is not None
+            if self._whole.overwritten != self.behaviour.overwritten:  # by a learner beside
+                self._whole = self._snapshot()
+            path = self._state.save(self._whole)
         self._saved_at = self._whole.step
         return path
 

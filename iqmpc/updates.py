@@ -1,4 +1,4 @@
-"""When a run's updates are made, and on which thread: the only threaded code of training."""
+"""When a run's updates are made, and on which thread."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class CudaWeights:
     ):
         missing = available_backends()["cuda"]
         if missing is not None:
-            raise BackendError(f"backend 'cuda' cannot run: {missing}")
+            raise BackendError(f"backend=cuda cannot run: {missing}")
         # Here, so that the package can be imported, and the reference used, without the extension.
         from iqmpc import _C
 

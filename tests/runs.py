@@ -12,6 +12,19 @@ from iqmpc.kernels import layers
 from iqmpc.run_folder import RunFolder
 from iqmpc.runlog import TIMING
 
+# With which the point is learnt.
+LEARNING = {
+    "train.steps": 1000,
+    "train.random_steps": 100,
+    "train.initial_updates": 100,
+    "train.final_episodes": 10,
+    "train.eval_every": 1000,
+    "learner.batch": 32,
+    "learner.lr": 1e-3,
+    "planner.samples": 64,
+    "planner.elites": 8,
+}
+
 
 def train(config, env, demonstrations, run, **options):
     return Trainer(config, env, demonstrations, run=run, **options).train()

@@ -129,7 +129,7 @@ def test_make_train_installs_what_its_commands_import():
         for module, names in metadata.packages_distributions().items()
         if not {canonicalize_name(name) for name in names} & held.keys()
     }
-    assert "minari" in hidden and "mujoco" not in hidden
+    assert "pytest" in hidden and "mujoco" not in hidden
     done = subprocess.run(
         [sys.executable, "-c", HIDDEN.format(hidden=hidden)], capture_output=True, text=True
     )

@@ -114,6 +114,29 @@ def test_a_run_goes_on(tmp_path, fast, point_env, point_demonstrations):
     assert RunFolder(run).newest()[2]["env_steps"] == 160
 
 
+def test_nothing_is_learnt_while_a_checkpoint_is_written(
+    tmp_path, fast, point_env, point_demonstrations
+):
+    """A replay of two episodes, which the next one overwrites: a checkpoint holds no half of it."""
+    Paced(point_env)
+    config = fast.replace({"train.capacity": 45, "train.checkpoint_every": 20})
+    trainer = make(config, point_env, point_demonstrations, tmp_path / "run")
+    save, moved = trainer._state.save, []
+
+    def slow(snapshot):
+        before = trainer.learner.updates, trainer.behaviour.overwritten
+        assert snapshot.overwritten == before[1]
+        trainer.updates._parts.append(point_demonstrations.episodes[0])
+        trainer.updates._wake.set()
+        time.sleep(0.05)
+        moved.append(before != (trainer.learner.updates, trainer.behaviour.overwritten))
+        return save(snapshot)
+
+    trainer._state.save = slow
+    trainer.train()
+    assert len(moved) == 5 and not any(moved)
+
+
 def test_an_error_of_the_learner_ends_the_run(tmp_path, fast, point_env, point_demonstrations):
     Paced(point_env)
     trainer = make(

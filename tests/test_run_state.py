@@ -314,14 +314,14 @@ def test_a_replay_that_was_overwritten_is_not_saved_as_it_was(
         {"train.capacity": 64, "train.checkpoint_every": 1000, "train.eval_every": 1000}
     )
     trainer = Trainer(config, point_env, point_demonstrations, run=tmp_path / "run")
-    keep = trainer._keep
+    keep = trainer.updates.keep
 
-    def keeping(episode):
-        keep(episode)
+    def keeping(*arguments):
+        keep(*arguments)
         if trainer.env_steps == 80:
             raise KeyboardInterrupt
 
-    trainer._keep = keeping
+    trainer.updates.keep = keeping
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.behaviour.overwritten == 1 and not RunFolder(tmp_path / "run").has_checkpoint

@@ -15,7 +15,7 @@ from iqmpc.errors import CheckpointError, ConfigError, TaskError
 from iqmpc.kernels.weights import snapshot
 from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
-from tests.runs import Watched, assert_same_state, modes, planned_steps, train
+from tests.runs import LEARNING, Watched, assert_same_state, modes, planned_steps, train
 
 
 def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demonstrations):
@@ -85,19 +85,7 @@ def test_a_run_folder_is_complete(tmp_path, small_config, point_env, point_demon
 
 def test_a_short_run_improves_its_return(tmp_path, small_config, point_env, point_demonstrations):
     """From demonstrations alone: a point learns to walk to the origin; the reward is never seen."""
-    config = small_config.replace(
-        {
-            "train.steps": 1000,
-            "train.random_steps": 100,
-            "train.initial_updates": 100,
-            "train.final_episodes": 10,
-            "train.eval_every": 1000,
-            "learner.batch": 32,
-            "learner.lr": 1e-3,
-            "planner.samples": 64,
-            "planner.elites": 8,
-        }
-    )
+    config = small_config.replace(LEARNING)
 
     class Blind(gymnasium.Wrapper):
         """Rewards that would mislead whoever reads them."""

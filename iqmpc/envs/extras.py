@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
-from iqmpc.errors import TaskError
+from iqmpc.errors import TaskError, one_line
 
 GL_ADVICE = (
     "without a screen, rendering needs EGL or OSMesa: apt-get install libegl1 libgl1-mesa-dri, or "
@@ -30,7 +30,7 @@ _GRAPHICS = re.compile(
 def cannot_render(error: Exception) -> TaskError:
     """The error to raise for what rendering raised, with advice where it is about graphics."""
     kind = type(error)
-    said = " ".join(str(error).split())[:200] or kind.__name__
+    said = one_line(error) or kind.__name__
     about = f"{kind.__module__.replace('.', ' ')} {kind.__name__} {said}"
     advice = f" ({GL_ADVICE})" if _GRAPHICS.search(about) else ""
     return TaskError(f"the environment cannot render here: {said}{advice}")

@@ -15,7 +15,7 @@ from iqmpc.envs.vector import VectorEnv
 from iqmpc.envs.workers import WorkerVectorEnv
 from iqmpc.errors import ConfigError, TaskError, WorkerError
 from iqmpc.run_folder import RunFolder
-from tests.runs import Marked, assert_same_state, marked, tensors_of, train
+from tests.runs import LEARNING, Marked, assert_same_state, marked, tensors_of, train
 
 
 def test_three_environments_are_planned_in_one_call(
@@ -44,19 +44,7 @@ def test_three_environments_are_planned_in_one_call(
 
 
 def test_three_environments_train(tmp_path, three, point_env, point_demonstrations):
-    config = three.replace(
-        {
-            "train.steps": 1000,
-            "train.random_steps": 100,
-            "train.initial_updates": 100,
-            "train.final_episodes": 10,
-            "train.eval_every": 1000,
-            "learner.batch": 32,
-            "learner.lr": 1e-3,
-            "planner.samples": 64,
-            "planner.elites": 8,
-        }
-    )
+    config = three.replace(LEARNING)
     summary = train(
         config,
         [type(point_env)() for _ in range(3)],

@@ -482,7 +482,7 @@ def test_the_stand_ins_are_the_same_after_an_attack(load, demos):
     """A pickle that tried to change them has changed nothing for the next one."""
     from iqmpc.demos.formats import legacy
 
-    before = {name: vars(getattr(legacy, name)).copy() for name in ("_Array", "_Dtype", "_Call")}
+    before = {name: vars(getattr(legacy, name)).copy() for name in ("Array", "_Dtype", "_Call")}
     for data, _ in HOSTILE.values():
         with pytest.raises(legacy._Refused):
             found = legacy.load(data)

@@ -22,6 +22,22 @@ from tests.kernels.contract import drawn, ending_half
 
 LEVELS = _C.isa_levels()
 CONFIG = PlannerConfig(samples=40, elites=8, policy_trajectories=6, iterations=3)
+# What the library is given for CONFIG, but for the seed.
+NATIVE = dict(
+    num_envs=1,
+    horizon=3,
+    samples=40,
+    elites=8,
+    policy_trajectories=6,
+    iterations=3,
+    temperature=0.5,
+    std_min=0.05,
+    std_max=2.0,
+    discount=0.97,
+    enabled=True,
+    threads=1,
+    budget_us=0.0,
+)
 
 
 def cpu(weights, config=CONFIG, **settings):
@@ -227,8 +243,12 @@ def test_no_time_for_an_iteration_is_a_miss(make_weights):
     assert torch.equal(plan.mean[0], torch.cat([planned[1:], torch.zeros(1, 3)]))
 
 
-def test_a_budget_ends_the_plan_between_iterations(make_weights):
-    """Enough time for some of a million iterations: the plan is what those iterations give."""
+def test_a_budget_ends_the_plan(make_weights):
+    """Enough time for some of a million iterations: the plan is what those iterations give.
+
+    Where it ended inside one, what that had scored counts too, which csrc/tests/test_planner.cpp
+    looks at with a clock of its own.
+    """
     weights, obs = make_weights(5, 3), torch.randn(1, 5)
     plan = cpu(weights, dataclasses.replace(CONFIG, iterations=1_000_000, budget_us=20_000.0))
     started = time.perf_counter()
@@ -237,8 +257,11 @@ def test_a_budget_ends_the_plan_between_iterations(make_weights):
     assert time.perf_counter() - started < 60
     assert 1 <= done.iterations < 1_000_000 and not done.missed
     same = cpu(weights, dataclasses.replace(CONFIG, iterations=done.iterations))
-    assert torch.equal(same(obs).action, done.action)
-    assert torch.equal(same.mean, plan.mean)
+    given = same(obs)
+    assert done.samples >= given.samples
+    if done.samples == given.samples:
+        assert torch.equal(given.action, done.action)
+        assert torch.equal(same.mean, plan.mean)
 
 
 def test_a_generous_budget_changes_nothing(make_weights):
@@ -423,24 +446,8 @@ def test_stacked_critics_are_checked(make_weights):
     ],
 )
 def test_settings_are_checked_by_the_library_too(make_weights, change, message):
-    arguments = dict(
-        num_envs=1,
-        horizon=3,
-        samples=40,
-        elites=8,
-        policy_trajectories=6,
-        iterations=3,
-        temperature=0.5,
-        std_min=0.05,
-        std_max=2.0,
-        discount=0.97,
-        enabled=True,
-        threads=1,
-        budget_us=0.0,
-        seed=0,
-    )
     with pytest.raises(ValueError, match=message):
-        _C.Planner(CpuWeights(make_weights(5, 3)).native, **(arguments | change))
+        _C.Planner(CpuWeights(make_weights(5, 3)).native, **(NATIVE | {"seed": 0} | change))
 
 
 def test_arrays_and_problems_that_do_not_fit_are_named(make_weights):
@@ -532,23 +539,7 @@ def test_without_an_encoder_latents_are_planned_for(make_weights):
     plan = cpu(weights, CONFIG)
     obs = torch.randn(1, 5)
     latent = CpuPlan(weights, CONFIG, discount=0.97, entropy_coef=1e-3, seed=7)
-    latent.native = _C.Planner(
-        model,
-        num_envs=1,
-        horizon=3,
-        samples=40,
-        elites=8,
-        policy_trajectories=6,
-        iterations=3,
-        temperature=0.5,
-        std_min=0.05,
-        std_max=2.0,
-        discount=0.97,
-        enabled=True,
-        threads=1,
-        budget_us=0.0,
-        seed=7,
-    )
+    latent.native = _C.Planner(model, **NATIVE, seed=7)
     torch.testing.assert_close(
         latent(layers.encode(weights, obs)).action, plan(obs).action, rtol=1e-4, atol=1e-4
     )
