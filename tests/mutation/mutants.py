@@ -77,8 +77,6 @@ loss(
     "weights.critics",
     "test_losses.py",
     "test_learner.py",
-    why="the critics' gradients of the policy's loss are never used: they are set to None before "
-    "the next step",
 )
 loss("policy_loss", '"entropy": -log_prob', '"entropy": log_prob')
 
@@ -468,10 +466,10 @@ native("learner.cpp", "slow.step.rate *= settings.encoder_lr_scale", "slow.step.
 native("learner.cpp", "s.grad_clip / (norm + 1e-6)", "20.0 / (norm + 1e-6)")
 native(
     "learner.cpp",
-    "m.model_skipped = m.policy_skipped = !std::isfinite(loss) ||",
-    "m.model_skipped = m.policy_skipped = ",
+    "!std::isfinite(loss) || !std::isfinite(model_norm)",
+    "!std::isfinite(loss)",
     "test_iq_update.py",
-    "test_learner.py",
+    "test_learner.py::fused",
 )
 native("learner.cpp", "key.below(stream, i, replay.slices)", "key.below(stream, 0, replay.slices)")
 native(
