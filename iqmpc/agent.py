@@ -93,7 +93,7 @@ def _model(found: _Stored, config: Config) -> WorldModel:
     try:
         with torch.device("meta"):  # takes no memory
             expected = {name: tuple(t.shape) for name, t in made().state_dict().items()}
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{unfit}: they describe no model ({one_line(error)})") from error
     held = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | held.keys()):

@@ -266,13 +266,18 @@ class FusedBackend:
             lambda p: moments[p]["exp_avg_sq"],
             learner.averages,
         )
-        self.fused = FusedUpdate(
-            state,
-            UpdateSettings.of(learner.config, learner.model.action_dim),
-            seed=stream_seed(learner.config.seed, "learner"),
-            precision=learner.settings.precision,
-            threads=threads(),
-        )
+        try:
+            self.fused = FusedUpdate(
+                state,
+                UpdateSettings.of(learner.config, learner.model.action_dim),
+                seed=stream_seed(learner.config.seed, "learner"),
+                precision=learner.settings.precision,
+                threads=threads(),
+            )
+        except ValueError as error:  # such as layers wider than it is made for
+            raise ConfigError(
+                f"learner.mode=fused: {error} (learner.mode=compile and eager have no such limit)"
+            ) from error
 
     @staticmethod
     def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:

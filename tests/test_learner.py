@@ -751,3 +751,9 @@ def test_fused_learns_from_replays_as_they_grow(small_config):
         assert one == two
     assert behaviour.allocations > 1
     assert torch.equal(parameters(learners[0]), parameters(learners[1]))
+
+
+def test_layers_wider_than_the_fused_update_takes_are_named_with_the_way_out(small_config):
+    config = small_config.replace({"model.hidden_dim": 8200, "learner.mode": "fused"})
+    with pytest.raises(ConfigError, match=r"at most 8192 outputs, got 8200 \(learner.mode=compile"):
+        Learner(2, 2, config)
