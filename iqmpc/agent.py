@@ -21,6 +21,7 @@ from iqmpc.model import WorldModel
 from iqmpc.observation import ObservationSpec
 from iqmpc.planner import Planner
 from iqmpc.run_folder import RunFolder
+from iqmpc.scaling import ObservationScaling
 from iqmpc.seeding import stream_seed
 
 # Settings that mean something to one backend alone, as they are where they are not given.
@@ -60,8 +61,18 @@ def _of_run(folder: RunFolder, which: str) -> _Stored:
             raise CheckpointError(
                 f"{path} holds no average of the weights, agent.average={config.agent.average}"
             )
-        return held
+        if scaled == "off":
+            return held
+        try:
+            scaling = (tensors[f"learner.scaling.{key}"] for key in ObservationScaling._fields)
+            return ObservationScaling(*scaling).folded_state(held)
+        except (KeyError, RuntimeError) as error:  # absent, or of another size
+            raise CheckpointError(
+                f"{path} holds no scaling of its observations, model.normalise_obs={scaled}"
+            ) from error
 
+    # An agent takes observations as they are: the scaling lies in its weights.
+    scaled, config = config.model.normalise_obs, config.replace({"model.normalise_obs": "off"})
     facts = {key: meta[key] for key in agent_file.FACTS}
     return _Stored(path, config, *shapes(meta), config.termination, facts, weights)
 
@@ -113,9 +124,19 @@ class Agent:
     thread needs an agent of its own, as calls from several would warm-start one another's plans.
     """
 
-    def __init__(self, model: WorldModel, config: Config, *, seed: int = 0, num_envs: int = 1):
+    def __init__(
+        self,
+        model: WorldModel,
+        config: Config,
+        *,
+        seed: int = 0,
+        num_envs: int = 1,
+        weights: Weights | None = None,
+    ):
+        """`weights` is what acts in place of the model's own, until `publish` is called."""
         self.model, self.config = model, config
-        self.weights = model.weights()  # what decodes rewards; the planner has a snapshot of them
+        # What decodes rewards; the planner has a snapshot of them.
+        self.weights = model.weights() if weights is None else weights
         self.device = next(model.parameters()).device
         self.entropy_coef = config.entropy_coefficient(model.action_dim)
         self.planner = Planner(

@@ -92,6 +92,7 @@ class ModelConfig:
     log_std_max: greatest log σ of the policy prior
     termination: a head that recognises terminal latents, which planning then gives no future
         (null: where the task has `terminates`)
+    normalise_obs: `demos` scales flat observations by the demonstrations' mean and std
     """
 
     encoder_dim: int = 256
@@ -103,6 +104,7 @@ class ModelConfig:
     log_std_min: float = -10.0
     log_std_max: float = 2.0
     termination: bool | None = None
+    normalise_obs: Literal["off", "demos"] = "off"
 
     def __post_init__(self) -> None:
         _at_least("model", self, 1, "encoder_dim", "hidden_dim", "latent_dim", "simnorm_dim")
@@ -435,6 +437,16 @@ class Config:
         if self.train.demo_updates and self.learner.objective == "td":
             raise ConfigError(
                 "train.demo_updates needs demonstrations, which learner.objective=td does not use"
+            )
+        if self.model.normalise_obs != "off" and self.learner.objective == "td":
+            raise ConfigError(
+                f"model.normalise_obs={self.model.normalise_obs} needs demonstrations, which "
+                "learner.objective=td does not use"
+            )
+        if self.model.normalise_obs != "off" and self.task.obs == "pixels":
+            raise ConfigError(
+                f"model.normalise_obs={self.model.normalise_obs} scales numbers, and the task "
+                "observes images: task.obs=pixels"
             )
 
     @classmethod

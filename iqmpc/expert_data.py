@@ -9,6 +9,7 @@ from iqmpc.demos import Demonstrations, Facts
 from iqmpc.errors import ConfigError
 from iqmpc.observation import ObservationSpec
 from iqmpc.replay import SliceReplay
+from iqmpc.scaling import ObservationScaling
 
 
 def demonstrations_for(
@@ -63,7 +64,7 @@ def expert_replay(
     action_dim: int,
     device: str,
 ) -> SliceReplay:
-    """The demonstrations as the learner draws them.
+    """The demonstrations as the learner draws them, by their own scaling if it is asked for.
 
     Raises `ConfigError` where they are of another task, of other shapes than the
     environment's, or all shorter than the horizon.
@@ -81,7 +82,14 @@ def expert_replay(
             f"and {given_dim} actions, the environment has {list(spec.shape)} and {action_dim}"
         )
     rows = sum(len(e.actions) + 1 for e in demonstrations.episodes)
-    replay = SliceReplay(spec, action_dim, horizon=horizon, capacity=rows, device=device)
+    scaling = None
+    if config.model.normalise_obs == "demos":
+        if spec.images:
+            raise ConfigError("model.normalise_obs=demos scales numbers, the task observes images")
+        scaling = ObservationScaling.of(e.observations for e in demonstrations.episodes)
+    replay = SliceReplay(
+        spec, action_dim, horizon=horizon, capacity=rows, device=device, scaling=scaling
+    )
     for e in demonstrations.episodes:
         replay.add(replace(e, rewards=None))  # which the method never sees
     if not replay.slices:

@@ -14,6 +14,7 @@ from iqmpc.losses import Batch
 from iqmpc.model import WorldModel
 from iqmpc.observation import ObservationSpec
 from iqmpc.replay import SliceReplay
+from iqmpc.scaling import ObservationScaling
 from iqmpc.seeding import stream_seed
 
 
@@ -35,6 +36,7 @@ class Learner:
     they agree on the same draws. The fused update has draws of its own, numbered by `updates`; the
     others draw from `generator`, and slices from `sampler`, by default a generator of the learner's
     own; whoever gives it keeps its state. `entropy_coef` is the entropy coefficient in force.
+    `scaling` is that of the observations in the replays; what acts takes them unscaled.
 
     Raises `ConfigError` for a mode that cannot be here, with the reason.
     """
@@ -47,6 +49,7 @@ class Learner:
         device: torch.device | str = "cpu",
         *,
         sampler: torch.Generator | None = None,
+        scaling: ObservationScaling | None = None,
     ):
         self.config, self.settings = config, config.learner
         self.device = torch.device(device)
@@ -55,6 +58,7 @@ class Learner:
             self.model = WorldModel(
                 obs_shape, action_dim, config.model, termination=config.termination
             ).to(self.device)
+        self.scaling = None if scaling is None else scaling.to(self.device)
         spec = self.model.observation_spec
         self.mode = update_backends.resolve_update(config, self.device, spec)
         self.weights = self.model.weights()
@@ -115,14 +119,19 @@ class Learner:
         return self.backend.update(batch)
 
     def acting_weights(self) -> Weights:
-        """What training acts with: a live view, of the average for `agent.average: always`."""
-        if self.averages is not None and self.config.agent.average == "always":
-            return self.averages
-        return self.weights
+        """What training acts with: a live view, of the average for `agent.average: always`.
+
+        Of a scaling's learner the encoder's first layer is a copy, into which it is folded.
+        """
+        always = self.config.agent.average == "always"
+        return self._unscaled(self.averages if self.averages and always else self.weights)
 
     def evaluation_weights(self) -> Weights:
         """What evaluation acts with: a live view, of the average where there is one."""
-        return self.weights if self.averages is None else self.averages
+        return self._unscaled(self.averages or self.weights)
+
+    def _unscaled(self, weights: Weights) -> Weights:
+        return weights if self.scaling is None else self.scaling.folded(weights)
 
     @property
     def skipped_updates(self) -> int:
@@ -146,6 +155,8 @@ class Learner:
         }
         if self.average is not None:
             state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        if self.scaling is not None:
+            state |= {f"scaling.{k}": v for k, v in self.scaling._asdict().items()}
         for name, optimiser in self._optimisers():
             for index, values in optimiser.state_dict()["state"].items():
                 for key, v in values.items():
@@ -166,6 +177,9 @@ class Learner:
                 model.load_state_dict(
                     {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                 )
+        if self.scaling is not None:
+            for name, t in self.scaling._asdict().items():
+                t.copy_(state[f"scaling.{name}"])
         for i, layer in enumerate(self.targets):
             for name, t in layer._asdict().items():
                 if t is not None:

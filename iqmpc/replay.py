@@ -9,6 +9,7 @@ from iqmpc.episode import Episode
 from iqmpc.kernels.iq_update import Rows
 from iqmpc.losses import Batch
 from iqmpc.observation import STACK, ObservationSpec
+from iqmpc.scaling import ObservationScaling
 
 
 class SliceReplay:
@@ -23,7 +24,8 @@ class SliceReplay:
 
     `obs_shape` is what an `ObservationSpec` is made of. Images are kept as an `Episode` has them,
     each frame once, and stacked when they are drawn. A row of RGB frames takes 12,288 bytes, so
-    1,000,000 rows 12.3 GB.
+    1,000,000 rows 12.3 GB. `scaling` is applied to flat observations as they come in: they are
+    kept, and drawn, as the encoder takes them.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class SliceReplay:
         horizon: int,
         capacity: int,
         device: torch.device | str = "cpu",
+        scaling: ObservationScaling | None = None,
     ):
+        self.scaling = None if scaling is None else scaling.to(device)
         self.horizon, self.capacity, self.device = horizon, capacity, torch.device(device)
         self.observation_spec = spec = ObservationSpec.of(obs_shape)
         self._images = spec.images
@@ -86,7 +90,8 @@ class SliceReplay:
             return
         first = self._make_room(steps + 1)
         rows = slice(first, first + steps)
-        self._rows["obs"][first : first + steps + 1] = obs.to(self.device)
+        obs = obs.to(self.device)
+        self._rows["obs"][first : first + steps + 1] = self.scaling(obs) if self.scaling else obs
         self._rows["action"][rows] = action.to(self.device)
         self._rows["reward"][rows] = 0 if reward is None else torch.as_tensor(reward)
         self._rows["terminated"][rows] = 0

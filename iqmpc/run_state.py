@@ -77,7 +77,7 @@ class RunState:
         return {
             f"learner.{name}": tensor.clone()
             for name, tensor in self._learner.state_dict().items()
-            if name.startswith(("model.", "average."))
+            if name.startswith(("model.", "average.", "scaling."))
         }
 
     def save_best(self, weights: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:

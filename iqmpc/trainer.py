@@ -170,14 +170,27 @@ class Trainer:
         acting = config if config.train.control_hz is None else share_threads(config)
         # Of the random actions, and later of the batches.
         self.generator = torch.Generator(device).manual_seed(stream_seed(config.seed, "trainer"))
-        self.learner = Learner(spec, action_dim, config, device, sampler=self.generator)
-        check_compiler(config, device, self.learner.mode)
-        self.agent = Agent(self.learner.model, acting, seed=config.seed, num_envs=count)
+        scaling = None if self.experts is None else self.experts.scaling
+        self.learner = learner = Learner(
+            spec, action_dim, config, device, sampler=self.generator, scaling=scaling
+        )
+        check_compiler(config, device, learner.mode)
+        self.agent = Agent(
+            learner.model,
+            acting,
+            seed=config.seed,
+            num_envs=count,
+            weights=learner.acting_weights(),
+        )
         # Evaluation plans for one environment; a single agent does both (and is compiled once),
         # but not beside a learner that publishes what acts.
         both = count == 1 and config.train.control_hz is None
         self._evaluator = (
-            self.agent if both else Agent(self.learner.model, acting, seed=config.seed)
+            self.agent
+            if both
+            else Agent(
+                learner.model, acting, seed=config.seed, weights=learner.evaluation_weights()
+            )
         )
         self.behaviour = SliceReplay(
             spec,
@@ -185,6 +198,7 @@ class Trainer:
             horizon=config.learner.horizon,
             capacity=config.train.capacity,
             device=device,
+            scaling=scaling,
         )
         updates = Updates if config.train.control_hz is None else RealTimeUpdates
         self.updates = updates(

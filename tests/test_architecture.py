@@ -26,7 +26,7 @@ FLOORS = {
     ),
     "data": ("demos envs", "ground settings records"),
     "method": (
-        "agent learner model onnx_model plan_statistics planner replay update_backends",
+        "agent learner model onnx_model plan_statistics planner replay scaling update_backends",
         "ground settings kernels records",
     ),
     "runs": (
