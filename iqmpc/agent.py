@@ -33,7 +33,10 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda was asked for, but torch sees no CUDA device")
+        raise ConfigError(
+            "device=cuda was asked for, but torch sees no CUDA device: give device=cpu, or install "
+            "torch's CUDA build (iqmpc doctor says what is there)"
+        )
     return name
 
 
@@ -59,7 +62,8 @@ def _of_run(folder: RunFolder, which: str) -> _Stored:
         held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if not held:
             raise CheckpointError(
-                f"{path} holds no average of the weights, agent.average={config.agent.average}"
+                f"{path} holds no average of the weights, agent.average={config.agent.average}: "
+                "give agent.average=off"
             )
         if scaled == "off":
             return held
@@ -79,7 +83,9 @@ def _of_run(folder: RunFolder, which: str) -> _Stored:
 
 def _of_file(path: Path, which: str) -> _Stored:
     if which != "newest":
-        raise CheckpointError(f"{path} is one agent and has no checkpoint {which!r}")
+        raise CheckpointError(
+            f"{path} is one agent and has no checkpoint {which!r}: give the run folder"
+        )
     found = agent_file.load(path)
     return _Stored(
         path,

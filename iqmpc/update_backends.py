@@ -14,6 +14,7 @@ from torch import Tensor
 
 from iqmpc import losses
 from iqmpc.capture import CapturedStep
+from iqmpc.compiler import compiled
 from iqmpc.config import Config
 from iqmpc.errors import ConfigError
 from iqmpc.kernels import layers
@@ -209,8 +210,8 @@ class CompiledBackend(EagerBackend):
 
     def __init__(self, learner: Learner):
         super().__init__(learner)
-        self._model_loss = torch.compile(losses.model_loss, dynamic=False)
-        self._policy_loss = torch.compile(losses.policy_loss, dynamic=False)
+        self._model_loss = compiled(losses.model_loss, "learner.mode")
+        self._policy_loss = compiled(losses.policy_loss, "learner.mode")
 
 
 class GraphBackend(CompiledBackend):
