@@ -83,9 +83,10 @@ def expert_replay(
         )
     rows = sum(len(e.actions) + 1 for e in demonstrations.episodes)
     scaling = None
-    if config.model.normalise_obs == "demos":
-        if spec.images:
-            raise ConfigError("model.normalise_obs=demos scales numbers, the task observes images")
+    normalise = config.model.normalise_obs
+    if normalise == "demos" and spec.images:
+        raise ConfigError("model.normalise_obs=demos scales numbers, the task observes images")
+    if normalise != "off" and not spec.images:
         scaling = ObservationScaling.of(e.observations for e in demonstrations.episodes)
     replay = SliceReplay(
         spec, action_dim, horizon=horizon, capacity=rows, device=device, scaling=scaling
