@@ -23,6 +23,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from iqmpc.errors import ConfigError
 
+MOST_THREADS = 1024
+_MOST = 2**31 - 1  # of anything that is counted
+
 
 def gym_task_name(env_id: str) -> str:
     """The name of suite `gym`'s task: HalfCheetah-v4 is gym-halfcheetah-v4.
@@ -172,9 +175,10 @@ class PlannerConfig:
     def __post_init__(self) -> None:
         _at_least("planner", self, 1, "horizon", "samples", "elites")
         _at_least("planner", self, 0, "policy_trajectories")
-        for key in ("iterations", "threads"):
-            if getattr(self, key) is not None:
-                _at_least("planner", self, 1, key)
+        if self.iterations is not None:
+            _at_least("planner", self, 1, "iterations")
+        if self.threads is not None:
+            _in_range("planner", self, 1, MOST_THREADS, "threads")
         if self.budget_us is not None:
             _positive("planner", self, "budget_us")
         _positive("planner", self, "temperature", "std_min")
@@ -453,8 +457,10 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must lie in [0, 2**32), got {shortened(self.seed)}")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads must be at least 1, got {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise ConfigError(
+                f"threads must lie in [1, {MOST_THREADS}], got {shortened(self.threads)}"
+            )
         length = self.task.episode_length
         if self.learner.horizon > length:
             raise ConfigError(
@@ -746,10 +752,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 def _at_least(section: str, config: Any, least: int, *keys: str) -> None:
     for key in keys:
-        if getattr(config, key) < least:
-            raise ConfigError(
-                f"{section}.{key} must be at least {least}, got {shortened(getattr(config, key))}"
-            )
+        value = getattr(config, key)
+        if value < least:
+            raise ConfigError(f"{section}.{key} must be at least {least}, got {shortened(value)}")
+        if isinstance(value, int) and value > _MOST:
+            raise ConfigError(f"{section}.{key} must be at most {_MOST}, got {shortened(value)}")
 
 
 def _positive(section: str, config: Any, *keys: str) -> None:

@@ -306,7 +306,10 @@ class RunFolder:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"{self} is being trained by another process") from None
+                raise ConfigError(
+                    f"{self} is being trained by another process: wait for its end, or give "
+                    "another run_dir"
+                ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise

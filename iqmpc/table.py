@@ -295,7 +295,10 @@ def _in_own_process(run: Path, episodes: int, planner: bool) -> dict[str, Any]:
         try:
             return pool.submit(measure, run, episodes=episodes, planner=planner).result()
         except BrokenProcessPool:
-            raise IqmpcError(f"{run}: the process that evaluated it died") from None
+            raise IqmpcError(
+                f"{run}: the process that evaluated it died (killed for want of "
+                "memory, or a simulator that crashed); iqmpc eval says more"
+            ) from None
 
 
 def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
