@@ -38,8 +38,8 @@ def test_a_method_without_a_world_model_shows_what_it_has():
     out = console(False)
     with TrainingDisplay(1000, out, every_s=0) as display:
         display.update(values(525, 525, **{"return": 7.0}, q_difference=0.5))
-    line = out.file.getvalue().splitlines()[0]
-    assert "Q expert-behaviour 0.50" in line and "consistency" not in line
+    said = out.file.getvalue()
+    assert "Q expert-behaviour 0.50" in said and "consistency" not in said
 
 
 @pytest.mark.parametrize(
