@@ -104,7 +104,8 @@ class RunState:
         self._check_changes(found, meta)
         if meta["demonstrations"] != self._experts:
             raise CheckpointError(
-                f"{self.folder} was trained on other demonstrations than those given now"
+                f"{self.folder} was trained on other demonstrations than those given now: give "
+                "those that demos.* of its config.yaml names, as they were"
             )
         if meta["env_steps"] > self._config.train.steps:
             raise ConfigError(

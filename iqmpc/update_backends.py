@@ -15,6 +15,7 @@ from torch import Tensor
 
 from iqmpc import losses
 from iqmpc.capture import CapturedStep
+from iqmpc.compiler import compiled
 from iqmpc.config import Config
 from iqmpc.errors import ConfigError
 from iqmpc.kernels import layers
@@ -232,8 +233,8 @@ class CompiledBackend(EagerBackend):
 
     def __init__(self, learner: Learner):
         super().__init__(learner)
-        self._model_loss = torch.compile(losses.model_loss, dynamic=False)
-        self._policy_loss = torch.compile(losses.policy_loss, dynamic=False)
+        self._model_loss = compiled(losses.model_loss, "learner.mode")
+        self._policy_loss = compiled(losses.policy_loss, "learner.mode")
 
 
 class GraphBackend(CompiledBackend):
@@ -289,13 +290,18 @@ class FusedBackend:
             lambda p: moments[p]["exp_avg_sq"],
             learner.averages,
         )
-        self.fused = FusedUpdate(
-            state,
-            UpdateSettings.of(learner.config, learner.model.action_dim),
-            seed=stream_seed(learner.config.seed, "learner"),
-            precision=learner.settings.precision,
-            threads=threads(),
-        )
+        try:
+            self.fused = FusedUpdate(
+                state,
+                UpdateSettings.of(learner.config, learner.model.action_dim),
+                seed=stream_seed(learner.config.seed, "learner"),
+                precision=learner.settings.precision,
+                threads=threads(),
+            )
+        except ValueError as error:  # such as layers wider than it is made for
+            raise ConfigError(
+                f"learner.mode=fused: {error} (learner.mode=compile and eager have no such limit)"
+            ) from error
 
     @staticmethod
     def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:

@@ -659,6 +659,7 @@ def fused_and_eager(config, monkeypatch):
             "learner.dropout": "always",
             "learner.entropy": "presquash",
             "agent.average": "evaluation",
+            "agent.average_rate": 0.2,
             "learner.tau": 0.3,
         },
     ],
@@ -707,6 +708,17 @@ def test_fused_counts_and_leaves_out_what_is_not_finite(small_config):
     assert all(torch.equal(after[k], before[k]) for k in after)
     assert learner.update(batch())["skipped_updates"] == 1 and learner.skipped_updates == 1
     assert learner.state_dict()["model_adam.0.step"] == 2
+
+
+def test_fused_counts_the_policys_steps_apart(small_config):
+    """Its gradient alone is not finite: usual actions of weights out of proportion."""
+    learner = Learner(2, 2, with_(small_config, mode="fused"))
+    policy = learner.weights.policy
+    policy[-2].gamma.data.mul_(1e30)
+    policy[-1].weight.data.mul_(1e-30)
+    assert learner.update(batch())["skipped_updates"] == 1
+    state = learner.state_dict()
+    assert (state["model_adam.0.step"], state["policy_adam.0.step"]) == (1, 0)
 
 
 def test_what_learns_where(small_config, monkeypatch):
@@ -776,3 +788,9 @@ def test_fused_learns_from_replays_as_they_grow(small_config):
         assert one == two
     assert behaviour.allocations > 1
     assert torch.equal(parameters(learners[0]), parameters(learners[1]))
+
+
+def test_layers_wider_than_the_fused_update_takes_are_named_with_the_way_out(small_config):
+    config = small_config.replace({"model.hidden_dim": 8200, "learner.mode": "fused"})
+    with pytest.raises(ConfigError, match=r"at most 8192 outputs, got 8200 \(learner.mode=compile"):
+        Learner(2, 2, config)

@@ -419,3 +419,9 @@ def test_images_are_planned_for(config):
     )
     expected = torch.tanh(model.pi(model.encode(images))[0])
     torch.testing.assert_close(alone.plan(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_beyond_those_of_the_library_are_named_with_the_backend():
+    config = dataclasses.replace(CONFIG, samples=2**21, backend="cpu")
+    with pytest.raises(BackendError, match="planner.backend=cpu: samples must be at most 1048576"):
+        make(config)

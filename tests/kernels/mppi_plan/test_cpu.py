@@ -81,12 +81,24 @@ def reference(weights, config=CONFIG, **settings):
     ),
     iterations=st.integers(1, 3),
     score=st.sampled_from(["advantage", "unrolled"]),
+    refit=st.sampled_from([(0.5, 0.05, 2.0), (3.0, 0.2, 0.8)]),
     threads=st.sampled_from([1, 2, 3]),
     explore=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_cpu_plans_what_the_reference_plans(
-    make_weights, isa, envs, horizon, action_dim, shape, iterations, score, threads, explore, seed
+    make_weights,
+    isa,
+    envs,
+    horizon,
+    action_dim,
+    shape,
+    iterations,
+    score,
+    refit,
+    threads,
+    explore,
+    seed,
 ):
     samples, elites, policy_trajectories = shape
     weights = make_weights(5, action_dim, latent=24, hidden=37, seed=seed)
@@ -96,6 +108,9 @@ def test_cpu_plans_what_the_reference_plans(
         policy_trajectories=policy_trajectories,
         horizon=horizon,
         iterations=iterations,
+        temperature=refit[0],
+        std_min=refit[1],
+        std_max=refit[2],
         score=score,
         threads=threads,
     )
