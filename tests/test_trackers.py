@@ -93,6 +93,7 @@ def test_weights_and_biases_offline(tmp_path, wandb):
     trackers.write({**ROW, "return": 2.0, "plan_ms": 3.0})
     trackers.video(10, video)
     trackers.close()
+    wandb.teardown()  # its process writes beside, to the end of this one
     assert said == [
         f"wandb is offline; to send this run: wandb sync {tmp_path}/wandb/offline-run-*"
     ]
@@ -119,6 +120,7 @@ def test_without_credentials_it_is_kept_for_later(tmp_path, wandb, monkeypatch):
     trackers = Trackers(config_of("wandb"), RunFolder(tmp_path), on_message=said.append)
     trackers.write({**ROW, "return": 2.0})
     trackers.close()
+    wandb.teardown()
     assert "wandb login" in said[0] and "wandb sync" in said[1] and len(said) == 2
     assert b"results/return" in sessions(tmp_path)[0].read_bytes()
 
