@@ -33,7 +33,10 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda was asked for, but torch sees no CUDA device")
+        raise ConfigError(
+            "device=cuda was asked for, but torch sees no CUDA device: give device=cpu, or install "
+            "torch's CUDA build (iqmpc doctor says what is there)"
+        )
     return name
 
 
@@ -59,7 +62,8 @@ def _of_run(folder: RunFolder, which: str) -> _Stored:
         held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if not held:
             raise CheckpointError(
-                f"{path} holds no average of the weights, agent.average={config.agent.average}"
+                f"{path} holds no average of the weights, agent.average={config.agent.average}: "
+                "give agent.average=off"
             )
         names = [f"learner.scaling.{key}" for key in ObservationScaling._fields]
         absent = normalise == "auto" and not tensors.keys() & set(names)
@@ -80,7 +84,9 @@ def _of_run(folder: RunFolder, which: str) -> _Stored:
 
 def _of_file(path: Path, which: str) -> _Stored:
     if which != "newest":
-        raise CheckpointError(f"{path} is one agent and has no checkpoint {which!r}")
+        raise CheckpointError(
+            f"{path} is one agent and has no checkpoint {which!r}: give the run folder"
+        )
     found = agent_file.load(path)
     return _Stored(
         path,
@@ -106,7 +112,7 @@ def _model(found: _Stored, config: Config) -> Any:
     try:
         with torch.device("meta"):  # takes no memory
             expected = {name: tuple(t.shape) for name, t in made().state_dict().items()}
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{unfit}: they describe no model ({one_line(error)})") from error
     held = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | held.keys()):

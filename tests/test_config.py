@@ -34,6 +34,9 @@ from iqmpc.errors import ConfigError
         ),
         (["model.latent_dim=100"], "must be a multiple of model.simnorm_dim, got 100 and 8"),
         (["train.steps=0"], "train.steps must be at least 1, got 0"),
+        (["train.steps=3000000000"], "train.steps must be at most 2147483647, got 3000000000"),
+        (["planner.samples=99999999999999999999"], "planner.samples must be at most 2147483647"),
+        (["planner.threads=5000000000"], "planner.threads must lie in [1, 1024], got 5000000000"),
         (["learner.rho=1.5"], "learner.rho must lie in [0, 1], got 1.5"),
         (
             ["agent.average=ever"],

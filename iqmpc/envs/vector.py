@@ -88,10 +88,9 @@ class VectorEnv:
         Returns the episodes that ended with this step, whole and in the order of the environments.
         Raises `RuntimeError` for an environment that waits for `start`.
         """
-        episodes = [self._running(index) for index in range(len(actions))]
         ended = []
         for index, (obs, reward, terminated, truncated) in self._step(actions).items():
-            episode = episodes[index]
+            episode = self._running(index)
             episode.add(actions[index], reward, obs)
             over = terminated or truncated
             if not over and len(episode.actions) == self._episode_length:
@@ -123,9 +122,9 @@ class VectorEnv:
 
     def _step(self, actions: np.ndarray) -> dict[int, tuple[np.ndarray, float, bool, bool]]:
         """{index: (observation, reward, terminated, truncated)} of those that made the step."""
+        episodes = [self._running(index) for index in range(len(actions))]
         result = {}
-        for index, action in enumerate(actions):
-            episode = self._running(index)
+        for index, (action, episode) in enumerate(zip(actions, episodes, strict=True)):
             with interface.at(self._place(episode.number, len(episode.actions) + 1)):
                 obs, *rest, _ = interface.step(self.envs[index], action)
                 obs = interface.observation(obs, self.envs[index].observation_space)

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iqmpc import _C, WorldModel
-from iqmpc.config import ModelConfig, PlannerConfig
+from iqmpc import _C
+from iqmpc.config import PlannerConfig
 from iqmpc.kernels import layers
 from iqmpc.kernels.cpu import CpuWeights, layer_arrays, model_view
 from iqmpc.kernels.mppi_plan import BACKENDS, CpuPlan, PlanNoise, ReferencePlan
 from iqmpc.kernels.weights import snapshot
-from tests.kernels.contract import drawn, ending_half
+from tests.kernels.contract import drawn, ending_half, image_model, images
 
 LEVELS = _C.isa_levels()
 CONFIG = PlannerConfig(samples=40, elites=8, policy_trajectories=6, iterations=3)
@@ -81,12 +81,24 @@ def reference(weights, config=CONFIG, **settings):
     ),
     iterations=st.integers(1, 3),
     score=st.sampled_from(["advantage", "unrolled"]),
+    refit=st.sampled_from([(0.5, 0.05, 2.0), (3.0, 0.2, 0.8)]),
     threads=st.sampled_from([1, 2, 3]),
     explore=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_cpu_plans_what_the_reference_plans(
-    make_weights, isa, envs, horizon, action_dim, shape, iterations, score, threads, explore, seed
+    make_weights,
+    isa,
+    envs,
+    horizon,
+    action_dim,
+    shape,
+    iterations,
+    score,
+    refit,
+    threads,
+    explore,
+    seed,
 ):
     samples, elites, policy_trajectories = shape
     weights = make_weights(5, action_dim, latent=24, hidden=37, seed=seed)
@@ -96,6 +108,9 @@ def test_cpu_plans_what_the_reference_plans(
         policy_trajectories=policy_trajectories,
         horizon=horizon,
         iterations=iterations,
+        temperature=refit[0],
+        std_min=refit[1],
+        std_max=refit[2],
         score=score,
         threads=threads,
     )
@@ -474,19 +489,6 @@ def test_policy_trajectories_keep_their_score(make_weights, backend):
         plan(obs)
         plans.append(plan.mean.clone())
     torch.testing.assert_close(plans[0], plans[1])
-
-
-def image_model(seed=0):
-    torch.manual_seed(seed)
-    model = WorldModel((9, 64, 64), 3, ModelConfig(hidden_dim=37, latent_dim=24, critics=3))
-    for part in (model.dynamics, model.policy, model.critics, model.encoder[-1:]):
-        for p in part.parameters():
-            torch.nn.init.normal_(p, std=0.3)
-    return model.weights()
-
-
-def images(envs):
-    return torch.randint(0, 256, (envs, 9, 64, 64), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("isa", LEVELS)

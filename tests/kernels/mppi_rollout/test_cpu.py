@@ -20,6 +20,7 @@ from tests.kernels.contract import (
     TOLERANCE,
     assert_within,
     assert_within_with_elites,
+    decided,
     drawn,
     end_logits,
     ending_half,
@@ -103,12 +104,6 @@ def test_cpu_ends_where_the_reference_does(
     expected = in_float64(weights, draws, score)
     returns = on_cpu(weights, draws, score, precision=precision, isa=isa)
     assert_within(returns.where(decided(weights, draws, precision), expected), expected, precision)
-
-
-def decided(weights, draws, precision):
-    """The samples [E, S] with no imagined latent on the head's edge."""
-    edge = 1e-4 if precision == "float32" else 0.02
-    return (end_logits(weights, draws)[..., :-1].abs() > edge).all(-1)
 
 
 @pytest.mark.parametrize("isa", LEVELS)
