@@ -24,9 +24,9 @@ def train(
     """Train an agent; ends with an evaluation beside the demonstrator's return.
 
     `resume=RUN` continues a run. What it learns may then not be changed: only train.* (but not
-    train.num_envs), where the data lie (demos.path), and how it is computed (threads, device,
-    learner.mode, learner.precision, and the planner's backend, precision, mode, capture and
-    threads).
+    train.num_envs), where the data lie (demos.path), which are added to them (demos.add), and how
+    it is computed (threads, device, learner.mode, learner.precision, and the planner's backend,
+    precision, mode, capture and threads). `init=RUN` starts a new run from another's agent.
     """
     from iqmpc.composition import compose, parse, resumed
     from iqmpc.run_folder import RunFolder
@@ -37,9 +37,24 @@ def train(
         config, run = resumed(folder.load_config(), words), folder.path
     else:
         config, run = compose(overrides or []), None
-    if config.demos.path is not None:  # the run may be continued from another folder
-        config = config.replace({"demos.path": str(Path(config.demos.path).resolve())})
+    config = _anywhere(config)
     print_summary(*train_run(config, run, resume=resume))
+
+
+def _anywhere(config: Config) -> Config:
+    """The settings with whole paths: the run may be continued from another folder."""
+    given = {
+        "demos.path": [config.demos.path],
+        "demos.add": (config.demos.add or "").split(","),
+        "init.path": [config.init.path],
+    }
+    return config.replace(
+        {
+            key: ",".join(str(Path(path).resolve()) for path in paths if path)
+            for key, paths in given.items()
+            if any(paths)
+        }
+    )
 
 
 def train_run(config: Config, run: Path | None, *, resume: bool) -> tuple[dict[str, Any], Path]:
