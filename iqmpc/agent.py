@@ -76,7 +76,8 @@ class Agent:
         num_envs: int = 1,
     ) -> Agent:
         """The agent of a run folder, acting as it was evaluated there: with the average of the
-        weights, unless `agent.average` is off. Or that of a file which `iqmpc export` wrote.
+        weights, unless `agent.average` is off. Or that of a file which `iqmpc export` wrote, or of
+        `packaged:TASK`, which ships (docs/agents.md).
 
         `checkpoint` is `newest` (the newest whole one), `best` (of the best evaluation on the way,
         by success, then return) or a number of steps whose checkpoint is there.

@@ -395,7 +395,7 @@ class DemosConfig:
 class InitConfig:
     """What a new run starts from in place of random weights; its agent acts from the first step.
 
-    path: a run folder or an agent's file, of the same sizes (null: random weights)
+    path: a run folder, an agent's file or `packaged:TASK`, of the same sizes (null: random weights)
     checkpoint: which of the run's: `newest`, `best` or a number of steps
     replay: take over the run's replay of behaviour too
     """

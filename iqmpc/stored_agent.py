@@ -98,19 +98,21 @@ class StoredAgent(NamedTuple):
 
 
 def settings(run: str | Path) -> Config:
-    """The settings of a run folder or file; `CheckpointError` where there are none."""
-    if agent_file.is_file(run):
-        return agent_file.load(run).config
-    return RunFolder(run).load_config()
+    """The settings of a run folder, file or `packaged:TASK`; `CheckpointError` where there are
+    none."""
+    file = agent_file.located(run)
+    return RunFolder(run).load_config() if file is None else agent_file.load(file).config
 
 
 def find(run: str | Path, checkpoint: str = "newest") -> StoredAgent:
-    """The agent of a run folder, at the checkpoint that `RunFolder.checkpoint` names, or of a file.
+    """The agent of a run folder, at the checkpoint that `RunFolder.checkpoint` names, or that of a
+    file or `packaged:TASK`.
 
     Raises `CheckpointError` where there is none.
     """
-    if agent_file.is_file(run):
-        return _of_file(Path(run), checkpoint)
+    file = agent_file.located(run)
+    if file is not None:
+        return _of_file(file, checkpoint)
     folder = RunFolder(run)
     config = folder.load_config()
     path, tensors, meta = folder.checkpoint(checkpoint)

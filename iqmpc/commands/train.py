@@ -43,10 +43,12 @@ def train(
 
 def _anywhere(config: Config) -> Config:
     """The settings with whole paths: the run may be continued from another folder."""
+    from iqmpc.agent_file import is_packaged
+
     given = {
         "demos.path": [config.demos.path],
         "demos.add": (config.demos.add or "").split(","),
-        "init.path": [config.init.path],
+        "init.path": [] if is_packaged(config.init.path or "") else [config.init.path],
     }
     return config.replace(
         {
