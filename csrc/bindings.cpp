@@ -348,10 +348,10 @@ std::unique_ptr<BoundLearner> bound_learner(
     const py::sequence& critics, const py::sequence& targets, const py::sequence& termination,
     py::ssize_t simnorm_dim, float log_std_min, float log_std_max, const std::string& objective,
     const std::string& entropy, py::ssize_t horizon, float rho, float discount, float alpha,
-    float beta, float c_cons, float c_iq, float c_gp, float c_termination, float termination_weight,
-    float dropout, bool dropout_always, float lr, float encoder_lr_scale, float grad_clip,
-    float tau, float average_rate, const std::string& precision, int threads, std::uint64_t seed,
-    const std::optional<std::string>& isa) {
+    float beta, float c_cons, float c_iq, float c_gp, float c_bc, float c_termination,
+    float termination_weight, float dropout, bool dropout_always, float lr, float encoder_lr_scale,
+    float grad_clip, float tau, float average_rate, const std::string& precision, int threads,
+    std::uint64_t seed, const std::optional<std::string>& isa) {
   auto bound = std::make_unique<BoundLearner>();
   iqmpc::LearnerView view;
   view.encoder = layer_parameters(encoder, "encoder", bound->arrays);
@@ -387,6 +387,7 @@ std::unique_ptr<BoundLearner> bound_learner(
   s.c_cons = c_cons;
   s.c_iq = c_iq;
   s.c_gp = c_gp;
+  s.c_bc = c_bc;
   s.c_termination = c_termination;
   s.termination_weight = termination_weight;
   s.dropout = dropout;
@@ -439,7 +440,7 @@ py::tuple as_tuple(const iqmpc::UpdateMetrics& m) {
                         m.reward_behaviour, m.value_term, m.gradient_penalty, m.critic_loss,
                         m.termination_loss, m.termination_recall, m.termination_precision,
                         m.model_grad_norm, m.policy_loss, m.entropy, m.q_policy, m.policy_grad_norm,
-                        m.model_skipped, m.policy_skipped);
+                        m.cloning_error, m.model_skipped, m.policy_skipped);
 }
 
 py::tuple learn(const BoundLearner& bound, const py::object& experts, const py::sequence& behaviour,
@@ -731,7 +732,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("simnorm_dim"), py::arg("log_std_min"), py::arg("log_std_max"),
            py::arg("objective"), py::arg("entropy"), py::arg("horizon"), py::arg("rho"),
            py::arg("discount"), py::arg("alpha"), py::arg("beta"), py::arg("c_cons"),
-           py::arg("c_iq"), py::arg("c_gp"), py::arg("c_termination"),
+           py::arg("c_iq"), py::arg("c_gp"), py::arg("c_bc"), py::arg("c_termination"),
            py::arg("termination_weight"), py::arg("dropout"), py::arg("dropout_always"),
            py::arg("lr"), py::arg("encoder_lr_scale"), py::arg("grad_clip"), py::arg("tau"),
            py::arg("average_rate"), py::arg("precision"), py::arg("threads"), py::arg("seed"),

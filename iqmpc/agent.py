@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from iqmpc import stored_agent
 from iqmpc.config import Config
@@ -49,21 +50,37 @@ class Agent:
         weights: Weights | None = None,
     ):
         """`weights` is what acts in place of the model's own, until `publish` is called."""
-        self.model, self.config = model, config
-        # What decodes rewards; the planner has a snapshot of them.
-        self.weights = model.weights() if weights is None else weights
-        self.device = next(model.parameters()).device
+        weights = model.weights() if weights is None else weights
         self.entropy_coef = config.entropy_coefficient(model.action_dim)
-        self.planner = Planner(
-            self.weights,
+        planner = Planner(
+            weights,
             config.planner,
             discount=config.discount,
             entropy_coef=self.entropy_coef,
             problems=num_envs,
             seed=stream_seed(seed, "planner"),
         )
+        self._set_up(model, config, planner, weights)
+
+    def _set_up(self, model: Any, config: Config, planner: Any, weights: Any) -> None:
+        self.model, self.config, self.planner = model, config, planner
+        self.weights = weights  # what decodes rewards; the planner has a snapshot of them
+        self.device = next(model.parameters()).device
         # What training says of it: checkpoint, env_steps, updates, wall_s, demonstrator_return.
         self.facts: dict[str, Any] = {}
+
+    def require_world_model(self, what: str) -> None:
+        """`ConfigError` where a baseline acts, of which `what` can make nothing."""
+        if self.config.is_baseline:
+            raise ConfigError(
+                f"{what} is for agents with a world model (agent.name=iq_mpc), got "
+                f"agent.name={self.config.agent.name}"
+            )
+
+    @property
+    def decodes_rewards(self) -> bool:
+        """Whether there is a reward to decode: not where a baseline has none."""
+        return True
 
     @classmethod
     def load(
@@ -88,6 +105,8 @@ class Agent:
         device or with a backend that is not here acts on the CPU, in float32, with a warning.
         Raises `CheckpointError` where there is no checkpoint, `ConfigError` for wrong changes.
         """
+        from iqmpc.methods import agent_class  # which knows this module
+
         found = stored_agent.find(run, checkpoint)
         changes = dict(changes or {})
         if "planner.backend" in changes:
@@ -104,6 +123,7 @@ class Agent:
         device = resolve_device(config.device)
         model = found.model(config)
         seed = config.seed if seed is None else seed
+        cls = agent_class(config)
         try:
             agent = cls(model.to(device), config, seed=seed, num_envs=num_envs)
         except BackendError as error:
@@ -180,22 +200,24 @@ class Agent:
             spec.check(tensor, n, name=name, images=name)
         if list(action_.shape) != [n, action_dim]:
             raise ValueError(f"action must be {[n, action_dim]}, got {list(action_.shape)}")
-        w = self.weights
-        z = layers.encode(w, next_).expand(samples, -1, -1)
         generator = torch.Generator(self.device).manual_seed(0)
-        noise = torch.randn(
-            samples, 1, self.model.action_dim, generator=generator, device=self.device
-        )
-        policy_action, log_prob = layers.policy_sample(
-            w, z, noise.expand(-1, n, -1), self.config.learner.entropy
-        )
-        value = (
-            layers.critics(w.critics, z, policy_action).mean(0) - self.entropy_coef * log_prob
-        ).mean(0)
-        q = layers.critics(w.critics, layers.encode(w, obs_), action_).mean(0)
-        alive = 1 - torch.as_tensor(terminated, dtype=torch.float32, device=self.device)
-        reward = (q - self.config.discount * alive * value).cpu().numpy()
+        noise = torch.randn(samples, 1, action_dim, generator=generator, device=self.device)
+        ended = torch.as_tensor(terminated, dtype=torch.float32, device=self.device)
+        reward = self._decoded(obs_, action_, next_, ended, noise.expand(-1, n, -1)).cpu().numpy()
         return reward[0] if single else reward
+
+    def _decoded(
+        self, obs: Tensor, action: Tensor, next_obs: Tensor, terminated: Tensor, noise: Tensor
+    ) -> Tensor:
+        """`decode_reward` of tensors, its value averaged over standard normal noise [S, N, A]."""
+        w = self.weights
+        z = layers.encode(w, next_obs).expand(len(noise), -1, -1)
+        next_action, log_prob = layers.policy_sample(w, z, noise, self.config.learner.entropy)
+        value = (
+            layers.critics(w.critics, z, next_action).mean(0) - self.entropy_coef * log_prob
+        ).mean(0)
+        q = layers.critics(w.critics, layers.encode(w, obs), action).mean(0)
+        return q - self.config.discount * (1 - terminated) * value
 
     def _tensor(self, obs: np.ndarray, *, device: str | None = None) -> torch.Tensor:
         """Observations on `device` or the agent's."""

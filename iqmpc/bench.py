@@ -87,6 +87,7 @@ def bench(
     torch.set_num_threads(1)
     chosen = {"device": "cpu", "planner.backend": "cpu", "planner.threads": 1, **(changes or {})}
     held = Agent.load(run, changes=chosen)
+    held.require_world_model("iqmpc bench")
     planner = held.config.planner
     budget_us = planner.budget_us or SHARE * 1e6 / hz
     missing = become_real_time(planner.threads or 1)

@@ -19,6 +19,7 @@ from iqmpc.commands import (
     make,
     plot,
     record,
+    reproduce,
     table,
     train,
 )
@@ -38,6 +39,7 @@ app.command("export")(export.export_agent)
 app.command("bench")(bench.bench_agent)
 app.command("table")(table.table_of_runs)
 app.command("plot")(plot.plot)
+app.command("reproduce")(reproduce.reproduce_experiment)
 app.add_typer(demos_app, name="demos", help="Inspect, check, convert and make demonstrations.")
 demos_app.command("record")(record.record)
 demos_app.command("make")(make.make_demonstrations)

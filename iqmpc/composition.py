@@ -22,7 +22,7 @@ from iqmpc.config import Config, all_keys, may_change, shortened, text_keys
 from iqmpc.errors import ConfigError
 
 SUITES = ("dmcontrol", "myosuite", "maniskill", "gym")  # whose environments are made here
-GROUPS = ("task", "model", "planner", "learner", "preset")
+GROUPS = ("task", "model", "planner", "learner", "agent", "preset")
 # Keys that may be given without their section.
 _SHORT = {"env_id": "task.env_id", "init": "init.path"}
 # Whose values are text, taken as they stand unless they are quoted or null.
@@ -126,7 +126,7 @@ def resumed(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def departures(config: Config) -> dict[str, Any]:
-    """The settings, by dotted key, in which a run departs from its task under its preset.
+    """The settings, by dotted key, in which a run departs from its task and agent under its preset.
 
     They are compared with what the groups say now; the default preset where `config` names none,
     and without the settings of a task that has no group. Of files their names. Left out:
@@ -140,6 +140,7 @@ def departures(config: Config) -> dict[str, Any]:
         [
             *([f"task={known}"] if grouped else []),
             *([f"preset={config.preset}"] if config.preset else []),
+            f"agent={config.agent.name}",
         ]
     )
     if known == "gym":

@@ -18,6 +18,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from operator import attrgetter
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from iqmpc.errors import ConfigError
@@ -89,7 +90,8 @@ class ModelConfig:
     log_std_max: greatest log σ of the policy prior
     termination: a head that recognises terminal latents, which planning then gives no future
         (null: where the task has `terminates`)
-    normalise_obs: `demos` scales flat observations by the demonstrations' mean and std
+    normalise_obs: `demos` scales flat observations by the demonstrations' mean and std, `auto` too,
+        where there are demonstrations and numbers
     """
 
     encoder_dim: int = 256
@@ -101,7 +103,7 @@ class ModelConfig:
     log_std_min: float = -10.0
     log_std_max: float = 2.0
     termination: bool | None = None
-    normalise_obs: Literal["off", "demos"] = "off"
+    normalise_obs: Literal["off", "demos", "auto"] = "off"
 
     def __post_init__(self) -> None:
         _at_least("model", self, 1, "encoder_dim", "hidden_dim", "latent_dim", "simnorm_dim")
@@ -207,6 +209,7 @@ class LearnerConfig:
     c_cons: weight of the consistency loss
     c_iq: weight of the critics' loss
     c_gp: weight of the gradient penalty
+    c_bc: weight of the prior's squared error on demonstrated actions, times 1 + |their mean Q|
     c_termination: weight of the termination head's loss
     termination_weight: how many times a terminal latent counts in the termination head's loss
     gradient_penalty: whether there is one (null: as the task says)
@@ -233,6 +236,7 @@ class LearnerConfig:
     c_cons: float = 20.0
     c_iq: float = 0.1
     c_gp: float = 1.0
+    c_bc: float = 0.0
     c_termination: float = 1.0
     termination_weight: float = 10.0
     gradient_penalty: bool | None = None
@@ -254,6 +258,7 @@ class LearnerConfig:
             "c_cons",
             "c_iq",
             "c_gp",
+            "c_bc",
             "c_termination",
             "encoder_lr_scale",
         )
@@ -264,16 +269,27 @@ class LearnerConfig:
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """Which weights act: the live ones, or an exponential average of all of the world model's.
+    """Which method learns and acts, and with which weights.
 
-    average: `off`, in `evaluation` (of a run and of whoever loads it) or `always` (in training too)
+    name: `iq_mpc`, or a baseline (docs/baselines.md), to which `model` and `planner` mean nothing
+    average: which weights act: the live ones (`off`), or an exponential average of all of the world
+        model's in `evaluation` (of a run and of whoever loads it) or `always` (in training too)
     average_rate: share of its distance to the live weights that the average moves at each update
+    hidden_dim: a baseline's width of both hidden layers of each network
+    temperature: a baseline's weight of the entropy (null: 0.01 for `iql_sac`, else learnt so that
+        the entropy is -A)
     """
 
+    name: Literal["iq_mpc", "bc", "iql_sac", "sqil", "gail", "hype", "hyper", "cfil_sac"] = "iq_mpc"
     average: Literal["off", "evaluation", "always"] = "off"
     average_rate: float = 0.005
+    hidden_dim: int = 256
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
+        _at_least("agent", self, 1, "hidden_dim")
+        if self.temperature is not None:
+            _positive("agent", self, "temperature")
         _positive("agent", self, "average_rate")
         _in_range("agent", self, 0.0, 1.0, "average_rate")
 
@@ -451,21 +467,36 @@ class Config:
                 f"{length}"
             )
         if self.learner.objective == "td":
-            scaled = self.model.normalise_obs
             for key, given in (
                 ("train.demo_updates", self.train.demo_updates),
                 ("demos.add", self.demos.add is not None),
-                (f"model.normalise_obs={scaled}", scaled != "off"),
+                (f"learner.c_bc={self.learner.c_bc:g}", self.learner.c_bc),
+                ("model.normalise_obs=demos", self.model.normalise_obs == "demos"),
             ):
                 if given:
                     raise ConfigError(
                         f"{key} needs demonstrations, which learner.objective=td does not use"
                     )
-        if self.model.normalise_obs != "off" and self.task.obs == "pixels":
-            raise ConfigError(
-                f"model.normalise_obs={self.model.normalise_obs} scales numbers, and the task "
-                "observes images: task.obs=pixels"
-            )
+        if self.is_baseline:
+            self._check_baseline()
+
+    def _check_baseline(self) -> None:
+        """`ConfigError` for what is asked for and only `agent.name=iq_mpc` has."""
+        for key, allowed in (
+            ("task.obs", ("state",)),
+            ("learner.objective", ("iq", "v_diff")),
+            ("learner.mode", ("auto", "eager")),
+            ("learner.precision", ("float32",)),
+            ("learner.c_bc", (0.0,)),
+            ("agent.average", ("off",)),
+            ("train.control_hz", (None,)),
+            ("init.path", (None,)),
+        ):
+            given = attrgetter(key)(self)
+            if given not in allowed:
+                raise ConfigError(
+                    f"agent.name={self.agent.name} has no {key}={given} (agent.name=iq_mpc has)"
+                )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -503,6 +534,11 @@ class Config:
                 node = node[section]
             node[last] = value
         return Config.from_dict(values)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether another method than IQ-MPC learns and acts."""
+        return self.agent.name != "iq_mpc"
 
     @property
     def discount(self) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium
 import numpy as np
@@ -267,6 +267,39 @@ def mixed_episodes(
     return episodes
 
 
+class RewardPairs(NamedTuple):
+    """Of every step the true and the decoded reward, float64 [N] each."""
+
+    true: np.ndarray
+    decoded: np.ndarray
+
+    @property
+    def correlation(self) -> float | None:
+        """Pearson's; None where either does not vary or is not finite."""
+        if not (np.isfinite(self.decoded).all() and np.isfinite(self.true).all()):
+            return None
+        if not self.decoded.std() or not self.true.std():
+            return None
+        return float(np.corrcoef(self.decoded, self.true)[0, 1])
+
+
+def mixed_rewards(
+    agent: Agent,
+    env: gymnasium.Env,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> RewardPairs | None:
+    """The rewards of `mixed_episodes`, the same whatever was planned before.
+
+    None for an agent that decodes no reward.
+    """
+    if not agent.decodes_rewards:
+        return None
+    agent.planner.step = 0
+    return reward_pairs(agent, mixed_episodes(agent, env, seed=seed, progress=progress))
+
+
 def mixed_correlation(
     agent: Agent,
     env: gymnasium.Env,
@@ -274,18 +307,22 @@ def mixed_correlation(
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> float | None:
-    """`reward_correlation` over `mixed_episodes`, the same whatever was planned before."""
-    agent.planner.step = 0
-    return reward_correlation(agent, mixed_episodes(agent, env, seed=seed, progress=progress))
+    """The correlation of `mixed_rewards`."""
+    pairs = mixed_rewards(agent, env, seed=seed, progress=progress)
+    return None if pairs is None else pairs.correlation
 
 
 def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | None:
     """Pearson correlation of the decoded reward with the true one, over all steps (paper, Table 7).
 
     Good episodes alone say little, since the true reward hardly varies in them: take those of
-    `mixed_episodes`. None where either does not vary or is not finite. Raises `ValueError` for an
-    episode without rewards.
+    `mixed_episodes`. None where either does not vary or is not finite. Raises as `reward_pairs`.
     """
+    return reward_pairs(agent, episodes).correlation
+
+
+def reward_pairs(agent: Agent, episodes: Sequence[Episode]) -> RewardPairs:
+    """The rewards of all steps of episodes; `ValueError` for an episode without rewards."""
 
     def decoded_rewards(e: Episode) -> np.ndarray:
         obs = e.observed()
@@ -301,13 +338,11 @@ def reward_correlation(agent: Agent, episodes: Sequence[Episode]) -> float | Non
             raise ValueError("the correlation is of episodes with rewards")
         return e.rewards
 
-    decoded = np.concatenate([decoded_rewards(e) for e in episodes]).astype(np.float64)
-    true = np.concatenate([true_rewards(e) for e in episodes]).astype(np.float64)
-    if not (np.isfinite(decoded).all() and np.isfinite(true).all()):
-        return None
-    if not decoded.std() or not true.std():
-        return None
-    return float(np.corrcoef(decoded, true)[0, 1])
+    true, decoded = (
+        np.concatenate([of(e) for e in episodes]).astype(np.float64)
+        for of in (true_rewards, decoded_rewards)
+    )
+    return RewardPairs(true, decoded)
 
 
 def ratio(return_mean: float | None, demonstrator: float | None) -> float | None:

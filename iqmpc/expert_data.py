@@ -92,9 +92,10 @@ def expert_replay(
     """
     _check(demonstrations, config, spec, action_dim)
     scaling = None
-    if config.model.normalise_obs == "demos":
-        if spec.images:
-            raise ConfigError("model.normalise_obs=demos scales numbers, the task observes images")
+    normalise = config.model.normalise_obs
+    if normalise == "demos" and spec.images:
+        raise ConfigError("model.normalise_obs=demos scales numbers, the task observes images")
+    if normalise != "off" and not spec.images:
         scaling = ObservationScaling.of(e.observations for e in demonstrations.episodes)
     replay = SliceReplay(
         spec,

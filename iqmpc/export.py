@@ -42,7 +42,7 @@ def export(
     Raises `CheckpointError` for what is no run, `ConfigError` for wrong changes.
     """
     folder = RunFolder(run)
-    agent = Agent.load(run, checkpoint=checkpoint, changes={"device": "cpu", **(changes or {})})
+    agent = _load(run, checkpoint, changes)
     interface = interface or folder.load_interface() or _made_anew(agent)
     provenance = {
         "run": folder.path.resolve().name,
@@ -66,10 +66,16 @@ def export_onnx(
 
     Raises as `export` does, and `ConfigError` where the package onnx is not installed.
     """
-    agent = Agent.load(run, checkpoint=checkpoint, changes={"device": "cpu", **(changes or {})})
+    agent = _load(run, checkpoint, changes)
     interface = RunFolder(run).load_interface() or _made_anew(agent)
     metadata = {"iqmpc": iqmpc.__version__, "interface": strict_json(interface.to_dict())}
     write_atomically(Path(out), prior_model(agent.model.weights(), metadata))
+
+
+def _load(run: str | Path, checkpoint: str, changes: Mapping[str, Any] | None) -> Agent:
+    agent = Agent.load(run, checkpoint=checkpoint, changes={"device": "cpu", **(changes or {})})
+    agent.require_world_model("iqmpc export")
+    return agent
 
 
 def exported(agent: Agent, interface: TaskInterface, provenance: Mapping[str, Any]) -> AgentFile:

@@ -8,6 +8,7 @@ from iqmpc import stored_agent
 from iqmpc.config import Config, differences
 from iqmpc.errors import CheckpointError, ConfigError
 from iqmpc.learner import Learner
+from iqmpc.methods import MethodLearner
 from iqmpc.replay import SliceReplay
 from iqmpc.stored_agent import StoredAgent
 
@@ -15,7 +16,7 @@ from iqmpc.stored_agent import StoredAgent
 _SIZES = ("encoder_dim", "hidden_dim", "latent_dim", "simnorm_dim", "critics")
 
 
-def start_from(config: Config, learner: Learner, behaviour: SliceReplay) -> str:
+def start_from(config: Config, learner: MethodLearner, behaviour: SliceReplay) -> str:
     """Begin at the agent that `config.init` names, as it acts where it is evaluated.
 
     Its weights (the average where it acts with that) become the live ones, the targets and the
@@ -27,6 +28,7 @@ def start_from(config: Config, learner: Learner, behaviour: SliceReplay) -> str:
     """
     init = config.init
     assert init.path is not None  # asked for where there is one
+    assert isinstance(learner, Learner)  # the schema refuses it for baselines
     found = stored_agent.find(init.path, init.checkpoint)
     _check(found, config, learner)
     learner.start_from(found.weights(found.config.agent.average))
@@ -54,6 +56,10 @@ def start_from(config: Config, learner: Learner, behaviour: SliceReplay) -> str:
 def _check(found: StoredAgent, config: Config, learner: Learner) -> None:
     """`ConfigError` where the agent is not one of the run's."""
     path, model = config.init.path, learner.model
+    if found.config.is_baseline:
+        raise ConfigError(
+            f"init={path} is of agent.name={found.config.agent.name}, this run of iq_mpc"
+        )
     theirs = found.observation.shape, found.action_dim
     ours = model.observation_spec.shape, model.action_dim
     if theirs != ours:

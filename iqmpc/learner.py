@@ -14,6 +14,7 @@ from iqmpc.kernels.weights import Weights, map_layers
 from iqmpc.losses import Batch
 from iqmpc.model import WorldModel
 from iqmpc.observation import ObservationSpec
+from iqmpc.optimisation import load_optimiser_tensors, optimiser_tensors
 from iqmpc.replay import SliceReplay
 from iqmpc.scaling import ObservationScaling
 from iqmpc.seeding import stream_seed
@@ -56,9 +57,7 @@ class Learner:
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "model"))
-            self.model = WorldModel(
-                obs_shape, action_dim, config.model, termination=config.termination
-            ).to(self.device)
+            self.model = self.make_model(obs_shape, action_dim, config).to(self.device)
         self.scaling = None if scaling is None else scaling.to(self.device)
         spec = self.model.observation_spec
         self.mode = update_backends.resolve_update(config, self.device, spec)
@@ -106,6 +105,19 @@ class Learner:
             m.policy.parameters(), lr=s.lr, fused=True, capturable=self.mode == "graph"
         )
         self.backend = update_backends.BACKENDS[self.mode](self)
+
+    @staticmethod
+    def make_model(
+        obs_shape: ObservationSpec | tuple[int, ...] | int,
+        action_dim: int,
+        config: Config,
+        *,
+        termination: bool | None = None,
+    ) -> WorldModel:
+        """What a run learns: `termination` is `config.termination` where it is not given."""
+        if termination is None:
+            termination = config.termination
+        return WorldModel(obs_shape, action_dim, config.model, termination=termination)
 
     def learn(self, experts: SliceReplay | None, behaviour: SliceReplay) -> dict[str, Tensor]:
         """Draw `learner.batch` slices of each replay and make one update on them.
@@ -159,10 +171,7 @@ class Learner:
         if self.scaling is not None:
             state |= {f"scaling.{k}": v for k, v in self.scaling._asdict().items()}
         for name, optimiser in self._optimisers():
-            for index, values in optimiser.state_dict()["state"].items():
-                for key, v in values.items():
-                    # A count may be shared by all parameters, which a file does not allow.
-                    state[f"{name}.{index}.{key}"] = v.clone() if key == "step" else v
+            state |= optimiser_tensors(name, optimiser)
         state["generator"] = self.generator.get_state()
         state["updates"] = torch.tensor(self.updates)
         state["skipped_updates"] = self.skipped
@@ -201,19 +210,7 @@ class Learner:
                 if t is not None:
                     t.copy_(state[f"target.{i}.{name}"])
         for name, optimiser in self._optimisers():
-            parameters = [p for group in optimiser.param_groups for p in group["params"]]
-            for index, parameter in enumerate(parameters):
-                held, prefix = optimiser.state[parameter], f"{name}.{index}."
-                for t in held.values():
-                    t.zero_()  # as before the first step, where nothing was saved
-                for key, v in state.items():
-                    if not key.startswith(prefix):
-                        continue
-                    field = key.removeprefix(prefix)
-                    if field in held:
-                        held[field].copy_(v)
-                    else:
-                        held[field] = v.to(self.device, copy=True)
+            load_optimiser_tensors(name, optimiser, state)
         self.generator.set_state(state["generator"])
         self.updates = int(state["updates"])
         self.skipped.fill_(int(state.get("skipped_updates", 0)))  # absent: saved before any count

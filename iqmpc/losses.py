@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iqmpc.config import LearnerConfig
 from iqmpc.kernels import layers
-from iqmpc.kernels.weights import Layer, Weights, frozen
+from iqmpc.kernels.weights import Layer, PolicyLayers, Weights, frozen
 
 if TYPE_CHECKING:
     from iqmpc.kernels.iq_update.types import UpdateSettings
@@ -79,11 +79,11 @@ def horizon_weights(rho: float, steps: int, like: Tensor) -> Tensor:
 
 
 def soft_value(
-    weights: Weights,
+    weights: PolicyLayers,
     pair: Critics,
     z: Tensor,
     noise: Tensor,
-    entropy_coef: float,
+    entropy_coef: float | Tensor,
     form: Literal["exact", "presquash"] = "exact",
     keep: Tensor | None = None,
 ) -> Tensor:
@@ -274,6 +274,19 @@ def model_loss(
     return loss, latents.detach(), {k: v.detach() for k, v in metrics.items()}
 
 
+def cloning(
+    batch: Batch, metrics: dict[str, Tensor], c_bc: float
+) -> tuple[Tensor, Tensor] | tuple[()]:
+    """What `policy_loss` is given to imitate, [H, B_E, A], and its weight, c_bc (1 + |its mean Q|).
+
+    The scale is that of the other term, as in TD3+BC (Fujimoto and Gu, 2021); `metrics` are those
+    of `model_loss` on the same batch. Nothing where c_bc is 0 or nothing was demonstrated.
+    """
+    if not (c_bc and batch.experts):
+        return ()
+    return batch.action[:, : batch.experts], c_bc * (1 + metrics["q_expert"].detach().abs())
+
+
 def policy_loss(
     weights: Weights,
     latents: Tensor,
@@ -281,19 +294,25 @@ def policy_loss(
     rho: float,
     entropy_coef: float,
     form: Literal["exact", "presquash"] = "exact",
+    demonstrated: Tensor | None = None,
+    weight: Tensor | float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Σ_{t=0..H} λ^t mean[β log π(a|z_t) - Q_min(z_t, a)] / (H+1); critics and latents fixed.
 
-    latents [H+1, B, Z]; `form` of log π as in `layers.policy_sample`. Returns the loss and metrics;
-    `entropy` is -mean log π of that form.
+    latents [H+1, B, Z]; `form` of log π as in `layers.policy_sample`. With `demonstrated`, the
+    actions [H, B_E, A] of the leading columns, `weight` Σ_{t<H} λ^t mean (a - a_t)² / H is added.
+    Returns the loss and metrics; `entropy` is -mean log π of that form.
     """
     pair = layers.draw_pair(frozen(weights.critics), noise.pair)
     action, log_prob = layers.policy_sample(weights, latents.detach(), noise.action, form)
     q = layers.q_min(pair, latents.detach(), action, noise.keep)
     loss = (entropy_coef * log_prob - q).mean(1)
     loss = (horizon_weights(rho, len(loss), loss) * loss).mean()
-    return loss, {
-        "policy_loss": loss.detach(),
-        "entropy": -log_prob.detach().mean(),
-        "q_policy": q.detach().mean(),
-    }
+    metrics = {"entropy": -log_prob.detach().mean(), "q_policy": q.detach().mean()}
+    if demonstrated is not None:
+        horizon, experts = demonstrated.shape[:2]
+        error = (action[:horizon, :experts] - demonstrated).square().mean((1, 2))
+        error = (horizon_weights(rho, horizon, error) * error).mean()
+        loss = loss + weight * error
+        metrics["cloning_error"] = error.detach()
+    return loss, {"policy_loss": loss.detach(), **metrics}

@@ -53,7 +53,7 @@ def _zeroed(linear: Linear) -> Linear:
     return linear
 
 
-def _layers(part: nn.ModuleList) -> tuple[Layer, ...]:
+def layer_views(part: nn.ModuleList) -> tuple[Layer, ...]:
     """A live view of a part's parameters."""
     return tuple(cast("Linear | Convolution", module).layer() for module in part)
 
@@ -117,14 +117,14 @@ class WorldModel(nn.Module):
         """A live view of the parameters, for `iqmpc.kernels`."""
         c = self.config
         return Weights(
-            encoder=_layers(self.encoder),
-            dynamics=_layers(self.dynamics),
-            policy=_layers(self.policy),
-            critics=_layers(self.critics),
+            encoder=layer_views(self.encoder),
+            dynamics=layer_views(self.dynamics),
+            policy=layer_views(self.policy),
+            critics=layer_views(self.critics),
             simnorm_dim=c.simnorm_dim,
             log_std_min=c.log_std_min,
             log_std_max=c.log_std_max,
-            termination=_layers(self.termination),
+            termination=layer_views(self.termination),
         )
 
     def encode(self, obs: Tensor) -> Tensor:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
-import warnings
-from collections.abc import Iterator
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from iqmpc.config import PlannerConfig
+from iqmpc.controller import Controller
 from iqmpc.kernels.mppi_plan import BACKENDS, Plan, resolve_plan
 from iqmpc.kernels.weights import Weights
 from iqmpc.observation import ObservationSpec
 from iqmpc.plan_statistics import PlanStatistics
 
-COUNTS = ("nonfinite_plans", "missed_plans", "late_plans")
 
-
-class Planner:
+class Planner(Controller):
     """Plans for `problems` independent problems at once, on its own snapshot of the weights.
 
     Not for two threads at once: each plan starts from the last one, whosever it was. Call `reset`
@@ -50,6 +44,7 @@ class Planner:
         Raises `BackendError` where the backend that is named cannot serve, or none can: because of
         the machine, of the weights, or of a setting that it does not use.
         """
+        super().__init__()
         self.config = config = config or PlannerConfig()
         self.observation_spec, self.problems = ObservationSpec(weights.obs_shape), problems
         self.backend = resolve_plan(weights, config)
@@ -69,7 +64,6 @@ class Planner:
         )
         self._statistics = PlanStatistics()
         self.last: Plan | None = None
-        self.nonfinite_plans = self.missed_plans = self.late_plans = 0
 
     def publish(self, weights: Weights) -> None:
         """Copy `weights` into the snapshot that plans are computed on."""
@@ -92,15 +86,10 @@ class Planner:
             plan = plan._replace(samples=self._all_samples, elapsed_us=elapsed_us)
         self.last = plan
         self._statistics.add(plan)
-        if plan.nonfinite:
-            if not self.nonfinite_plans:
-                warnings.warn(
-                    "no trajectory of a plan has a finite score: acting with the policy's mean "
-                    "action (counted as nonfinite_plans, said once)",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            self.nonfinite_plans += plan.nonfinite
+        self.count_nonfinite(
+            plan.nonfinite,
+            "no trajectory of a plan has a finite score: acting with the policy's mean action",
+        )
         self.missed_plans += plan.missed
         self.late_plans += plan.late
         return plan.action
@@ -118,7 +107,7 @@ class Planner:
         return self._plan.mean
 
     @property
-    def step(self) -> int:
+    def step(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Plans so far; setting it repeats or skips random draws."""
         return self._plan.step
 
@@ -126,36 +115,9 @@ class Planner:
     def step(self, value: int) -> None:
         self._plan.step = value
 
-    @contextlib.contextmanager
-    def untraced(self) -> Iterator[dict[str, int]]:
-        """Plan from step 0 on, and be afterwards as if nothing had been planned.
-
-        Yields what is filled at the end: how many plans were counted, by `COUNTS`.
-        """
-        before, counted = self.state_dict(), dict[str, int]()
-        self.step = 0
-        yield counted
-        counted.update({name: getattr(self, name) - int(before[name]) for name in COUNTS})
-        self.load_state_dict(before)
-
-    def count(self, counted: dict[str, int]) -> None:
-        """Add to the counts, by `COUNTS`."""
-        for name, number in counted.items():
-            setattr(self, name, getattr(self, name) + number)
-
-    def summary(self) -> dict[str, Any]:
-        """The backend and the counts, as summary.json and `iqmpc eval` name them."""
-        return {"backend": self.backend, **{name: getattr(self, name) for name in COUNTS}}
-
     def state_dict(self) -> dict[str, Tensor]:
-        return {
-            "mean": self.mean.clone(),
-            "step": torch.tensor(self.step),
-            **{name: torch.tensor(getattr(self, name)) for name in COUNTS},
-        }
+        return {"mean": self.mean.clone(), **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.mean.copy_(state["mean"])
-        self.step = int(state["step"])
-        for name in COUNTS:
-            setattr(self, name, int(state.get(name, 0)))  # those of 0.1 count no late ones
+        super().load_state_dict(state)

@@ -38,11 +38,12 @@ class Point(NamedTuple):
 class Curve(NamedTuple):
     """The points of a run, what it departs from its preset in, and its demonstrator's return.
 
-    The latter is None where there is none or the run has not ended.
+    `agent` is its method's name, `demonstrator` None where there is none or the run has not ended.
     """
 
     points: list[Point]
     task: str
+    agent: str
     seed: int
     ablation: str
     demonstrator: float | None
@@ -88,7 +89,8 @@ def read_curve(run: Path) -> Curve:
         )
     except CheckpointError as error:
         warnings.warn(f"{error}: no demonstrator is drawn", RuntimeWarning, stacklevel=2)
-    return Curve(points, config.task.name, config.seed, ablation(config), demonstrator)
+    task, agent = config.task.name, config.agent.name
+    return Curve(points, task, agent, config.seed, ablation(config), demonstrator)
 
 
 def over_seeds(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
@@ -141,24 +143,25 @@ def save_figure(figure: Figure, out: Path) -> None:
 def plot(runs: Sequence[Path], out: Path, *, group: bool = False, title: str | None = None) -> None:
     """Draw the curves of `runs` into `out` (.png, .pdf or .svg) and write their points beside it.
 
-    Runs of a task that differ only in their seed are drawn as one: the mean of their evaluations,
-    its range over seeds as a band, every evaluation as a dot. With `group` the band is the mean's
-    95 % bootstrap interval, and there are no dots. A run without others of its kind
+    Runs of a task and agent that differ only in their seed are drawn as one: the mean of their
+    evaluations, its range over seeds as a band, every evaluation as a dot. With `group` the band is
+    the mean's 95 % bootstrap interval, and there are no dots. A run without others of its kind
     shows its training episodes too. The CSV has the columns task, seed, env_steps, minutes, kind,
     return.
     """
     figure = new_figure(out, figsize=(10, 3.8))
     curves = [read_curve(run) for run in runs]
-    groups: dict[tuple[str, str], list[Curve]] = {}
+    groups: dict[tuple[str, ...], list[Curve]] = {}
     for curve in curves:
-        groups.setdefault((curve.task, curve.ablation), []).append(curve)
+        agent = "" if curve.agent == "iq_mpc" else f"agent={curve.agent}"
+        groups.setdefault((curve.task, agent, curve.ablation), []).append(curve)
     if title is not None:
         figure.suptitle(title)
     axes = figure.subplots(1, 2, sharey=True)
-    for index, ((task, settings), alike) in enumerate(groups.items()):
+    for index, (settings, alike) in enumerate(groups.items()):
         colour = f"C{index}"
         seeds = f"{len(alike)} seeds" if len(alike) > 1 else f"seed {alike[0].seed}"
-        label = textwrap.fill(", ".join(filter(None, [task, settings, seeds])), 50)
+        label = textwrap.fill(", ".join(filter(None, [*settings, seeds])), 50)
         demonstrators = {c.demonstrator for c in alike} - {None}
         for axis, x in zip(axes, ("env_steps", "minutes"), strict=True):
             _draw(axis, alike, x, colour, label, bootstrap=group)
@@ -179,6 +182,25 @@ def plot(runs: Sequence[Path], out: Path, *, group: bool = False, title: str | N
         writer.writerows(
             p._replace(minutes=round(p.minutes, 2), value=round(p.value, 1)) for p in curve.points
         )
+    save_figure(figure, out)
+    write_atomically(out.with_suffix(".csv"), text.getvalue().encode())
+
+
+def scatter_rewards(
+    true: np.ndarray, decoded: np.ndarray, out: Path, *, title: str | None = None
+) -> None:
+    """Draw decoded rewards [N] against the true ones into `out`, and write both beside it.
+
+    The CSV has the columns true, decoded. Raises as `new_figure`.
+    """
+    figure = new_figure(out, figsize=(5, 4))
+    axis = figure.subplots()
+    axis.scatter(true, decoded, s=4, alpha=0.25, lw=0)
+    axis.set(xlabel="true reward", ylabel="decoded reward", title=title)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true", "decoded"])
+    writer.writerows((f"{t:.6g}", f"{d:.6g}") for t, d in zip(true, decoded, strict=True))
     save_figure(figure, out)
     write_atomically(out.with_suffix(".csv"), text.getvalue().encode())
 

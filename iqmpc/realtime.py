@@ -20,7 +20,7 @@ from iqmpc.envs.vector import VectorEnv
 from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.errors import ConfigError
 from iqmpc.latency import LatencyHistogram
-from iqmpc.learner import Learner
+from iqmpc.methods import MethodLearner
 from iqmpc.replay import SliceReplay
 from iqmpc.reporting import Reporter
 from iqmpc.updates import Updates
@@ -44,7 +44,7 @@ class RealTimeUpdates(Updates):
     def __init__(
         self,
         config: Config,
-        learner: Learner,
+        learner: MethodLearner,
         agent: Agent,
         behaviour: SliceReplay,
         experts: SliceReplay | None,

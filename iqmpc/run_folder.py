@@ -98,7 +98,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def evaluation(self, agent: str) -> Path:
-        """Where `iqmpc table` keeps what it measured of "planner" or "prior"."""
+        """Where `iqmpc table` keeps what it measured of "planner", "prior" or a baseline."""
         return self.path / f"evaluation-{agent}.json"
 
     @property

@@ -10,9 +10,9 @@ import torch
 
 from iqmpc import checkpoint
 from iqmpc.config import Config, differences, may_change
+from iqmpc.controller import Controller
 from iqmpc.errors import CheckpointError, ConfigError
-from iqmpc.learner import Learner
-from iqmpc.planner import Planner
+from iqmpc.methods import MethodLearner
 from iqmpc.replay import SliceReplay
 from iqmpc.run_folder import RunFolder, set_aside
 from iqmpc.seeding import stream_seed
@@ -38,8 +38,8 @@ class RunState:
         self,
         folder: RunFolder,
         config: Config,
-        learner: Learner,
-        planner: Planner,
+        learner: MethodLearner,
+        planner: Controller,
         behaviour: SliceReplay,
         experts: SliceReplay | None,
         generator: torch.Generator,

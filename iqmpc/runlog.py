@@ -29,12 +29,16 @@ LEARNING = (
     "policy_loss",
     "q_policy",
     "entropy",
+    "temperature",
+    "reward_loss",
+    "dynamics_loss",
     "model_grad_norm",
     "policy_grad_norm",
     "skipped_updates",
     "termination_loss",
     "termination_recall",
     "termination_precision",
+    "cloning_error",
 )
 TIMING = ("plan_ms", "env_ms", "update_ms", "steps_per_s")
 COLUMNS: tuple[str, ...] = PROGRESS + RESULTS + LEARNING + TIMING

@@ -13,7 +13,6 @@ from iqmpc import agent_file
 from iqmpc.checkpoint import shapes
 from iqmpc.config import Config
 from iqmpc.errors import CheckpointError, one_line
-from iqmpc.model import WorldModel
 from iqmpc.observation import ObservationSpec
 from iqmpc.run_folder import RunFolder
 from iqmpc.scaling import ObservationScaling
@@ -65,15 +64,17 @@ class StoredAgent(NamedTuple):
             found["obs"] = self.scaling.inverse()(found["obs"]).float()
         return found
 
-    def model(self, config: Config) -> WorldModel:
+    def model(self, config: Config) -> Any:
         """The model of these settings with its weights.
 
         None is made of sizes that its weights do not have: `CheckpointError`.
         """
 
-        def made() -> WorldModel:
-            return WorldModel(
-                self.observation, self.action_dim, config.model, termination=self.termination
+        from iqmpc.methods import learner_class  # which knows this module
+
+        def made() -> Any:
+            return learner_class(config).make_model(
+                self.observation, self.action_dim, config, termination=self.termination
             )
 
         weights = self.weights(config.agent.average)
@@ -117,15 +118,15 @@ def find(run: str | Path, checkpoint: str = "newest") -> StoredAgent:
     config = folder.load_config()
     path, tensors, meta = folder.checkpoint(checkpoint)
     folder.check_settings(config, path, meta)
-    scaling = None
-    if config.model.normalise_obs != "off":
+    normalise, scaling = config.model.normalise_obs, None
+    names = [f"learner.scaling.{key}" for key in ObservationScaling._fields]
+    absent = normalise == "auto" and not tensors.keys() & set(names)
+    if not (normalise == "off" or absent or config.is_baseline):  # whose model has it itself
         try:
-            held = (tensors[f"learner.scaling.{key}"] for key in ObservationScaling._fields)
-            scaling = ObservationScaling(*held)
+            scaling = ObservationScaling(*(tensors[name] for name in names))
         except KeyError as error:
             raise CheckpointError(
-                f"{path} holds no scaling of its observations, model.normalise_obs="
-                f"{config.model.normalise_obs}"
+                f"{path} holds no scaling of its observations, model.normalise_obs={normalise}"
             ) from error
     facts = {key: meta[key] for key in agent_file.FACTS}
     return StoredAgent(

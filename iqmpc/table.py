@@ -16,6 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from iqmpc.composition import ablation
+from iqmpc.config import Config
 from iqmpc.errors import CheckpointError, IqmpcError, TaskError
 from iqmpc.evaluation import evaluate, mixed_correlation, open_run, ratio
 from iqmpc.files import write_atomically
@@ -81,8 +82,8 @@ def record(
 
     The evaluation of summary.json is taken where it has `episodes` episodes or more of the same
     agent, else one is made (`measure`). What was measured is kept in the run folder, in
-    evaluation-planner.json or evaluation-prior.json, until the run has gone on. `planner=False`
-    acts with the policy prior.
+    evaluation-AGENT.json (`RunFolder.evaluation`), until the run has gone on. `planner=False` acts
+    with the policy prior.
     Raises `CheckpointError` where `run` is no run or has no checkpoint, and as `measure` does.
     """
     folder = RunFolder(run)
@@ -90,10 +91,8 @@ def record(
     if not folder.has_checkpoint:
         raise CheckpointError(f"{run} has no checkpoint")
     summary = folder.load_figures(folder.summary, _TOLD | _REACHED)
-    agent = "planner" if planner and config.planner.enabled else "prior"
-    enough = summary.get("episodes", 0) >= episodes and (
-        agent == "planner" or not config.planner.enabled
-    )
+    agent = _acting(config, planner)
+    enough = summary.get("episodes", 0) >= episodes and agent == _acting(config, True)
     kept = folder.evaluation(agent)
     measured = folder.load_figures(kept, {"env_steps", "reward_correlation"})
     if (
@@ -102,7 +101,7 @@ def record(
         or (not enough and measured.get("episodes", 0) < episodes)
     ):
         try:
-            measured = _in_own_process(run, 0 if enough else episodes, agent == "planner")
+            measured = _in_own_process(run, 0 if enough else episodes, agent != "prior")
         except TaskError as error:  # such as an environment of the user's own
             if not enough:
                 raise
@@ -146,6 +145,14 @@ def record(
             "commit": summary.get("commit"),
         }
     )
+
+
+def _acting(config: Config, planner: bool) -> str:
+    """Who acts: `planner` or `prior` of IQ-MPC, with the planner where it is wanted, or a baseline
+    by its name."""
+    if config.is_baseline:
+        return config.agent.name
+    return "planner" if planner and config.planner.enabled else "prior"
 
 
 def read_records(path: Path) -> list[Record]:

@@ -54,6 +54,7 @@ def prepare_torch(config: Config) -> None:
         and config.learner.mode in ("auto", "fused")
         and config.planner.backend in ("auto", "cpu")
         and config.planner.mode == "eager"  # else the reference plans
+        and not config.is_baseline
     )
     set_threads(config.threads, torch_idle=idle)
     torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing

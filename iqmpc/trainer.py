@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from iqmpc.agent import Agent, resolve_device
+from iqmpc.agent import resolve_device
 from iqmpc.callbacks import Callback
 from iqmpc.compiler import check_compiler
 from iqmpc.config import Config, shortened
@@ -25,7 +25,7 @@ from iqmpc.evaluation import Evaluation, evaluate, no_evaluation, ratio
 from iqmpc.expert_data import add_demonstrations, demonstrations_for, expert_replay
 from iqmpc.initial import start_from
 from iqmpc.interrupts import Interrupts
-from iqmpc.learner import Learner
+from iqmpc.methods import agent_class, learner_class
 from iqmpc.provenance import commit, machine
 from iqmpc.realtime import RealTimeUpdates
 from iqmpc.replay import SliceReplay
@@ -54,6 +54,8 @@ class _Watched(gymnasium.Wrapper):
 
 class Trainer:
     """Trains an agent on environments from demonstrations (none for `objective: td`).
+
+    `agent.name` says by which method (`iqmpc.methods`): the trainer is the same for all.
 
     What is not given follows from `config`, as on the command line: environments of `config.task`,
     the demonstrations of `config.demos` or those packaged with the task, and for `run` the folder
@@ -172,11 +174,12 @@ class Trainer:
         # Of the random actions, and later of the batches.
         self.generator = torch.Generator(device).manual_seed(stream_seed(config.seed, "trainer"))
         scaling = None if self.experts is None else self.experts.scaling
-        self.learner = learner = Learner(
+        self.learner = learner = learner_class(config)(
             spec, action_dim, config, device, sampler=self.generator, scaling=scaling
         )
         check_compiler(config, device, learner.mode)
-        self.agent = Agent(
+        agent = agent_class(config)
+        self.agent = agent(
             learner.model,
             acting,
             seed=config.seed,
@@ -189,7 +192,7 @@ class Trainer:
         self._evaluator = (
             self.agent
             if both
-            else Agent(
+            else agent(
                 learner.model, acting, seed=config.seed, weights=learner.evaluation_weights()
             )
         )

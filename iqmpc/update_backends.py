@@ -6,7 +6,7 @@ changes in place: a checkpoint does not know which one made it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from iqmpc.kernels.iq_update import FusedUpdate, UpdateSettings, UpdateState
 from iqmpc.kernels.weights import frozen, layer_tensors
 from iqmpc.losses import Batch, ModelNoise, PolicyNoise
 from iqmpc.observation import ObservationSpec
+from iqmpc.optimisation import guarded_step, move
 from iqmpc.replay import SliceReplay, join
 from iqmpc.seeding import stream_seed
 from iqmpc.threads import threads
@@ -99,47 +100,36 @@ class EagerBackend:
             x.entropy_coef,
             x.penalise,
         )
-        metrics["model_grad_norm"], finite = self._step(loss, x.model_optimiser, x.model_parameters)
+        metrics["model_grad_norm"], finite = guarded_step(
+            loss, x.model_optimiser, x.model_parameters, s.grad_clip
+        )
 
         policy_loss, policy_metrics = self._policy_loss(
-            x.weights, latents, self.policy_noise(latents), s.rho, x.entropy_coef, s.entropy
+            x.weights,
+            latents,
+            self.policy_noise(latents),
+            s.rho,
+            x.entropy_coef,
+            s.entropy,
+            *losses.cloning(batch, metrics, s.c_bc),
         )
-        policy_metrics["policy_grad_norm"], both = self._step(
-            policy_loss, x.policy_optimiser, list(x.model.policy.parameters()), finite
+        policy_metrics["policy_grad_norm"], both = guarded_step(
+            policy_loss,
+            x.policy_optimiser,
+            list(x.model.policy.parameters()),
+            s.grad_clip,
+            allowed=finite,
         )
 
-        _move(layer_tensors(x.targets), layer_tensors(frozen(x.weights.critics)), s.tau * finite)
+        move(layer_tensors(x.targets), layer_tensors(frozen(x.weights.critics)), s.tau * finite)
         if x.averages is not None:
-            _move(
+            move(
                 x.averages.tensors(),
                 [t.detach() for t in x.weights.tensors()],
                 x.config.agent.average_rate * finite,
             )
         x.skipped += ~both
         return metrics | policy_metrics | {"skipped_updates": x.skipped.to(loss.dtype)}
-
-    def _step(
-        self,
-        loss: Tensor,
-        optimiser: torch.optim.Optimizer,
-        parameters: Sequence[Tensor],
-        allowed: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """A step, if `allowed` (bool, 0-dim) and finite: the gradient's norm and whether it was."""
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        clip = self.learner.settings.grad_clip
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip).detach()
-        made = loss.detach().isfinite() & norm.isfinite()
-        if allowed is not None:
-            made = made & allowed
-        # Fused Adam looks at this where the gradients are, so that the host need not wait: where it
-        # is 1, parameters, moments and step counts stay (what gradient scaling uses it for, which
-        # sets it from outside too).
-        found_inf = (~made).to(torch.float32)
-        optimiser.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue]
-        optimiser.step()
-        return norm, made
 
     def model_noise(self, batch: Batch) -> ModelNoise:
         """The draws of the model's step on a batch, from the learner's `generator`."""
@@ -308,6 +298,8 @@ class FusedBackend:
             values["q_difference"] = values["q_expert"] - values["q_behaviour"]
         if not x.penalise:
             absent.add("gradient_penalty")
+        if not x.settings.c_bc:
+            absent.add("cloning_error")
         if not x.weights.termination:
             absent |= {"termination_loss", "termination_recall", "termination_precision"}
         values["skipped_updates"] = x.skipped
@@ -330,12 +322,3 @@ def resolve_update(config: Config, device: torch.device, spec: ObservationSpec) 
     unfit = {name: x.unfit(config, device, spec) for name, x in BACKENDS.items()}
     mode = config.learner.mode
     return resolve(mode, unfit, order=AUTO, setting="learner.mode", error=ConfigError)
-
-
-@torch.no_grad()
-def _move(old: list[Tensor], new: list[Tensor], rate: Tensor) -> None:
-    """old ← old + rate (new - old) in place; rate, 0-dim, on their device."""
-    # The public lerp_ goes tensor by tensor.
-    torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-        old, new, [rate] * len(old)
-    )

@@ -17,7 +17,7 @@ from iqmpc.config import Config
 from iqmpc.envs.vector import VectorEnv
 from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.errors import TaskError
-from iqmpc.learner import Learner
+from iqmpc.methods import MethodLearner
 from iqmpc.replay import SliceReplay
 from iqmpc.reporting import Metrics, Reporter
 
@@ -36,7 +36,7 @@ class Updates:
     def __init__(
         self,
         config: Config,
-        learner: Learner,
+        learner: MethodLearner,
         agent: Agent,
         behaviour: SliceReplay,
         experts: SliceReplay | None,

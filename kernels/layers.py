@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iqmpc.kernels.weights import Layer, Weights, map_layers
+from iqmpc.kernels.weights import Layer, PolicyLayers, Weights, map_layers
 
 _EPS = 1e-5  # LayerNorm's, as in torch
 CONVOLUTIONS = ((7, 2), (5, 2), (3, 2), (3, 1))  # kernel and stride of the encoder of images
@@ -96,21 +96,21 @@ def termination(w: Weights, z: Tensor) -> Tensor:
     return mlp(w.termination, z).squeeze(-1)
 
 
-def policy(w: Weights, z: Tensor) -> tuple[Tensor, Tensor]:
+def policy(w: PolicyLayers, z: Tensor) -> tuple[Tensor, Tensor]:
     """π: z [..., Z] -> mean μ and log σ, each [..., A], both before the squashing tanh."""
     mean, x = mlp(w.policy, z).chunk(2, dim=-1)
     low, high = w.log_std_min, w.log_std_max
     return mean, low + 0.5 * (high - low) * (torch.tanh(x) + 1)
 
 
-def policy_action(w: Weights, z: Tensor, noise: Tensor) -> Tensor:
+def policy_action(w: PolicyLayers, z: Tensor, noise: Tensor) -> Tensor:
     """a = tanh(μ + σ ε): z [..., Z], standard normal noise [..., A] -> action [..., A]."""
     mean, log_std = policy(w, z)
     return torch.tanh(mean + log_std.exp() * noise)
 
 
 def policy_sample(
-    w: Weights, z: Tensor, noise: Tensor, form: Literal["exact", "presquash"] = "exact"
+    w: PolicyLayers, z: Tensor, noise: Tensor, form: Literal["exact", "presquash"] = "exact"
 ) -> tuple[Tensor, Tensor]:
     """a = tanh(u), u = μ + σ ε, and log π [...], summed over the action's dimensions.
 

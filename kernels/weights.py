@@ -7,7 +7,7 @@ read-only copy of them (`snapshot`), made once per published update and never pe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,19 @@ class Layer(NamedTuple):
         """The same layer with `f` applied to every tensor."""
         gamma, beta = (None if t is None else f(t) for t in (self.gamma, self.beta))
         return Layer(f(self.weight), f(self.bias), gamma, beta)
+
+
+class PolicyLayers(Protocol):
+    """A squashed Gaussian policy: its layers, of 2A outputs, and the range of log σ."""
+
+    @property
+    def policy(self) -> tuple[Layer, ...]: ...
+
+    @property
+    def log_std_min(self) -> float: ...
+
+    @property
+    def log_std_max(self) -> float: ...
 
 
 class Weights(NamedTuple):

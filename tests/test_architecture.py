@@ -26,13 +26,13 @@ FLOORS = {
     ),
     "data": ("demos envs", "ground settings records"),
     "method": (
-        "agent learner model onnx_model plan_statistics planner replay scaling stored_agent "
-        "update_backends",
+        "agent baselines controller learner methods model onnx_model optimisation plan_statistics "
+        "planner replay scaling stored_agent update_backends",
         "ground settings kernels records",
     ),
     "runs": (
-        "bench demonstrators evaluation expert_data export initial realtime run_state table "
-        "trainer updates video",
+        "bench demonstrators evaluation expert_data export initial realtime reproduce run_list "
+        "run_state table trainer updates video",
         "ground settings records data method",
     ),
     "shell": ("cli commands doctor", "ground settings kernels records data method runs"),

@@ -92,7 +92,7 @@ def test_the_paper_preset_is_the_papers_settings():
     assert planner == Config().planner
 
 
-@pytest.mark.parametrize("group", ["task", "model", "planner", "learner", "preset"])
+@pytest.mark.parametrize("group", ["task", "model", "planner", "learner", "agent", "preset"])
 def test_every_option_composes(group):
     for option in options(group):
         compose([f"{group}={option}"])

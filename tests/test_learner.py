@@ -103,7 +103,13 @@ def copies(weights):
         ({"grad_clip": 0.01}, True),
         ({"objective": "td", "entropy_scale": "one", "dropout": "always"}, False),
         (
-            {"objective": "v_diff", "gradient_penalty": True, "dropout": "always", "c_gp": 3.0},
+            {
+                "objective": "v_diff",
+                "gradient_penalty": True,
+                "dropout": "always",
+                "c_gp": 3.0,
+                "c_bc": 0.3,
+            },
             False,
         ),
     ],
@@ -161,7 +167,13 @@ def test_an_update_by_hand(small_config, monkeypatch, settings, clips):
         assert (norm > clip) == clips
 
         between, old_latents, policy_noise, *last = policy_calls.pop(0)
-        assert last == [0.7, beta, "presquash"] and torch.allclose(old_latents, latents, atol=1e-5)
+        assert last[:3] == [0.7, beta, "presquash"]
+        assert torch.allclose(old_latents, latents, atol=1e-5)
+        if config.learner.c_bc:
+            assert torch.equal(last[3], data.action[:, :8])
+            assert last[4].item() == pytest.approx(0.3 * (1 + abs(expected["q_expert"].item())))
+        else:
+            assert not last[3:]
         between = copies(between)
         now, _, policy_now = parts(between)
         for a, b in zip(now, after, strict=True):  # the critics have moved, the policy has not

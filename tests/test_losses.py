@@ -422,13 +422,15 @@ def test_gradient_penalty_is_differentiable_at_the_initial_critic():
 
 @pytest.mark.parametrize("form", ["exact", "presquash"])
 @pytest.mark.parametrize("dropout", [False, True])
-def test_policy_loss_its_metrics_and_its_gradient(case, form, dropout):
+@pytest.mark.parametrize("cloned", [False, True])
+def test_policy_loss_its_metrics_and_its_gradient(case, form, dropout, cloned):
     """By hand, and its differences; the first rows are saturated, where the forms differ most."""
     model, _, _, noise = case
     eps = torch.randn(H + 1, 2 * N, A).double()
     z = torch.rand(H + 1, 2 * N, Z).double()
     keep = multipliers(2, (H + 1) * 2 * N) if dropout else None
     model.policy[-1].bias.data += torch.tensor([2.0, -2.0, 0.3, 0.5]).double()
+    shown = 2 * torch.rand(H, N, A).double() - 1
 
     def expected(model):
         m, terms = Plain(model.weights(), form), []
@@ -446,17 +448,33 @@ def test_policy_loss_its_metrics_and_its_gradient(case, form, dropout):
                 )
         log_prob, q, actions = map(np.array, zip(*terms, strict=True))
         weight = np.repeat([RHO**t for t in range(H + 1)], 2 * N)
-        return (weight * (BETA * log_prob - q)).mean(), -log_prob.mean(), q.mean(), actions
+        error = np.mean(
+            [
+                RHO**t * (actions[t * 2 * N + b] - shown[t, b].numpy()) ** 2
+                for t in range(H)
+                for b in range(N)
+            ]
+        )
+        loss = (weight * (BETA * log_prob - q)).mean() + (0.7 * error if cloned else 0)
+        return loss, -log_prob.mean(), q.mean(), error, actions
 
     latents = z.clone().requires_grad_()
     loss, metrics = losses.policy_loss(
-        model.weights(), latents, PolicyNoise(eps, noise.pair, keep), RHO, BETA, form
+        model.weights(),
+        latents,
+        PolicyNoise(eps, noise.pair, keep),
+        RHO,
+        BETA,
+        form,
+        *((shown, 0.7) if cloned else ()),
     )
-    value, entropy, q, actions = expected(model)
+    value, entropy, q, error, actions = expected(model)
     assert abs(actions).max() > 0.99
     assert loss.item() == pytest.approx(value, rel=1e-10)
     assert {k: v.item() for k, v in metrics.items()} == pytest.approx(
-        {"policy_loss": value, "entropy": entropy, "q_policy": q}, rel=1e-10
+        {"policy_loss": value, "entropy": entropy, "q_policy": q}
+        | ({"cloning_error": error} if cloned else {}),
+        rel=1e-10,
     )
     loss.backward()
     for part in (model.encoder, model.dynamics, model.critics):
@@ -467,6 +485,17 @@ def test_policy_loss_its_metrics_and_its_gradient(case, form, dropout):
     ):
         assert p.grad.abs().sum() > 0
         assert (p.grad * direction).sum().item() == pytest.approx(slope, rel=1e-5, abs=1e-8), name
+
+
+def test_what_is_cloned_and_with_what_weight(case):
+    """The demonstrations' actions, by c_bc (1 + |their mean Q|), which carries no gradient."""
+    _, _, batch, _ = case
+    metrics = {"q_expert": torch.tensor(-3.0, requires_grad=True)}
+    shown, weight = losses.cloning(batch, metrics, 0.5)
+    assert torch.equal(shown, batch.action[:, : batch.experts]) and shown.shape[1] == N
+    assert weight.item() == 2.0 and not weight.requires_grad
+    assert losses.cloning(batch, metrics, 0.0) == ()
+    assert losses.cloning(batch._replace(experts=0), metrics, 0.5) == ()
 
 
 def test_consistency_targets_are_constants(case):

@@ -53,6 +53,11 @@ def labels(axis):
     return [text.get_text() for text in axis.get_legend().get_texts()]
 
 
+def test_agents_are_curves_of_their_own(make_run, drawn):
+    steps, _ = drawn(make_run(0), make_run(1, ["agent=bc"]))
+    assert labels(steps) == ["walker-walk, seed 0", "walker-walk, agent=bc, seed 1"]
+
+
 def test_seeds_of_the_same_settings_are_one_curve(make_run, drawn):
     steps, minutes = drawn(make_run(0), make_run(1, scale=3.0), make_run(2, ["model.critics=3"]))
     assert labels(steps) == ["walker-walk, 2 seeds", "walker-walk, model.critics=3, seed 2"]

@@ -131,12 +131,28 @@ def test_a_run_continues_exactly(tmp_path, scaled, point_env, point_demonstratio
 def test_what_cannot_be_scaled_is_refused(scaled, tmp_path, image_point_env, image_demonstrations):
     with pytest.raises(ConfigError, match="model.normalise_obs=demos needs demonstrations"):
         scaled.replace({"learner.objective": "td"})
-    with pytest.raises(ConfigError, match="task.obs=pixels"):
-        scaled.replace({"task.obs": "pixels"})
     spec = ObservationSpec.of(image_point_env.observation_space.shape)
     config = scaled.replace({"task.name": "point"})
     with pytest.raises(ConfigError, match="scales numbers, the task observes images"):
         expert_replay(image_demonstrations, config, spec, 2, "cpu")
+    config = config.replace({"model.normalise_obs": "auto"})
+    assert expert_replay(image_demonstrations, config, spec, 2, "cpu").scaling is None
+
+
+def test_auto_scales_where_something_is_demonstrated(
+    tmp_path, small_config, point_env, point_demonstrations
+):
+    config = small_config.replace({"model.normalise_obs": "auto", "train.steps": 40})
+    train(config, point_env, point_demonstrations, tmp_path / "iq")
+    scaling = tensors_of(tmp_path / "iq")[0]["learner.scaling.mean"]
+    Agent.load(tmp_path / "iq")
+    assert torch.equal(
+        scaling, ObservationScaling.of(e.observations for e in point_demonstrations.episodes).mean
+    )
+    td = config.replace({"learner.objective": "td"})
+    train(td, point_env, None, tmp_path / "td")
+    assert "learner.scaling.mean" not in tensors_of(tmp_path / "td")[0]
+    Agent.load(tmp_path / "td")
 
 
 def test_a_checkpoint_without_its_scaling_is_refused(

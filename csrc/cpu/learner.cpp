@@ -46,6 +46,7 @@ void check(const LearnerSettings& s) {
   need("c_cons", s.c_cons, s.c_cons >= 0, "0 or more");
   need("c_iq", s.c_iq, s.c_iq >= 0, "0 or more");
   need("c_gp", s.c_gp, s.c_gp >= 0, "0 or more");
+  need("c_bc", s.c_bc, s.c_bc >= 0, "0 or more");
   need("c_termination", s.c_termination, s.c_termination >= 0, "0 or more");
   need("termination_weight", s.termination_weight, s.termination_weight > 0, "positive");
   need("dropout", s.dropout, s.dropout >= 0 && s.dropout <= 0.99f, "in [0, 0.99]");
@@ -428,7 +429,7 @@ UpdateMetrics Learner::State::run(Source source, Index new_columns, std::uint64_
   m.termination_recall = ends ? total.found / total.ends : kNaN;
   m.termination_precision = ends ? total.found / total.claimed : kNaN;
   m.model_grad_norm = model_norm;
-  m.policy_loss = m.entropy = m.q_policy = m.policy_grad_norm = kNaN;
+  m.policy_loss = m.entropy = m.q_policy = m.policy_grad_norm = m.cloning_error = kNaN;
   const double loss = settings.c_cons * m.consistency + settings.c_iq * m.critic_loss +
                       (ends ? settings.c_termination * m.termination_loss : 0.0);
   m.model_skipped = m.policy_skipped = !std::isfinite(loss) || !std::isfinite(model_norm);
@@ -450,15 +451,17 @@ UpdateMetrics Learner::State::run(Source source, Index new_columns, std::uint64_
         neuron.pack();
       });
 
+  const double cloning = clones() ? settings.c_bc * (1 + std::abs(m.q_expert)) : 0.0;
   pool.run(blocks_n, [&](Index i, int thread) {
-    policy_block(blocks[static_cast<std::size_t>(i)], key, policy_pair,
+    policy_block(blocks[static_cast<std::size_t>(i)], source, key, policy_pair, cloning,
                  work[static_cast<std::size_t>(thread)]);
   });
   each(policy_part, gather, [](Neuron&) {});
   total = sum_of(sums);
   const double policy_norm = norm(policy_part, 0);
   const double step_rows = static_cast<double>((settings.horizon + 1) * columns);
-  m.policy_loss = total.policy;
+  m.policy_loss = total.policy + cloning * total.cloning;
+  if (clones()) m.cloning_error = total.cloning;
   m.entropy = -total.log_prob / step_rows;
   m.q_policy = total.q_policy / step_rows;
   m.policy_grad_norm = policy_norm;

@@ -415,8 +415,25 @@ class Learner::State::Pass {
     }
   }
 
-  // The policy's loss: π on all latents, rated by critics that are fixed.
-  void policy(const Index* pair) {
+  // Adds to dL/da that of weight (1/H) Σ_{t<H} λ^t mean (a_t - what was demonstrated)².
+  void imitate(const Source& source, double weight, float* da) {
+    double share = 1 / static_cast<double>(horizon * s.experts * s.action_dim);
+    for (Index t = 0; t < horizon; ++t, share *= set.rho) {
+      for (Index i = 0; i < b.experts; ++i) {
+        const Index row = (t * columns + i) * ld_a;
+        const float* shown = source.action(t, b.first_expert + i);
+        for (Index j = 0; j < s.action_dim; ++j) {
+          const double error = w.action.data()[row + j] - shown[j];
+          sums.cloning += share * error * error;
+          da[row + j] += static_cast<float>(2 * weight * share * error);
+        }
+      }
+    }
+  }
+
+  // The policy's loss: π on all latents, rated by critics that are fixed, and `cloning` times its
+  // squared error on the demonstrations.
+  void policy(const Index* pair, const Source& source, double cloning) {
     const Index rows = (horizon + 1) * columns;
     Operand& joint = s.step_joint;
     StackTrace& trace = s.policy_trace;
@@ -486,6 +503,7 @@ class Learner::State::Pass {
         }
       }
     }
+    if (s.clones()) imitate(source, cloning, da);
     float* g = w.pre.data();
     exact.policy_backward(da, ld_a, rows, w.action.data(), ld_a, w.kept.data(), s.action_dim,
                           presquash(), w.beta.data(), g, head.padded);
@@ -692,15 +710,16 @@ void Learner::State::model_block(const Block& block, const Source& source, const
   sums[static_cast<std::size_t>(block.number)] = pass.sums;
 }
 
-void Learner::State::policy_block(const Block& block, const DrawKey& key, const Index* pair,
-                                  Work& w) {
+void Learner::State::policy_block(const Block& block, const Source& source, const DrawKey& key,
+                                  const Index* pair, double cloning, Work& w) {
   for (Layer& layer : policy.layers) layer.clear_sums(block.number);
   Pass pass(*this, block, key, w);
-  pass.policy(pair);
+  pass.policy(pair, source, cloning);
   Sums& total = sums[static_cast<std::size_t>(block.number)];
   total.policy = pass.sums.policy;
   total.log_prob = pass.sums.log_prob;
   total.q_policy = pass.sums.q_policy;
+  total.cloning = pass.sums.cloning;
 }
 
 }  // namespace iqmpc

@@ -99,13 +99,14 @@ struct Sums {
   double consistency = 0, q_expert = 0, q_behaviour = 0, target = 0, reward_expert = 0;
   double reward_behaviour = 0, value = 0, critic = 0, penalty = 0;
   double termination = 0, found = 0, claimed = 0, ends = 0;
-  double policy = 0, log_prob = 0, q_policy = 0;
+  double policy = 0, log_prob = 0, q_policy = 0, cloning = 0;
 
   static constexpr double Sums::* kAll[] = {
       &Sums::consistency,   &Sums::q_expert,         &Sums::q_behaviour, &Sums::target,
       &Sums::reward_expert, &Sums::reward_behaviour, &Sums::value,       &Sums::critic,
       &Sums::penalty,       &Sums::termination,      &Sums::found,       &Sums::claimed,
-      &Sums::ends,          &Sums::policy,           &Sums::log_prob,    &Sums::q_policy};
+      &Sums::ends,          &Sums::policy,           &Sums::log_prob,    &Sums::q_policy,
+      &Sums::cloning};
 };
 
 // Where a batch comes from: given, or slices of replays.
@@ -166,10 +167,12 @@ struct Learner::State {
   void model_block(const detail::Block& block, const detail::Source& source,
                    const detail::DrawKey& key, const detail::Index* pair, detail::Work& work);
   // The same of the policy's loss, on the latents that model_block left.
-  void policy_block(const detail::Block& block, const detail::DrawKey& key,
-                    const detail::Index* pair, detail::Work& work);
+  void policy_block(const detail::Block& block, const detail::Source& source,
+                    const detail::DrawKey& key, const detail::Index* pair, double cloning,
+                    detail::Work& work);
 
   bool td() const { return settings.objective == Objective::td; }
+  bool clones() const { return settings.c_bc > 0 && experts > 0; }
   bool penalised() const { return settings.c_gp > 0 && !td(); }
   bool drops() const { return threshold > 0; }
   bool always_drops() const { return drops() && settings.dropout_always; }

@@ -329,7 +329,8 @@ class Losses {
   }
 
   // On the latents of the model at construction.
-  double policy(const Model& m) const {
+  // `cloning` is the weight of the squared error on the demonstrations.
+  double policy(const Model& m, double cloning) const {
     double loss = 0;
     for (Index r = 0; r < (h + 1) * n; ++r) {
       const Sample pi = sample(m, z[r], d.policy.data() + r * a, s.entropy);
@@ -342,6 +343,10 @@ class Losses {
       }
       loss += power(r / n) / static_cast<double>((h + 1) * n) *
               (s.beta * pi.log_prob - std::min(q[0], q[1]));
+      for (Index j = 0; r < h * n && r % n < b.experts && j < a; ++j) {
+        const double error = pi.action[j] - b.action[r * a + j];
+        loss += cloning * power(r / n) / static_cast<double>(h * b.experts * a) * error * error;
+      }
     }
     return loss;
   }

@@ -301,9 +301,12 @@ void check_update(const LearnerSettings& s, Index experts, Index behaviour, unsi
   // The policy's step comes after the critics' and rates actions with what these have become.
   exact::Model stepped = exact::copy_of(model.learner_view());
   stepped.policy = original.policy;
-  near(metrics.policy_loss, losses.policy(stepped), 1e-5 * std::abs(metrics.policy_loss) + 1e-6);
+  CHECK(std::isnan(metrics.cloning_error) == (s.c_bc == 0));
+  const double cloning = s.c_bc > 0 ? s.c_bc * (1 + std::abs(metrics.q_expert)) : 0.0;
+  near(metrics.policy_loss, losses.policy(stepped, cloning),
+       1e-5 * std::abs(metrics.policy_loss) + 1e-6);
   check_gradients(learner, stepped, policy, all.size(),
-                  [&](const exact::Model& m) { return losses.policy(m); });
+                  [&](const exact::Model& m) { return losses.policy(m, cloning); });
   check_step(learner, model, before, metrics);
 }
 
@@ -313,11 +316,12 @@ void gradients_of_every_objective() {
   check_update(s, 5, 4, 1, best);
   check_update(s, 3, 4, 2, iqmpc::Isa::portable);
   s.c_gp = 0.7f;
+  s.c_bc = 0.3f;
   check_update(s, 4, 4, 3, best);
   s.horizon = 1;
   check_update(s, 9, 9, 4, best);  // two blocks of columns, of odd size
   s.horizon = 3;
-  s.c_gp = 0;
+  s.c_gp = s.c_bc = 0;
   s.objective = Objective::v_diff;
   s.entropy = iqmpc::Entropy::presquash;
   check_update(s, 2, 3, 5, best);

@@ -45,10 +45,11 @@ int run(const char* path, double hz, long ticks) {
   // ---- to here ----------------------------------------------------------------------------------
 
   const iqmpc::PlanStatistics plans = agent.planner().statistics();
-  std::printf("%llu plans: p50 %.0f us, p99.9 %.0f us, max %.0f us, %llu late, %llu missed\n",
-              static_cast<unsigned long long>(plans.plans), plans.quantile_us(0.5),
-              plans.quantile_us(0.999), plans.max_us, static_cast<unsigned long long>(plans.late),
-              static_cast<unsigned long long>(plans.missed));
+  std::printf(
+      "%llu plans: p50 %.0f us, p99 %.0f us, p99.9 %.0f us, max %.0f us, %llu late, %llu missed\n",
+      static_cast<unsigned long long>(plans.plans), plans.quantile_us(0.5), plans.quantile_us(0.99),
+      plans.quantile_us(0.999), plans.max_us, static_cast<unsigned long long>(plans.late),
+      static_cast<unsigned long long>(plans.missed));
   return 0;
 }
 

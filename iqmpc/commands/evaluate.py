@@ -28,6 +28,13 @@ def evaluate_run(
             "the agent, the agent with noise, random actions.",
         ),
     ] = False,
+    scatter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Draw these rewards against each other too, their values in a CSV beside it.",
+        ),
+    ] = None,
     checkpoint: Checkpoint = "newest",
     device: Device = None,
     backend: Backend = None,
@@ -39,7 +46,7 @@ def evaluate_run(
         from iqmpc.video import Recorder
 
         recorder = Recorder(video)
-    from iqmpc.evaluation import evaluate, mixed_correlation, open_run
+    from iqmpc.evaluation import evaluate, mixed_rewards, open_run
 
     agent, env = open_run(run, changes, checkpoint=checkpoint, seed=seed, render=video is not None)
     seed = agent.config.seed if seed is None else seed
@@ -61,14 +68,20 @@ def evaluate_run(
         "planner": planner,
         **agent.planner.summary(),
     }
-    if correlation:
+    pairs = None
+    if correlation or scatter is not None:
         with console.status("correlating") as status:
-            summary["reward_correlation"] = mixed_correlation(
+            pairs = mixed_rewards(
                 agent,
                 env,
                 seed=seed,
                 progress=lambda n, g: status.update(f"correlating, episode {n}: return {g:.1f}"),
             )
+        summary["reward_correlation"] = None if pairs is None else pairs.correlation
+    if scatter is not None and pairs is not None:
+        from iqmpc.plot import scatter_rewards
+
+        scatter_rewards(*pairs, scatter, title=f"{agent.config.task.name}, {run}")
     if as_json:
         from iqmpc.files import strict_json
 

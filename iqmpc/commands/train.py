@@ -76,9 +76,14 @@ def train_run(config: Config, run: Path | None, *, resume: bool) -> tuple[dict[s
         )
         run = trainer.claim_folder()
         parameters = sum(p.numel() for p in trainer.learner.model.parameters())
+        acting = (
+            f"agent {config.agent.name}"
+            if config.is_baseline
+            else f"planner {trainer.agent.planner.backend}"
+        )
         display.message(
-            f"{config.task.name}: {parameters:,} parameters on {trainer.device}, planner "
-            f"{trainer.agent.planner.backend}, run folder {run}"
+            f"{config.task.name}: {parameters:,} parameters on {trainer.device}, {acting}, run "
+            f"folder {run}"
         )
         hint = _busy_hint(config, trainer.learner.mode)
         if hint is not None:

@@ -29,6 +29,7 @@ METRICS = (
     "entropy",
     "q_policy",
     "policy_grad_norm",
+    "cloning_error",
 )
 
 

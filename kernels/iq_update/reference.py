@@ -36,7 +36,13 @@ def iq_update_reference(
     gradients, norm = _step(state, loss, encoder + others, rates, model_steps, s.grad_clip)
 
     policy_loss, policy_metrics = losses.policy_loss(
-        w, latents, policy_noise, s.rho, s.entropy_coef, s.entropy
+        w,
+        latents,
+        policy_noise,
+        s.rho,
+        s.entropy_coef,
+        s.entropy,
+        *losses.cloning(batch, metrics, s.c_bc),
     )
     policy = layer_tensors(w.policy)
     policy_gradients, policy_norm = _step(

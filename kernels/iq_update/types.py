@@ -27,6 +27,7 @@ class UpdateSettings(NamedTuple):
     c_cons: float
     c_iq: float
     c_gp: float
+    c_bc: float
     c_termination: float
     termination_weight: float
     dropout: float

@@ -58,6 +58,7 @@ struct LearnerSettings {
   float c_cons = 20.0f;
   float c_iq = 0.1f;
   float c_gp = 0.0f;  // 0: no gradient penalty
+  float c_bc = 0.0f;  // of the prior's squared error on demonstrated actions, times 1 + |their Q|
   float c_termination = 1.0f;
   float termination_weight = 10.0f;  // of terminal rows
   float dropout = 0.01f;             // of the critics' first layer, rounded to 2^-16
@@ -100,7 +101,7 @@ struct UpdateMetrics {
   double consistency, q_expert, q_behaviour, target_value, reward_expert, reward_behaviour;
   double value_term, gradient_penalty, critic_loss;
   double termination_loss, termination_recall, termination_precision;
-  double model_grad_norm, policy_loss, entropy, q_policy, policy_grad_norm;
+  double model_grad_norm, policy_loss, entropy, q_policy, policy_grad_norm, cloning_error;
   // A loss or gradient norm that is not finite. Of the model: nothing was changed. Of the policy
   // alone: the policy was left as it was.
   bool model_skipped, policy_skipped;

@@ -1,6 +1,5 @@
 """docs/results/run.py: many runs, unattended, whatever stops them."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,16 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from iqmpc import run_list as module
 from iqmpc.composition import compose
+from iqmpc.errors import ConfigError
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
 PROGRAM = RESULTS / "run.py"
 if not PROGRAM.exists():
     pytest.skip("docs/ is not beside the tests", allow_module_level=True)
-
-spec = importlib.util.spec_from_file_location("results_run", PROGRAM)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
 
 TINY = (
     "model=tiny model.encoder_dim=16 model.hidden_dim=16 model.latent_dim=16 planner.samples=16 "
@@ -120,7 +117,7 @@ def test_a_run_that_another_process_makes_is_let_be(fake, tmp_path):
 def test_a_wrong_list_is_refused(tmp_path, text, message):
     path = tmp_path / "runs.yaml"
     path.write_text(text)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ConfigError, match=message):
         module.read(path)
 
 

@@ -39,6 +39,7 @@ SETTINGS = UpdateSettings(
     c_cons=15.0,
     c_iq=0.2,
     c_gp=0.0,
+    c_bc=0.0,
     c_termination=0.8,
     termination_weight=3.0,
     dropout=0.125,
@@ -243,6 +244,7 @@ options = st.fixed_dictionaries(
         "entropy": st.sampled_from(["exact", "presquash"]),
         "horizon": st.integers(1, 4),
         "c_gp": st.sampled_from([0.0, 0.7]),
+        "c_bc": st.sampled_from([0.0, 0.4]),
         "dropout": st.sampled_from([0.0, 0.25]),
         "dropout_always": st.booleans(),
     }
@@ -275,7 +277,7 @@ def test_gradients_and_metrics_of_every_option_are_the_references(
 ):
     changes = SETTINGS._replace(**options)
     if changes.objective == "td":
-        sizes["experts"], changes = 0, changes._replace(c_gp=0.0)
+        sizes["experts"], changes = 0, changes._replace(c_gp=0.0, c_bc=0.0)
     if changes.c_gp:
         sizes["behaviour"] = sizes["experts"]
     latent, group = groups
@@ -295,6 +297,7 @@ def test_gradients_and_metrics_of_every_option_are_the_references(
         dict(objective="td"),
         dict(c_gp=0.7),
         dict(dropout_always=True),
+        dict(c_bc=0.4),
     ],
     ids=str,
 )
@@ -314,7 +317,7 @@ def test_bf16_gradients_are_near_the_references(isa, changes):
         dict(),
         dict(objective="v_diff", c_gp=0.7),
         dict(objective="td", grad_clip=1e-3),
-        dict(entropy="presquash", dropout_always=True, c_gp=0.3, grad_clip=0.5),
+        dict(entropy="presquash", dropout_always=True, c_gp=0.3, c_bc=0.2, grad_clip=0.5),
     ],
     ids=str,
 )
