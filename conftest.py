@@ -26,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="Only cases whose CASE/VARIANT contains this, and the matrix products.",
     )
     group.addoption(
+        "--benchmark-device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="Where the cases are measured. Default: cpu",
+    )
+    group.addoption(
         "--benchmark-threads",
         metavar="N",
         type=int,
@@ -56,6 +62,9 @@ def pytest_configure(config: pytest.Config) -> None:
     plans = config.getoption("benchmark_plans")
     if plans < 1:
         raise pytest.UsageError(f"--benchmark-plans must be at least 1, got {plans}")
+    if config.getoption("benchmark_device") == "cuda" and not torch.cuda.is_available():
+        if not config.option.collectonly:
+            raise pytest.UsageError("--benchmark-device=cuda: torch sees no CUDA device")
     torch.set_num_threads(threads or DEFAULT_THREADS)
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(BENCHMARKS)]

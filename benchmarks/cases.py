@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ class PlanCase:
     action_dim: int
     problems: int
     device: str = "cpu"
+
+    def on(self, device: str) -> PlanCase:
+        return dataclasses.replace(self, device=device)
 
     @property
     def name(self) -> str:
@@ -74,6 +78,9 @@ class UpdateCase:
     batch: int
     penalty: bool = False
     device: str = "cpu"
+
+    def on(self, device: str) -> UpdateCase:
+        return dataclasses.replace(self, device=device)
 
     @property
     def name(self) -> str:
@@ -124,6 +131,9 @@ class PublishCase:
     """New weights for a planner: the model of a plan's case, where a learner would have it."""
 
     plan: PlanCase
+
+    def on(self, device: str) -> PublishCase:
+        return PublishCase(self.plan.on(device))
 
     @property
     def name(self) -> str:

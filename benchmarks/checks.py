@@ -46,7 +46,7 @@ def plan(
     reference = ReferencePlan(exact, wide, discount=discount, problems=len(obs))
     mean = torch.zeros_like(plan.mean, dtype=torch.float64)
     z0, trajectories, *_ = reference.begin(exact, obs.to(mean), mean, noise)
-    tolerance, count = TOLERANCE[config.precision], config.policy_trajectories
+    tolerance, count = TOLERANCE[plan.precision], config.policy_trajectories
     actions = plan.actions.double()
     scores = torch.cat(
         [

@@ -7,27 +7,30 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.cases import PLAN_CASES
-from benchmarks.variants import PLAN_VARIANTS
+from benchmarks.cases import PLAN_CASES, PlanCase
+from benchmarks.variants import GPU_PLAN_VARIANTS, PLAN_VARIANTS
 from iqmpc.errors import BackendError
 
-CASE, VARIANT = PLAN_CASES[0], "cpu"  # the CPU preset
+PREFIX, CASES = "latency/", [PLAN_CASES[0]]  # the CPU preset
+VARIANTS = {"cpu": PLAN_VARIANTS["cpu"]}
+GPU_VARIANTS = {"triton-bf16": GPU_PLAN_VARIANTS["triton-bf16"]}
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("variant", [pytest.param(VARIANT, id=f"latency/{CASE.name}/{VARIANT}")])
-def test_latency(measure: Callable[..., None], pytestconfig: pytest.Config, variant: str) -> None:
-    how = PLAN_VARIANTS[variant]
+def test_latency(
+    measure: Callable[..., None], pytestconfig: pytest.Config, case: PlanCase, variant: str
+) -> None:
+    how = (VARIANTS | GPU_VARIANTS)[variant]
     try:
-        plan = how.build(CASE)
+        plan = how.build(case)
     except BackendError as error:
         pytest.skip(str(error))
     gc.collect()
     measure(
-        f"latency/{CASE.name}",
+        f"latency/{case.name}",
         variant,
         plan,
-        how.flops(CASE),
+        how.flops(case),
         how.dtype,
         times=pytestconfig.getoption("benchmark_plans"),
     )

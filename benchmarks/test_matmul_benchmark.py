@@ -15,6 +15,6 @@ CASES = {f"matmul/{SIZE}x{SIZE}x{SIZE}/{dtype}": dtype for dtype in ("float32", 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_matmul(measure: Callable[..., None], case: str) -> None:
-    a, b = torch.randn(2, SIZE, SIZE).to(getattr(torch, CASES[case]))
+def test_matmul(measure: Callable[..., None], device: str, case: str) -> None:
+    a, b = torch.randn(2, SIZE, SIZE, device=device).to(getattr(torch, CASES[case]))
     measure(case, "torch", functools.partial(torch.matmul, a, b), flops.matmul(SIZE), CASES[case])

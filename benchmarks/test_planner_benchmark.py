@@ -7,20 +7,14 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.cases import PLAN_CASES, PlanCase
-from benchmarks.variants import PLAN_VARIANTS
+from benchmarks.variants import GPU_PLAN_VARIANTS, PLAN_VARIANTS
 from iqmpc.errors import BackendError
 
+PREFIX, CASES, VARIANTS, GPU_VARIANTS = "", PLAN_CASES, PLAN_VARIANTS, GPU_PLAN_VARIANTS
 
-@pytest.mark.parametrize(
-    ("case", "variant"),
-    [
-        pytest.param(case, variant, id=f"{case.name}/{variant}")
-        for case in PLAN_CASES
-        for variant in PLAN_VARIANTS
-    ],
-)
+
 def test_plan(measure: Callable[..., None], case: PlanCase, variant: str) -> None:
-    how = PLAN_VARIANTS[variant]
+    how = (VARIANTS | GPU_VARIANTS)[variant]
     try:
         plan = how.build(case)
     except BackendError as error:

@@ -101,9 +101,7 @@ def publish(case: PublishCase, **settings: Any) -> Callable[[], object]:
     """Publish one set of weights again and again, as a learner does that changes them in place."""
     weights, config = case.plan.world_model().weights(), case.plan.config
     planner = Planner(
-        weights,
-        dataclasses.replace(config.planner, threads=1, **settings),
-        discount=config.discount,
+        weights, dataclasses.replace(config.planner, **settings), discount=config.discount
     )
     return functools.partial(planner.publish, weights)
 
@@ -156,9 +154,19 @@ GPU_PLAN_VARIANTS = {
     )
 }
 PUBLISH_VARIANTS = {  # no matrix product, and so no operations to count
-    "cpu": Variant(functools.partial(publish, backend="cpu"), lambda case: 0),
+    "cpu": Variant(functools.partial(publish, backend="cpu", threads=1), lambda case: 0),
     "cpu-bf16": Variant(
-        functools.partial(publish, backend="cpu", precision="bf16"), lambda case: 0, "bfloat16"
+        functools.partial(publish, backend="cpu", threads=1, precision="bf16"),
+        lambda case: 0,
+        "bfloat16",
+    ),
+}
+GPU_PUBLISH_VARIANTS = {
+    "triton-bf16": Variant(
+        functools.partial(publish, backend="triton"), lambda case: 0, "bfloat16"
+    ),
+    "triton-bf16-uncaptured": Variant(
+        functools.partial(publish, backend="triton", capture=False), lambda case: 0, "bfloat16"
     ),
 }
 UPDATE_VARIANTS = {
@@ -174,3 +182,15 @@ UPDATE_VARIANTS = {
 GPU_UPDATE_VARIANTS = {
     "graph": Variant(functools.partial(checked_learner, mode="graph"), flops.update)
 }
+
+
+OF_A_CPU = ("cpu", "fused")  # names of variants begin so
+
+
+def on(
+    device: str, variants: dict[str, Variant], gpu_variants: dict[str, Variant]
+) -> dict[str, Variant]:
+    """What can be measured on a device: the C++ library's variants are a CPU's alone."""
+    if device == "cpu":
+        return variants
+    return {k: v for k, v in variants.items() if k.split("-")[0] not in OF_A_CPU} | gpu_variants

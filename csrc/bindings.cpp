@@ -193,9 +193,9 @@ void check_fork(const Object& object, const std::string& name) {
 }
 
 void rollout(const Model& model, const py::object& z0, const py::object& actions,
-             const py::object& policy_noise, std::pair<py::ssize_t, py::ssize_t> critic_pair,
-             float discount, const std::string& score, float entropy, const py::object& returns,
-             int threads) {
+             const py::object& score_noise, std::pair<py::ssize_t, py::ssize_t> critic_pair,
+             float discount, const std::string& score, float entropy_coef,
+             const py::object& returns, int threads) {
   iqmpc::RolloutView view;
   view.score = score_from_name(score);
   const py::array a = checked(actions, "actions", {"E", "H", "S", model->action_dim()});
@@ -205,16 +205,16 @@ void rollout(const Model& model, const py::object& z0, const py::object& actions
   const py::ssize_t steps =
       view.score == iqmpc::Score::unrolled ? view.horizon + 1 : view.horizon - 1;
   const py::array z = checked(z0, "z0", {view.problems, model->latent_dim()});
-  const py::array noise = checked(policy_noise, "policy_noise",
+  const py::array noise = checked(score_noise, "score_noise",
                                   {view.problems, steps, view.samples, model->action_dim()});
   view.returns = writeable(returns, "returns", {view.problems, view.samples});
   view.z0 = data(z);
   view.actions = data(a);
-  view.policy_noise = data(noise);
+  view.score_noise = data(noise);
   view.critic_pair[0] = critic_pair.first;
   view.critic_pair[1] = critic_pair.second;
   view.discount = discount;
-  view.entropy = entropy;
+  view.entropy_coef = entropy_coef;
   py::gil_scoped_release release;
   iqmpc::ThreadPool pool(threads);
   iqmpc::rollout(*model, pool, view);
@@ -223,7 +223,7 @@ void rollout(const Model& model, const py::object& z0, const py::object& actions
 py::tuple plan(iqmpc::Planner& planner, const py::object& obs, bool explore,
                const py::object& action, double spent_us) {
   check_fork(planner, "planner");
-  const py::ssize_t envs = planner.settings().num_envs;
+  const py::ssize_t envs = planner.settings().problems;
   const py::array input = checked(obs, "obs", {envs, planner.obs_dim()});
   float* output = writeable(action, "action", {envs, planner.action_dim()});
   iqmpc::PlanResult result;
@@ -248,8 +248,8 @@ CudaModel cuda_world_model(const ModelView& view, const std::string& precision, 
 // Pointers into device memory come as integers: what they point to is the caller's to check.
 void cuda_rollout(const CudaModel& model, py::ssize_t problems, py::ssize_t horizon,
                   py::ssize_t samples, std::uintptr_t z0, std::uintptr_t actions,
-                  std::uintptr_t policy_noise, std::uintptr_t critic_pair, float discount,
-                  const std::string& score, float entropy, std::uintptr_t returns,
+                  std::uintptr_t score_noise, std::uintptr_t critic_pair, float discount,
+                  const std::string& score, float entropy_coef, std::uintptr_t returns,
                   std::uintptr_t work, std::uintptr_t stream) {
   iqmpc::CudaRolloutView view;
   view.problems = problems;
@@ -257,11 +257,11 @@ void cuda_rollout(const CudaModel& model, py::ssize_t problems, py::ssize_t hori
   view.samples = samples;
   view.z0 = reinterpret_cast<const float*>(z0);
   view.actions = reinterpret_cast<const float*>(actions);
-  view.policy_noise = reinterpret_cast<const float*>(policy_noise);
+  view.score_noise = reinterpret_cast<const float*>(score_noise);
   view.critic_pair = reinterpret_cast<const std::int64_t*>(critic_pair);
   view.discount = discount;
   view.score = score_from_name(score);
-  view.entropy = entropy;
+  view.entropy_coef = entropy_coef;
   view.returns = reinterpret_cast<float*>(returns);
   view.work = reinterpret_cast<void*>(work);
   view.stream = reinterpret_cast<void*>(stream);
@@ -348,7 +348,7 @@ std::unique_ptr<BoundLearner> bound_learner(
     const py::sequence& critics, const py::sequence& targets, const py::sequence& termination,
     py::ssize_t simnorm_dim, float log_std_min, float log_std_max, const std::string& objective,
     const std::string& entropy, py::ssize_t horizon, float rho, float discount, float alpha,
-    float beta, float c_cons, float c_iq, float c_gp, float c_bc, float c_termination,
+    float entropy_coef, float c_cons, float c_iq, float c_gp, float c_bc, float c_termination,
     float termination_weight, float dropout, bool dropout_always, float lr, float encoder_lr_scale,
     float grad_clip, float tau, float average_rate, const std::string& precision, int threads,
     std::uint64_t seed, const std::optional<std::string>& isa) {
@@ -383,7 +383,7 @@ std::unique_ptr<BoundLearner> bound_learner(
   s.rho = rho;
   s.discount = discount;
   s.alpha = alpha;
-  s.beta = beta;
+  s.entropy_coef = entropy_coef;
   s.c_cons = c_cons;
   s.c_iq = c_iq;
   s.c_gp = c_gp;
@@ -533,24 +533,24 @@ py::list gradients(const BoundLearner& bound) {
 
 py::dict draws(const iqmpc::Planner& planner, std::uint64_t step) {
   const iqmpc::PlannerSettings& s = planner.settings();
-  const py::ssize_t a = planner.action_dim(), e = s.num_envs, h = s.horizon;
+  const py::ssize_t a = planner.action_dim(), e = s.problems, h = s.horizon;
   const py::ssize_t p = s.policy_trajectories, rest = s.samples - p, i = s.iterations;
-  py::array_t<float> prior({e, h, p, a}), samples({i, e, h, rest, a});
-  py::array_t<float> prior_score({e, h - 1, p, a}), score({i, e, h - 1, rest, a});
+  py::array_t<float> policy_noise({e, h, p, a}), sample_noise({i, e, h, rest, a});
+  py::array_t<float> policy_score_noise({e, h - 1, p, a}), score_noise({i, e, h - 1, rest, a});
   py::array_t<float> explore({e, a}), gumbel({e, s.elites});
-  iqmpc::PlanDraws out{prior.mutable_data(),
-                       samples.mutable_data(),
-                       prior_score.mutable_data(),
-                       score.mutable_data(),
+  iqmpc::PlanDraws out{policy_noise.mutable_data(),
+                       sample_noise.mutable_data(),
+                       policy_score_noise.mutable_data(),
+                       score_noise.mutable_data(),
                        explore.mutable_data(),
                        gumbel.mutable_data(),
                        {0, 0}};
   planner.draws(step, out);
   py::dict named;
-  named["prior"] = prior;
-  named["samples"] = samples;
-  named["prior_score"] = prior_score;
-  named["score"] = score;
+  named["policy_noise"] = policy_noise;
+  named["sample_noise"] = sample_noise;
+  named["policy_score_noise"] = policy_score_noise;
+  named["score_noise"] = score_noise;
   named["explore"] = explore;
   named["gumbel"] = gumbel;
   named["pair"] = py::make_tuple(out.pair[0], out.pair[1]);
@@ -620,8 +620,8 @@ PYBIND11_MODULE(_C, module) {
       });
 
   module.def("rollout", &rollout, py::arg("model").none(false), py::arg("z0"), py::arg("actions"),
-             py::arg("policy_noise"), py::arg("critic_pair"), py::arg("discount"), py::arg("score"),
-             py::arg("entropy"), py::arg("returns"), py::arg("threads"),
+             py::arg("score_noise"), py::arg("critic_pair"), py::arg("discount"), py::arg("score"),
+             py::arg("entropy_coef"), py::arg("returns"), py::arg("threads"),
              "Write the soft returns of iqmpc.kernels.mppi_rollout into `returns` [E, S].");
 
   module.def("cuda_unavailable_reason", &cuda_unavailable_reason,
@@ -653,26 +653,26 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("cuda_rollout", &cuda_rollout, py::arg("model").none(false), py::kw_only(),
              py::arg("problems"), py::arg("horizon"), py::arg("samples"), py::arg("z0"),
-             py::arg("actions"), py::arg("policy_noise"), py::arg("critic_pair"),
-             py::arg("discount"), py::arg("score"), py::arg("entropy"), py::arg("returns"),
+             py::arg("actions"), py::arg("score_noise"), py::arg("critic_pair"),
+             py::arg("discount"), py::arg("score"), py::arg("entropy_coef"), py::arg("returns"),
              py::arg("work"), py::arg("stream"),
              "Enqueue iqmpc.kernels.mppi_rollout on a stream. Arrays are addresses in the memory "
              "of the model's device: float32, dense, critic_pair int64. Only in builds with CUDA.");
 #endif
 
   expose<iqmpc::Planner>(module, "Planner", "MPPI for E problems: a whole plan in one call.")
-      .def(py::init([](Model model, py::ssize_t num_envs, py::ssize_t horizon, py::ssize_t samples,
+      .def(py::init([](Model model, py::ssize_t problems, py::ssize_t horizon, py::ssize_t samples,
                        py::ssize_t elites, py::ssize_t policy_trajectories, py::ssize_t iterations,
                        float temperature, float std_min, float std_max, float discount,
                        bool enabled, int threads, double budget_us, std::uint64_t seed) {
              return std::make_unique<iqmpc::Planner>(
                  std::move(model),
-                 iqmpc::PlannerSettings{num_envs, horizon, samples, elites, policy_trajectories,
+                 iqmpc::PlannerSettings{problems, horizon, samples, elites, policy_trajectories,
                                         iterations, temperature, std_min, std_max, discount,
                                         enabled, threads, budget_us},
                  seed);
            }),
-           py::arg("model").none(false), py::kw_only(), py::arg("num_envs"), py::arg("horizon"),
+           py::arg("model").none(false), py::kw_only(), py::arg("problems"), py::arg("horizon"),
            py::arg("samples"), py::arg("elites"), py::arg("policy_trajectories"),
            py::arg("iterations"), py::arg("temperature"), py::arg("std_min"), py::arg("std_max"),
            py::arg("discount"), py::arg("enabled"), py::arg("threads"), py::arg("budget_us"),
@@ -716,7 +716,7 @@ PYBIND11_MODULE(_C, module) {
           [](py::object self) {
             auto& planner = self.cast<iqmpc::Planner&>();
             const iqmpc::PlannerSettings& s = planner.settings();
-            return py::array_t<float>({s.num_envs, s.horizon, planner.action_dim()}, planner.mean(),
+            return py::array_t<float>({s.problems, s.horizon, planner.action_dim()}, planner.mean(),
                                       self);
           },
           "The last plan's mean [E, H, A], the planner's own memory. Not to be touched while a "
@@ -731,7 +731,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("policy"), py::arg("critics"), py::arg("targets"), py::arg("termination"),
            py::arg("simnorm_dim"), py::arg("log_std_min"), py::arg("log_std_max"),
            py::arg("objective"), py::arg("entropy"), py::arg("horizon"), py::arg("rho"),
-           py::arg("discount"), py::arg("alpha"), py::arg("beta"), py::arg("c_cons"),
+           py::arg("discount"), py::arg("alpha"), py::arg("entropy_coef"), py::arg("c_cons"),
            py::arg("c_iq"), py::arg("c_gp"), py::arg("c_bc"), py::arg("c_termination"),
            py::arg("termination_weight"), py::arg("dropout"), py::arg("dropout_always"),
            py::arg("lr"), py::arg("encoder_lr_scale"), py::arg("grad_clip"), py::arg("tau"),

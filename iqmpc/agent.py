@@ -29,7 +29,10 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda was asked for, but torch sees no CUDA device")
+        raise ConfigError(
+            "device=cuda was asked for, but torch sees no CUDA device: give device=cpu, or install "
+            "torch's CUDA build (iqmpc doctor says what is there)"
+        )
     return name
 
 

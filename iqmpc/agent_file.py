@@ -119,7 +119,7 @@ def load(path: str | Path) -> AgentFile:
     if metadata.get("format_version") != str(VERSION):
         raise CheckpointError(
             f"{path} has format version {metadata.get('format_version')}, this program reads "
-            f"{VERSION}"
+            f"{VERSION}: use the iqmpc that wrote it, or a newer one"
         )
     digest = metadata.get("digest", "")
     if len(digest) != 64 or _digest(data, digest) != digest:

@@ -26,6 +26,11 @@ SAMPLES, ITERATIONS = (32, 64, 128, 256, 512, 1024), (1, 2, 3, 4, 6)
 _PRIORITY = 50  # of SCHED_FIFO: below the kernel's own threads for interrupts
 _LOCK = 1 | 2  # MCL_CURRENT | MCL_FUTURE
 _EPISODE = 500
+# What a backend other than cpu, and cpu, is given where nothing else is said.
+_OF_A_BACKEND: tuple[dict[str, Any], ...] = (
+    {"planner.budget_us": None, "planner.threads": None},
+    {"planner.threads": 1},
+)
 _REPEATS = 12  # plans of each setting of the table
 
 
@@ -38,6 +43,7 @@ class Bench:
     budget_us: float
     threads: int
     plans: PlanStatistics
+    late_plans: int  # longer than the budget
     ticks: LatencyHistogram
     not_real_time: list[str]  # what of real time was not to be had, in sentences
     fits: list[dict[str, Any]] = field(default_factory=list)
@@ -52,7 +58,7 @@ class Bench:
             "budget_us": self.budget_us,
             "threads": self.threads,
             "plans": plans.plans,
-            "late_plans": plans.late,
+            "late_plans": self.late_plans,
             "missed_plans": plans.missed,
             "iterations_mean": plans.iterations / max(1, plans.plans),
             "samples_mean": plans.samples / max(1, plans.plans),
@@ -77,7 +83,9 @@ def bench(
 ) -> Bench:
     """Drive the agent of a run or a file at a rate, on random observations, in episodes of 500.
 
-    Its budget is `planner.budget_us` of the run or of `changes`, else 80 % of a tick. The process
+    It acts on the CPU, or where `changes` say, such as `device=cuda`. Its budget is
+    `planner.budget_us` of the run or of `changes`, else 80 % of a tick; a plan of a backend that
+    keeps to none, as a GPU's, takes as long as it takes and is late beyond it. The process
     is put into a real-time class, on cores of its own and into locked memory where that is allowed,
     and stays there. `table` also measures which samples × iterations fit, without a budget.
     Raises as `Agent.load` does, and `ConfigError` for a rate that is not positive.
@@ -85,20 +93,21 @@ def bench(
     if not (hz > 0 and seconds > 0):
         raise ConfigError(f"hz and seconds must be positive, got {hz:g} and {seconds:g}")
     torch.set_num_threads(1)
-    chosen = {"device": "cpu", "planner.backend": "cpu", "planner.threads": 1, **(changes or {})}
-    held = Agent.load(run, changes=chosen)
+    chosen = {"device": "cpu", **(changes or {})}
+    chosen.setdefault("planner.backend", "cpu" if chosen["device"] == "cpu" else "auto")
+    held = Agent.load(run, changes=_OF_A_BACKEND[chosen["planner.backend"] == "cpu"] | chosen)
     held.require_world_model("iqmpc bench")
     planner = held.config.planner
     budget_us = planner.budget_us or SHARE * 1e6 / hz
     missing = become_real_time(planner.threads or 1)
     # Made again: its threads are of the class and on the cores that the process has now.
-    config = held.config.replace({"planner.budget_us": budget_us})
+    keeps = held.planner.backend == "cpu"
+    config = held.config.replace({"planner.budget_us": budget_us if keeps else None})
     agent = Agent(held.model, config, seed=config.seed)
     progress(f"{hz:g} Hz for {seconds:g} s")
-    ticks = _loop(agent, hz, int(hz * seconds))
-    found = Bench(
-        hz, seconds, budget_us, planner.threads or 1, agent.planner.statistics(), ticks, missing
-    )
+    ticks, late = _loop(agent, hz, int(hz * seconds), budget_us)
+    plans, threads = agent.planner.statistics(), planner.threads or 1
+    found = Bench(hz, seconds, budget_us, threads, plans, late, ticks, missing)
     if table:
         progress("which samples × iterations fit")
         found.fits = list(plan_times(held, limit_ms=budget_us / 1e3))
@@ -181,10 +190,11 @@ def _observations(agent: Agent) -> np.ndarray:
     return random.standard_normal((997, *spec.shape)).astype(np.float32)
 
 
-def _loop(agent: Agent, hz: float, count: int) -> LatencyHistogram:
-    """Act `count` times, once a tick; ticks are kept in absolute time."""
+def _loop(agent: Agent, hz: float, count: int, budget_us: float) -> tuple[LatencyHistogram, int]:
+    """Act `count` times, once a tick, and count the plans that took longer than the budget; ticks
+    are kept in absolute time."""
     observations, period = _observations(agent), 1 / hz
-    ticks = LatencyHistogram(period)
+    ticks, late = LatencyHistogram(period), 0
     with _no_collections():
         start = time.perf_counter() + 0.1
         for tick in range(count):
@@ -196,7 +206,9 @@ def _loop(agent: Agent, hz: float, count: int) -> LatencyHistogram:
                 time.sleep(wait)
             agent.act(observations[tick % len(observations)])
             ticks.add(time.perf_counter() - due)
-    return ticks
+            last = agent.planner.last
+            late += last is not None and (last.elapsed_us or 0.0) > budget_us
+    return ticks, late
 
 
 @contextlib.contextmanager

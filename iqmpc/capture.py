@@ -49,7 +49,7 @@ class CapturedStep:
     `generators` only, and tensors that stay where they are for as long as `key` is the same. Its
     result is tensors too, which the next call overwrites.
 
-    The first `WARM_UPS` calls with a new key run the function as it is, on the stream of the
+    The first `warm_ups` calls with a new key run the function as it is, on the stream of the
     capture (they compile and allocate what a capture cannot); the next one captures it, and every
     call from then on is one replay. A capture executes nothing, so each call has the function's
     effect exactly once, and a replay draws what the function would have drawn: it starts from the
@@ -59,9 +59,15 @@ class CapturedStep:
     Raises `ConfigError` for a device that is no CUDA device.
     """
 
-    def __init__(self, device: torch.device, generators: tuple[torch.Generator, ...]):
+    def __init__(
+        self,
+        device: torch.device,
+        generators: tuple[torch.Generator, ...] = (),
+        *,
+        warm_ups: int = WARM_UPS,
+    ):
         self._prepare(device)
-        self._generators, self.captures = generators, 0
+        self._generators, self._warm_ups, self.captures = generators, warm_ups, 0
         self._key: Hashable = None
         self._calls = 0
         self._replay: Callable[[], Any] | None = None
@@ -71,7 +77,7 @@ class CapturedStep:
             self._key, self._calls = key, 0
             self._forget()
         self._calls += 1
-        if self._calls <= WARM_UPS:
+        if self._calls <= self._warm_ups:
             return self._warm_up(function)
         if self._replay is None:
             self._replay = self._capture(function)
@@ -80,7 +86,7 @@ class CapturedStep:
 
     def _prepare(self, device: torch.device) -> None:
         if device.type != "cuda":
-            raise ConfigError(f"learner.mode=graph needs a CUDA device, got {device.type}")
+            raise ConfigError(f"a CUDA graph needs a CUDA device, got {device.type}")
         self._device, self._stream = device, torch.cuda.Stream(device)
         # Adam says so at the first warm-up.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")

@@ -79,7 +79,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     if header.get("version") != str(VERSION):
         raise CheckpointError(
-            f"{path} has version {shortened(header.get('version'))}, this program reads {VERSION}"
+            f"{path} has version {shortened(header.get('version'))}, this program reads {VERSION}: "
+            "use the iqmpc that wrote it, or a newer one"
         )
     text = header.get("meta", "")
     if digest(tensors, text) != header.get("digest"):

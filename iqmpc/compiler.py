@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 from iqmpc.config import Config
-from iqmpc.errors import ConfigError
+from iqmpc.errors import ConfigError, one_line
 
 
 def cpp_compiler() -> str | None:
@@ -27,3 +30,29 @@ def check_compiler(config: Config, device: str, learner: str) -> None:
             "one (Debian: apt-get install g++); without, give "
             + " ".join(text.replace("compile", "eager") for text in asked)
         )
+
+
+def compiled(function: Callable[..., Any], setting: str) -> Callable[..., Any]:
+    """The function under torch.compile, for the sizes of its first call.
+
+    Raises `ConfigError` that names `setting`, and the way around it, where it cannot be compiled:
+    a compiler that fails, a disk that is full.
+    """
+    import torch
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    fast = torch.compile(function, dynamic=False)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return fast(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            # What the compiler said stands behind its command, of pages.
+            said = str(error.inner_exception).rpartition("Output:")[2]
+            raise ConfigError(
+                f"{setting}=compile cannot be compiled here ({one_line(RuntimeError(said))}); "
+                f"without, give {setting}=eager"
+            ) from error
+
+    return call

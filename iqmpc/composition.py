@@ -15,6 +15,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -38,6 +39,9 @@ _NO_DEPARTURES = {
     "run_dir",
     "preset",
     "train.steps",
+    "train.loggers",
+    "train.log_every",
+    "train.video_every",
     "train.eval_every",
     "train.eval_episodes",
     "train.final_episodes",
@@ -57,6 +61,29 @@ def options(group: str) -> list[str]:
     return sorted(
         f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
     )
+
+
+def full_key(word: str) -> str:
+    """`key=value` with the key's section, where it may be given without."""
+    key, equals, value = word.partition("=")
+    return f"{_SHORT.get(key, key)}{equals}{value}"
+
+
+def parse_words(words: Sequence[str]) -> list[Override]:
+    """`key=value` words of a sweep in Hydra's syntax; `ConfigError` where one is none."""
+    parser, parsed = OverridesParser.create(), []
+    for word in words:
+        try:
+            override = parser.parse_override(word)
+        except (HydraException, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"cannot read {shortened(word)}: expected key=value, or key=value,value,… "
+                "(quote a value that has commas, spaces or brackets of its own)"
+            ) from error
+        if override.is_delete():
+            raise ConfigError(f"expected key=value, got {shortened(word)}")
+        parsed.append(override)
+    return parsed
 
 
 def parse(overrides: Sequence[str]) -> dict[str, Any]:
@@ -81,22 +108,28 @@ def parse(overrides: Sequence[str]) -> dict[str, Any]:
             expected = "text, or quotes that end" if key in _TEXTS else "a number or a word"
             raise ConfigError(f"cannot read {shortened(word)}: expected {expected}") from error
         if override.is_delete() or override.is_add() or override.is_sweep_override():
-            raise ConfigError(f"expected key=value, got {shortened(word)} (one value, no sweep)")
+            raise ConfigError(
+                f"expected key=value, got {shortened(word)} (one value; several need -m)"
+            )
         parsed[override.key_or_group] = value
     return parsed
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The run that `iqmpc train OVERRIDES` describes.
+    """The run that `iqmpc train OVERRIDES` describes; raises as `parse` and `composed` do."""
+    return composed(parse(overrides))
+
+
+def composed(settings: Mapping[str, Any]) -> Config:
+    """The run of choices of groups and dotted keys.
 
     Hydra composes the groups; single keys are set on top, checked against the schema. A task of
     another suite than `SUITES`, one's own, has no action repeat, gradient penalty or terminal
     states unless they are given.
     Raises `ConfigError` that names the key and the nearest valid one.
     """
-    parsed = parse(overrides)
-    groups = {k: v for k, v in parsed.items() if k in GROUPS}
-    keys = {_SHORT.get(k, k): v for k, v in parsed.items() if k not in GROUPS}
+    groups = {k: v for k, v in settings.items() if k in GROUPS}
+    keys = {_SHORT.get(k, k): v for k, v in settings.items() if k not in GROUPS}
     for key in keys:
         _check_name(key)
     for group, value in groups.items():

@@ -23,6 +23,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from iqmpc.errors import ConfigError
 
+MOST_THREADS = 1024
+_MOST = 2**31 - 1  # of anything that is counted
+
 
 def gym_task_name(env_id: str) -> str:
     """The name of suite `gym`'s task: HalfCheetah-v4 is gym-halfcheetah-v4.
@@ -140,7 +143,8 @@ class PlannerConfig:
     score: the telescoped form (`advantage`) or the soft return as written (`unrolled`)
     backend: what computes a plan; auto takes the fastest that fits
     precision: of matrix products; `bf16` needs the cpu or the triton backend, `tf32` (float32 cut
-        to three decimal digits) the triton backend, `float64` the reference
+        to three decimal digits) the triton backend, `float64` the reference (null: bf16 of the
+        triton backend on a GPU, else float32)
     mode: the reference's: `compile` puts it under torch.compile
     capture: the triton backend's: a plan is one CUDA graph (null: yes)
     threads: the cpu backend's: threads of a plan (null: as many as torch uses)
@@ -158,7 +162,7 @@ class PlannerConfig:
     std_max: float = 2.0
     score: Literal["advantage", "unrolled"] = "advantage"
     backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
-    precision: Literal["float32", "bf16", "tf32", "float64"] = "float32"
+    precision: Literal["float32", "bf16", "tf32", "float64"] | None = None
     mode: Literal["eager", "compile"] = "eager"
     capture: bool | None = None
     threads: int | None = None
@@ -171,9 +175,10 @@ class PlannerConfig:
     def __post_init__(self) -> None:
         _at_least("planner", self, 1, "horizon", "samples", "elites")
         _at_least("planner", self, 0, "policy_trajectories")
-        for key in ("iterations", "threads"):
-            if getattr(self, key) is not None:
-                _at_least("planner", self, 1, key)
+        if self.iterations is not None:
+            _at_least("planner", self, 1, "iterations")
+        if self.threads is not None:
+            _in_range("planner", self, 1, MOST_THREADS, "threads")
         if self.budget_us is not None:
             _positive("planner", self, "budget_us")
         _positive("planner", self, "temperature", "std_min")
@@ -221,6 +226,8 @@ class LearnerConfig:
         (torch.compile), `eager` (plain torch) or `graph` (one CUDA graph); `auto` is `fused` or
         `graph` where they can be, else `compile`
     precision: of the fused update's matrix products
+    matmul: the other updates' matrix products: `float32`, `tf32` (on a GPU) or `bf16` (null: tf32
+        on a GPU, else float32)
     """
 
     objective: Literal["iq", "v_diff", "td"] = "iq"
@@ -246,6 +253,7 @@ class LearnerConfig:
     tau: float = 0.01
     mode: Literal["auto", "fused", "compile", "eager", "graph"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
+    matmul: Literal["float32", "tf32", "bf16"] | None = None
 
     def __post_init__(self) -> None:
         _at_least("learner", self, 1, "batch", "horizon")
@@ -309,6 +317,11 @@ class TrainConfig:
     demo_updates: updates before any interaction, with demonstrations on both sides
     updates_per_step: updates for the step of each environment; 0.25 is one for every fourth step
     capacity: steps that the replay of behaviour holds
+    loggers: of `tensorboard`, `csv` (metrics.csv, written whether it is named or not) and `wandb`
+    log_every: steps between rows of metrics, with the mean return since the last (null: a row for
+        each episode)
+    video_every: steps between videos of an evaluation's first episode, the last one's too (null:
+        none)
     eval_every: steps between evaluations
     eval_episodes: episodes of an evaluation on the way
     final_episodes: episodes of the last evaluation
@@ -334,6 +347,9 @@ class TrainConfig:
     demo_updates: int = 0
     updates_per_step: int | float = 1
     capacity: int = 1_000_000
+    loggers: tuple[Literal["tensorboard", "csv", "wandb"], ...] = ("tensorboard", "csv")
+    log_every: int | None = None
+    video_every: int | None = None
     eval_every: int = 10_000
     eval_episodes: int = 3
     final_episodes: int = 10
@@ -371,9 +387,19 @@ class TrainConfig:
                         f"train.{key} must be left alone with train.control_hz, which says when "
                         f"updates are made and steps in this process, got {given}"
                     )
-        for key in ("random_steps", "initial_updates"):
+            if self.log_every is not None:
+                raise ConfigError(
+                    "train.log_every must be left alone with train.control_hz: rows are written "
+                    f"between episodes, got {self.log_every}"
+                )
+        for key, least in (
+            ("random_steps", 0),
+            ("initial_updates", 0),
+            ("log_every", 1),
+            ("video_every", 1),
+        ):
             if getattr(self, key) is not None:
-                _at_least("train", self, 0, key)
+                _at_least("train", self, least, key)
 
     @functools.cached_property
     def update_rate(self) -> Fraction:
@@ -453,8 +479,10 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must lie in [0, 2**32), got {shortened(self.seed)}")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads must be at least 1, got {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise ConfigError(
+                f"threads must lie in [1, {MOST_THREADS}], got {shortened(self.threads)}"
+            )
         length = self.task.episode_length
         if self.learner.horizon > length:
             raise ConfigError(
@@ -487,6 +515,7 @@ class Config:
             ("learner.objective", ("iq", "v_diff")),
             ("learner.mode", ("auto", "eager")),
             ("learner.precision", ("float32",)),
+            ("learner.matmul", (None, "float32")),
             ("learner.c_bc", (0.0,)),
             ("agent.average", ("off",)),
             ("train.control_hz", (None,)),
@@ -521,7 +550,12 @@ class Config:
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Nested dictionaries and lists, as `from_dict` takes them and files hold them."""
+
+        def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {k: list(v) if isinstance(v, tuple) else v for k, v in pairs}
+
+        return dataclasses.asdict(self, dict_factory=plain)
 
     def replace(self, changes: Mapping[str, Any]) -> Config:
         """A copy with dotted keys changed, checked as in `from_dict`."""
@@ -588,6 +622,7 @@ _CHANGEABLE = {
     "demos.add",
     "learner.mode",
     "learner.precision",
+    "learner.matmul",
     "planner.backend",
     "planner.precision",
     "planner.mode",
@@ -701,6 +736,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             whole = isinstance(value, int) and not isinstance(value, bool)
             return _convert(int if whole else float, value, path)
         return None if value is None else _convert(inner[0], value, path)
+    if origin is tuple:
+        (inner, _) = get_args(hint)
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} must be a list, such as [a,b], got {shortened(value)}")
+        return tuple(_convert(inner, v, f"{path}[{i}]") for i, v in enumerate(value))
     if origin is Literal:
         choices = get_args(hint)
         if isinstance(value, str) and value in choices:
@@ -733,10 +773,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 def _at_least(section: str, config: Any, least: int, *keys: str) -> None:
     for key in keys:
-        if getattr(config, key) < least:
-            raise ConfigError(
-                f"{section}.{key} must be at least {least}, got {shortened(getattr(config, key))}"
-            )
+        value = getattr(config, key)
+        if value < least:
+            raise ConfigError(f"{section}.{key} must be at least {least}, got {shortened(value)}")
+        if isinstance(value, int) and value > _MOST:
+            raise ConfigError(f"{section}.{key} must be at most {_MOST}, got {shortened(value)}")
 
 
 def _positive(section: str, config: Any, *keys: str) -> None:

@@ -39,6 +39,11 @@ class Controller(abc.ABC):
     def plan(self, obs: Tensor, *, explore: bool = False) -> Tensor:
         """obs [E, O] or uint8 [E, 3C, 64, 64] -> action [E, A] in [-1, 1] on the CPU."""
 
+    @property
+    def leaves_torch_idle(self) -> bool:
+        """Whether torch computes nothing of an action."""
+        return False
+
     def count_nonfinite(self, problems: int, instead: str) -> None:
         """Count actions that were not finite; say once what the agent does `instead`."""
         if problems and not self.nonfinite_plans:

@@ -30,6 +30,7 @@ _PACKAGES = (
     "safetensors",
     "tensorboard",
     "imageio-ffmpeg",
+    "wandb",
 )
 _OPERATIONS = {
     "mppi_plan": mppi_plan.BACKENDS,

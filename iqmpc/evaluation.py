@@ -16,7 +16,7 @@ from iqmpc.agent import Agent
 from iqmpc.envs import check_spaces, interface, make_env
 from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.seeding import stream_seed
-from iqmpc.threads import prepare_torch
+from iqmpc.threads import leave_torch_idle, prepare_torch
 
 # Standard deviations of the noise in `mixed_episodes`: little, much, and hardly the agent any more.
 NOISES = (0.25, 0.5, 1.0)
@@ -80,7 +80,10 @@ def open_run(
     config = stored_agent.settings(run).replace(changes)
     prepare_torch(config)
     env = make_env(config.task, render_mode="rgb_array" if render else None)
-    return Agent.load(run, checkpoint=checkpoint, changes=changes, seed=seed), env
+    agent = Agent.load(run, checkpoint=checkpoint, changes=changes, seed=seed)
+    if agent.planner.leaves_torch_idle:
+        leave_torch_idle()
+    return agent, env
 
 
 @dataclass(frozen=True)

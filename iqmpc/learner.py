@@ -37,7 +37,8 @@ class Learner:
     losses with their backward passes) or `graph` (`compile`, and all of `learn` as one CUDA graph);
     they agree on the same draws. The fused update has draws of its own, numbered by `updates`; the
     others draw from `generator`, and slices from `sampler`, by default a generator of the learner's
-    own; whoever gives it keeps its state. `entropy_coef` is the entropy coefficient in force.
+    own; whoever gives it keeps its state. `matmul` is what `config.learner.matmul` comes to here,
+    of torch's matrix products in an update. `entropy_coef` is the entropy coefficient in force.
     `scaling` is that of the observations in the replays; what acts takes them unscaled.
 
     Raises `ConfigError` for a mode that cannot be here, with the reason.
@@ -61,6 +62,7 @@ class Learner:
         self.scaling = None if scaling is None else scaling.to(self.device)
         spec = self.model.observation_spec
         self.mode = update_backends.resolve_update(config, self.device, spec)
+        self.matmul = self.settings.matmul or ("tf32" if self.device.type == "cuda" else "float32")
         self.weights = self.model.weights()
         self.targets = map_layers(lambda t: t.detach().clone(), self.weights.critics)
         self.average: WorldModel | None = None

@@ -37,6 +37,7 @@ class MethodLearner(Protocol):
 
     model: Any
     mode: str
+    matmul: str
     updates: int
     generator: torch.Generator
 

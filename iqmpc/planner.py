@@ -9,6 +9,7 @@ from torch import Tensor
 
 from iqmpc.config import PlannerConfig
 from iqmpc.controller import Controller
+from iqmpc.errors import BackendError
 from iqmpc.kernels.mppi_plan import BACKENDS, Plan, resolve_plan
 from iqmpc.kernels.weights import Weights
 from iqmpc.observation import ObservationSpec
@@ -48,14 +49,18 @@ class Planner(Controller):
         self.config = config = config or PlannerConfig()
         self.observation_spec, self.problems = ObservationSpec(weights.obs_shape), problems
         self.backend = resolve_plan(weights, config)
-        self._plan = BACKENDS[self.backend](
-            weights,
-            config,
-            discount=discount,
-            entropy_coef=entropy_coef,
-            problems=problems,
-            seed=seed,
-        )
+        try:
+            self._plan = BACKENDS[self.backend](
+                weights,
+                config,
+                discount=discount,
+                entropy_coef=entropy_coef,
+                problems=problems,
+                seed=seed,
+            )
+        except (ValueError, MemoryError) as error:  # sizes beyond those that it is made for
+            said = str(error) or "memory does not suffice"
+            raise BackendError(f"planner.backend={self.backend}: {said}") from error
         drawn = config.samples - config.policy_trajectories
         self._all_samples = problems * (
             config.policy_trajectories + config.iterations_for(weights.action_dim) * drawn
@@ -100,6 +105,11 @@ class Planner(Controller):
 
     def clear_statistics(self) -> None:
         self._statistics = PlanStatistics()
+
+    @property
+    def leaves_torch_idle(self) -> bool:
+        """Whether torch computes nothing of an action: all of it is the C++ library's."""
+        return self.backend == "cpu" and not self.observation_spec.images
 
     @property
     def mean(self) -> Tensor:

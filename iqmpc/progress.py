@@ -25,13 +25,22 @@ class _Display:
     """A bar of `total`, and a line now and then where there is no terminal; a context manager.
 
     On a terminal the time shown keeps running whatever happens. Elsewhere a thread says what is
-    under way, and since when, where nothing has been printed for `every_s`.
+    under way, and since when, where nothing has been printed for `every_s`. With a `name`, which
+    begins every line, others print beside it, and it is as without a terminal.
     """
 
     def __init__(
-        self, description: str, total: int, console: Console, *, every_s: float = _PLAIN_EVERY_S
+        self,
+        description: str,
+        total: int,
+        console: Console,
+        *,
+        every_s: float = _PLAIN_EVERY_S,
+        name: str | None = None,
     ):
         self._console, self._total, self._every_s = console, total, every_s
+        self._prefix = "" if name is None else f"{name}: "
+        self._bars = console.is_terminal and name is None
         self._printed = time.monotonic()  # what is over sooner prints no line
         self._under_way = f"{description}: 0/{total}", self._printed  # what, and since when
         self._lock, self._over = threading.Lock(), threading.Event()
@@ -43,7 +52,7 @@ class _Display:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._bars,
         )
         self._task = self._bar.add_task(description, total=total, note="")
         self._phase: tuple[str, TaskID] | None = None
@@ -51,7 +60,7 @@ class _Display:
 
     def __enter__(self: _Self) -> _Self:
         self._bar.start()
-        if not self._console.is_terminal:
+        if not self._bars:
             self._alive.start()
         return self
 
@@ -81,7 +90,7 @@ class _Display:
     def _line(self, line: str) -> None:
         with self._lock:
             self._under_way = line, time.monotonic()
-            if not self._console.is_terminal and self._quiet_s() > self._every_s:
+            if not self._bars and self._quiet_s() > self._every_s:
                 self._print(line)
 
     def _say(self, text: str) -> None:
@@ -96,7 +105,7 @@ class _Display:
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
         # not wrapped: what it names may be pasted
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(self._prefix + text, markup=False, highlight=False, soft_wrap=True)
 
     def _say_that_it_lives(self) -> None:
         while not self._over.wait(self._every_s / 10):
@@ -120,11 +129,18 @@ class RecordingDisplay(_Display):
 class TrainingDisplay(_Display):
     """Feeds on the trainer's `on_progress` and `on_message`; use as a context manager.
 
-    `every_s` is how long it is silent, at most, where there is no terminal.
+    `every_s` is how long it is silent, at most, where there is no bar; `name` as of `_Display`.
     """
 
-    def __init__(self, steps: int, console: Console, *, every_s: float = _PLAIN_EVERY_S):
-        super().__init__("steps", steps, console, every_s=every_s)
+    def __init__(
+        self,
+        steps: int,
+        console: Console,
+        *,
+        every_s: float = _PLAIN_EVERY_S,
+        name: str | None = None,
+    ):
+        super().__init__("steps", steps, console, every_s=every_s, name=name)
         self._start: tuple[str, float, int] | None = None  # of the phase: name, time, count
 
     def message(self, text: str) -> None:
@@ -157,9 +173,10 @@ class TrainingDisplay(_Display):
 
 
 def _losses(values: dict[str, Any]) -> str:
-    if "q_difference" not in values:
-        return ""
-    return (
-        f"  Q expert-behaviour {values['q_difference']:.2f}"
-        f"  consistency {values['consistency']:.1e}"
-    )
+    """What of the last update is there: a baseline has not all of it."""
+    found = ""
+    if "q_difference" in values:
+        found += f"  Q expert-behaviour {values['q_difference']:.2f}"
+    if "consistency" in values:
+        found += f"  consistency {values['consistency']:.1e}"
+    return found

@@ -1,7 +1,7 @@
 """A run's folder: the only place that spells the names of its files.
 
-RUN/config.yaml  interface.json  metrics.csv  summary.json  tensorboard/
-RUN/checkpoints/step_000010000.safetensors  best.safetensors
+RUN/config.yaml  interface.json  metrics.csv  summary.json  tensorboard/  wandb/
+RUN/checkpoints/step_000010000.safetensors  best.safetensors  RUN/videos/step_000010000.mp4
 """
 
 from __future__ import annotations
@@ -92,6 +92,19 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def wandb_id(self) -> Path:
+        """By which Weights & Biases knows the run, also when it is continued."""
+        return self.wandb / "iqmpc-id"
+
+    def video(self, step: int) -> Path:
+        """Where the video of an evaluation at a step lies."""
+        return self.path / "videos" / f"step_{step:09d}.mp4"
 
     @property
     def checkpoints(self) -> Path:
@@ -293,7 +306,10 @@ class RunFolder:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"{self} is being trained by another process") from None
+                raise ConfigError(
+                    f"{self} is being trained by another process: wait for its end, or give "
+                    "another run_dir"
+                ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise

@@ -107,8 +107,9 @@ class RunState:
         self._check_changes(found, meta)
         if meta["demonstrations"] != self._digest:
             raise CheckpointError(
-                f"{self.folder} was trained on other demonstrations than those given now "
-                "(demos.add=FILE adds some; a new run with init=RUN starts from its agent)"
+                f"{self.folder} was trained on other demonstrations than those given now: give "
+                "those that demos.* of its config.yaml names, as they were (demos.add=FILE adds "
+                "some; a new run with init=RUN starts from its agent)"
             )
         if meta["env_steps"] > self._config.train.steps:
             raise ConfigError(
@@ -155,6 +156,7 @@ class RunState:
             "demonstrations": self._digest,
             "device": self._device,
             "mode": self._learner.mode,
+            "matmul": self._learner.matmul,
             "settings": self._config.to_dict(),
         }
 
@@ -189,8 +191,10 @@ class RunState:
             raise ConfigError(
                 "what a run learns cannot change when it is resumed: " + "; ".join(changed)
             )
-        made = {"mode": meta.get("mode"), "precision": settings.get("learner", {}).get("precision")}
-        now = {"mode": self._learner.mode, "precision": self._config.learner.precision}
+        made = {key: meta.get(key) for key in ("mode", "matmul")}
+        made["precision"] = settings.get("learner", {}).get("precision")
+        now = {"mode": self._learner.mode, "matmul": self._learner.matmul}
+        now["precision"] = self._config.learner.precision
         for key, old in made.items():
             if old not in (None, now[key]):
                 self._message(

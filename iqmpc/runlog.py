@@ -1,4 +1,4 @@
-"""What a run writes about its progress: metrics.csv and TensorBoard."""
+"""What a run writes about its progress: the rows of metrics.csv."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from iqmpc.files import naming, write_atomically
 from iqmpc.run_folder import RunFolder
@@ -42,17 +41,16 @@ LEARNING = (
 )
 TIMING = ("plan_ms", "env_ms", "update_ms", "steps_per_s")
 COLUMNS: tuple[str, ...] = PROGRESS + RESULTS + LEARNING + TIMING
-_SECTIONS = {"results": RESULTS, "learning": LEARNING, "timing": TIMING}  # of TensorBoard
 _LAST = 5
 
 
 class RunLog:
-    """One row per call: a line in metrics.csv (empty where absent) and TensorBoard scalars.
+    """One row per call: a line in metrics.csv, a field empty where it is absent.
 
     A resumed run writes again what came after its checkpoint: `since` is the checkpoint's
     environment step and `evaluated` the step of the last evaluation before it; later rows are
     dropped, and so is a line that a crash left incomplete. Damaged lines are moved to
-    metrics.csv.damaged, with a warning. Without TensorBoard, or where it fails, a run goes on.
+    metrics.csv.damaged, with a warning.
     """
 
     def __init__(self, run: RunFolder, *, since: int | None = None, evaluated: int = 0):
@@ -77,15 +75,6 @@ class RunLog:
         write_atomically(path, text.getvalue().encode())
         self._file = open(path, "a", newline="")
         self._csv = csv.DictWriter(self._file, COLUMNS)
-        self._board: Any = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self._board = SummaryWriter(
-                str(run.tensorboard), purge_step=None if since is None else since + 1
-            )
-        except Exception as error:  # of its own, of protobuf, of the file system
-            self._without_board(error)
 
     def write(self, values: Mapping[str, float | int | None]) -> None:
         """Append a row; `values` has all of PROGRESS and any other of COLUMNS."""
@@ -98,32 +87,9 @@ class RunLog:
                 }
             )
             self._file.flush()
-        if self._board is None:
-            return
-        try:
-            for section, keys in _SECTIONS.items():
-                for key in keys:
-                    value = values.get(key)
-                    if value is not None and math.isfinite(value):
-                        self._board.add_scalar(f"{section}/{key}", value, values["env_steps"])
-        except Exception as error:  # what its writing thread met is raised here
-            self._without_board(error)
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            try:
-                self._board.close()
-            except Exception as error:
-                self._without_board(error)
-
-    def _without_board(self, error: Exception) -> None:
-        self._board = None
-        warnings.warn(
-            f"TensorBoard's files are not written any more ({error}); metrics.csv is",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, str]], list[bytes]]:

@@ -45,7 +45,8 @@ class StoredAgent(NamedTuple):
         found = self._part(prefix)
         if not found:
             raise CheckpointError(
-                f"{self.path} holds no average of the weights, agent.average={average}"
+                f"{self.path} holds no average of the weights, agent.average={average}: "
+                "give agent.average=off"
             )
         if self.scaling is None:
             return found
@@ -82,7 +83,7 @@ class StoredAgent(NamedTuple):
         try:
             with torch.device("meta"):  # takes no memory
                 expected = {name: tuple(t.shape) for name, t in made().state_dict().items()}
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{unfit}: they describe no model ({one_line(error)})") from error
         held = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         for name in sorted(expected.keys() | held.keys()):
@@ -142,7 +143,9 @@ def find(run: str | Path, checkpoint: str = "newest") -> StoredAgent:
 
 def _of_file(path: Path, checkpoint: str) -> StoredAgent:
     if checkpoint != "newest":
-        raise CheckpointError(f"{path} is one agent and has no checkpoint {checkpoint!r}")
+        raise CheckpointError(
+            f"{path} is one agent and has no checkpoint {checkpoint!r}: give the run folder"
+        )
     found = agent_file.load(path)
     return StoredAgent(
         path,

@@ -6,6 +6,7 @@ import glob
 import json
 import math
 import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -40,12 +41,25 @@ def key(r: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def find_runs(patterns: Iterable[str]) -> list[Path]:
-    """Folders by path, or by glob where there is nothing of that name; what is neither stays."""
+    """Folders by path, or by glob where there is nothing of that name; what is neither stays.
+
+    In the place of a folder that is no run, such as a sweep's, are the runs in it.
+    """
     found: list[Path] = []
     for pattern in patterns:
         matches = sorted(Path(p) for p in glob.glob(pattern) if Path(p).is_dir())
         found += [Path(pattern)] if Path(pattern).exists() or not matches else matches
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(run for path in found for run in _runs_in(path)))
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """The run that a folder is, or the runs below it; a folder that has none stays."""
+    found = []
+    for folder, below, _ in os.walk(path):
+        if RunFolder(folder).holds_run:
+            found.append(Path(folder))
+            below.clear()
+    return sorted(found) or [path]
 
 
 def measure(run: Path, *, episodes: int, planner: bool = True) -> dict[str, Any]:
@@ -281,7 +295,10 @@ def _in_own_process(run: Path, episodes: int, planner: bool) -> dict[str, Any]:
         try:
             return pool.submit(measure, run, episodes=episodes, planner=planner).result()
         except BrokenProcessPool:
-            raise IqmpcError(f"{run}: the process that evaluated it died") from None
+            raise IqmpcError(
+                f"{run}: the process that evaluated it died (killed for want of "
+                "memory, or a simulator that crashed); iqmpc eval says more"
+            ) from None
 
 
 def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:

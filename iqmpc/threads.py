@@ -41,20 +41,16 @@ def share_threads(config: Config) -> Config:
     if config.planner.backend not in ("auto", "cpu"):  # which have no threads to share
         return config
     acting = config.planner.threads or 1
-    set_threads(max(1, threads() - acting), torch_idle=_torchs == 1)
+    set_threads(max(1, threads() - acting))
     return config.replace({"planner.threads": acting})
 
 
 def prepare_torch(config: Config) -> None:
     """Set the process to the run's `threads`, and torch to flush denormal numbers to zero."""
-    # Where the C++ library both plans and learns, torch has only trifles to do.
-    idle = (
-        (config.device == "cpu" or not torch.cuda.is_available())
-        and config.task.obs == "state"
-        and config.learner.mode in ("auto", "fused")
-        and config.planner.backend in ("auto", "cpu")
-        and config.planner.mode == "eager"  # else the reference plans
-        and not config.is_baseline
-    )
-    set_threads(config.threads, torch_idle=idle)
+    set_threads(config.threads)
     torch.set_flush_denormal(True)  # denormal latents cost a CPU dearly and mean nothing
+
+
+def leave_torch_idle() -> None:
+    """Let torch have one thread from now on: the C++ library does all but trifles."""
+    set_threads(threads(), torch_idle=True)

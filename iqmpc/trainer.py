@@ -17,6 +17,7 @@ from iqmpc.callbacks import Callback
 from iqmpc.compiler import check_compiler
 from iqmpc.config import Config, shortened
 from iqmpc.demos import Demonstrations
+from iqmpc.envs.batched import Worlds
 from iqmpc.envs.description import describe
 from iqmpc.envs.training import Environment, training_envs
 from iqmpc.episode import Episode
@@ -34,8 +35,10 @@ from iqmpc.run_folder import RunFolder
 from iqmpc.run_state import RunState, Snapshot
 from iqmpc.runlog import last_evaluations
 from iqmpc.seeding import stream_seed
-from iqmpc.threads import prepare_torch, share_threads, threads
+from iqmpc.threads import leave_torch_idle, prepare_torch, share_threads, threads
+from iqmpc.trackers import check_loggers
 from iqmpc.updates import Updates
+from iqmpc.video import EvaluationVideos
 
 _SHORT_ENOUGH = 10  # episodes, all too short to learn from, after which a run gives up
 
@@ -63,7 +66,9 @@ class Trainer:
 
     `env` is any `gymnasium.Env` with flat Box observations, or images as `iqmpc.observation` says,
     and actions in [-1, 1], or a sequence of `config.train.num_envs` of them with the same spaces.
-    They are stepped together, one tick after another, and their actions planned in one call. In
+    They are stepped together, one tick after another, and their actions planned in one call; a
+    simulator that steps all of its worlds at once takes their place (`iqmpc.envs.batched.Worlds`,
+    a `gymnasium.vector.VectorEnv` among others), with an `eval_env` of its own. In
     place of environments, functions that make them may be given: then `config.train.env_workers`
     can put each into a process of its own (`iqmpc.envs.workers`). Evaluation takes `eval_env`, in
     this process; where that is absent it is `env` itself, if that is one environment, or is made by
@@ -114,7 +119,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        env: Environment | Sequence[Environment] | None = None,
+        env: Environment | Sequence[Environment] | Worlds | None = None,
         demonstrations: Demonstrations | None = None,
         *,
         run: str | Path | None = None,
@@ -134,7 +139,7 @@ class Trainer:
         self.config = config
         self._callbacks = tuple(callbacks)
         self._ending = False  # before train.steps
-        self._reporter = Reporter(self._counters, on_progress, on_message)
+        self._reporter = Reporter(config, self._counters, on_progress, on_message)
         run = run or config.run_dir
         self._named = run is not None
         self.folder = RunFolder.unused(config) if run is None else RunFolder(run)
@@ -142,11 +147,14 @@ class Trainer:
             raise self._taken()
         self.device = resolve_device(config.device)
         self._idle_action = idle_action
+        check_loggers(config)
         prepare_torch(config)
         self.envs, like = training_envs(config, env, eval_env, self._reporter.message)
         self.eval_env = like if config.train.control_hz is None else eval_env
         self._interface = describe(like, config.task)
+        self._videos = EvaluationVideos(config.train.video_every, self._reporter.message)
         try:
+            self._videos.check(self.eval_env)
             self._make_parts(demonstrations)
             self._interrupts = Interrupts(self._interrupted)
             self._resumed = resume
@@ -196,6 +204,8 @@ class Trainer:
                 learner.model, acting, seed=config.seed, weights=learner.evaluation_weights()
             )
         )
+        if learner.mode == "fused" and self.agent.planner.leaves_torch_idle:
+            leave_torch_idle()
         self.behaviour = SliceReplay(
             spec,
             action_dim,
@@ -285,6 +295,7 @@ class Trainer:
                     self._whole = self._snapshot()
                 if self.env_steps - self._saved_at >= c.checkpoint_every:
                     self._tell("on_checkpoint", self._save())
+        self._reporter.flush()
         self.updates.finish()
         if self._saved_at != self.env_steps:
             self._whole = self._snapshot()
@@ -316,8 +327,7 @@ class Trainer:
         for episode in ended:
             self.episodes += 1
             self._reporter.episode(episode.undiscounted_return)
-        if ended:
-            self._reporter.metrics = None
+        self._reporter.tick(self.env_steps, len(actions), ended=bool(ended))
         return ended
 
     def _tell(self, event: str, about: object) -> None:
@@ -362,12 +372,13 @@ class Trainer:
                 "learner.horizon, or an environment whose episodes are longer"
             )
 
-    def _evaluate(self, episodes: int) -> Evaluation:
+    def _evaluate(self, episodes: int, *, last: bool = False) -> Evaluation:
         """Without exploration, and without a trace in the state of training."""
         reporter, step, env = self._reporter, self.env_steps, self.eval_env
         assert env is not None  # there is one, or nothing is evaluated
         at = self._counters()
         reporter.progress(("evaluation", 0, episodes))
+        self._videos.begin(self.folder.video(step), after=self._evaluated_at, step=step, last=last)
         with self.updates.paused():
             self._evaluator.publish(self.learner.evaluation_weights())
             weights = self._state.weights()
@@ -378,6 +389,7 @@ class Trainer:
                 episodes=episodes,
                 seed=self.config.seed,
                 progress=lambda done, _: reporter.progress(("evaluation", done, episodes)),
+                on_step=self._videos.on_step,
             )
         with self.updates.paused():
             self.agent.publish(self.learner.acting_weights())  # the evaluator may be this agent
@@ -392,6 +404,9 @@ class Trainer:
                 "nonfinite_plans": self.agent.planner.nonfinite_plans,
             }
         )
+        video = self._videos.finish()
+        if video is not None:
+            reporter.video(step, video)
         share = ratio(result.return_mean, self.demonstrator_return)
         beside = (
             ""
@@ -422,7 +437,7 @@ class Trainer:
         figures = no_evaluation(self.demonstrator_return)
         if self.eval_env is not None:
             self._reporter.message(f"evaluating {episodes} episodes")
-            figures = self._evaluate(episodes).summary(self.demonstrator_return)
+            figures = self._evaluate(episodes, last=True).summary(self.demonstrator_return)
         summary = {
             "task": self.config.task.name,
             "seed": self.config.seed,
@@ -480,6 +495,7 @@ class Trainer:
                     "evaluated_at": self._evaluated_at,
                     "demonstrator_return": self.demonstrator_return,
                     "best": self._best,
+                    "returns": self._reporter.returns,
                 },
             )
 
@@ -509,6 +525,7 @@ class Trainer:
         self.envs.restarts = meta.get("env_restarts", 0)
         self._wall_before, self._evaluated_at = meta["wall_s"], meta["evaluated_at"]
         self._best = None if meta.get("best") is None else tuple(meta["best"])
+        self._reporter.returns = meta.get("returns", [])
         self._saved_at = self.env_steps
         return True
 

@@ -6,7 +6,8 @@ changes in place: a checkpoint does not know which one made it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from iqmpc import losses
 from iqmpc.capture import CapturedStep
+from iqmpc.compiler import compiled
 from iqmpc.config import Config
 from iqmpc.errors import ConfigError
 from iqmpc.kernels import layers
@@ -54,6 +56,23 @@ class UpdateBackend(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def products(matmul: str) -> Iterator[None]:
+    """float32 products and convolutions of the block in `tf32`, or else in float32.
+
+    For the whole process: what another thread multiplies on a GPU meanwhile, it does so too.
+    """
+    tf32 = matmul == "tf32"
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
 class EagerBackend:
     """Plain torch, on any device: the losses under autograd, draws from the learner's generator."""
 
@@ -66,10 +85,12 @@ class EagerBackend:
 
     @staticmethod
     def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:
-        precision = config.learner.precision
-        if precision == "float32":
-            return None
-        return f"computes in float32, got learner.precision={precision}"
+        settings = config.learner
+        if settings.precision != "float32":
+            return f"multiplies as learner.matmul says, got learner.precision={settings.precision}"
+        if settings.matmul == "tf32" and device.type != "cuda":
+            return f"has tf32 on a CUDA device alone, got learner.matmul=tf32 on {device.type}"
+        return None
 
     def learn(self, experts: SliceReplay | None, behaviour: SliceReplay) -> dict[str, Tensor]:
         return self.learner.update(self.batch(experts, behaviour))
@@ -89,30 +110,36 @@ class EagerBackend:
 
     def update_on_device(self, batch: Batch) -> dict[str, Tensor]:
         """The update, without any state of the host's: what mode `graph` captures."""
+        with products(self.learner.matmul):
+            return self._update_on_device(batch)
+
+    def _update_on_device(self, batch: Batch) -> dict[str, Tensor]:
         x, s = self.learner, self.learner.settings
-        loss, latents, metrics = self._model_loss(
-            x.weights,
-            x.targets,
-            batch,
-            self.model_noise(batch),
-            s,
-            x.config.discount,
-            x.entropy_coef,
-            x.penalise,
-        )
+        with self._autocast():
+            loss, latents, metrics = self._model_loss(
+                x.weights,
+                x.targets,
+                batch,
+                self.model_noise(batch),
+                s,
+                x.config.discount,
+                x.entropy_coef,
+                x.penalise,
+            )
         metrics["model_grad_norm"], finite = guarded_step(
             loss, x.model_optimiser, x.model_parameters, s.grad_clip
         )
 
-        policy_loss, policy_metrics = self._policy_loss(
-            x.weights,
-            latents,
-            self.policy_noise(latents),
-            s.rho,
-            x.entropy_coef,
-            s.entropy,
-            *losses.cloning(batch, metrics, s.c_bc),
-        )
+        with self._autocast():
+            policy_loss, policy_metrics = self._policy_loss(
+                x.weights,
+                latents,
+                self.policy_noise(latents),
+                s.rho,
+                x.entropy_coef,
+                s.entropy,
+                *losses.cloning(batch, metrics, s.c_bc),
+            )
         policy_metrics["policy_grad_norm"], both = guarded_step(
             policy_loss,
             x.policy_optimiser,
@@ -130,6 +157,13 @@ class EagerBackend:
             )
         x.skipped += ~both
         return metrics | policy_metrics | {"skipped_updates": x.skipped.to(loss.dtype)}
+
+    def _autocast(self) -> torch.autocast:
+        """For the losses alone: what is cast anew for every product can be captured."""
+        x = self.learner
+        return torch.autocast(
+            x.device.type, torch.bfloat16, enabled=x.matmul == "bf16", cache_enabled=False
+        )
 
     def model_noise(self, batch: Batch) -> ModelNoise:
         """The draws of the model's step on a batch, from the learner's `generator`."""
@@ -199,8 +233,8 @@ class CompiledBackend(EagerBackend):
 
     def __init__(self, learner: Learner):
         super().__init__(learner)
-        self._model_loss = torch.compile(losses.model_loss, dynamic=False)
-        self._policy_loss = torch.compile(losses.policy_loss, dynamic=False)
+        self._model_loss = compiled(losses.model_loss, "learner.mode")
+        self._policy_loss = compiled(losses.policy_loss, "learner.mode")
 
 
 class GraphBackend(CompiledBackend):
@@ -256,18 +290,27 @@ class FusedBackend:
             lambda p: moments[p]["exp_avg_sq"],
             learner.averages,
         )
-        self.fused = FusedUpdate(
-            state,
-            UpdateSettings.of(learner.config, learner.model.action_dim),
-            seed=stream_seed(learner.config.seed, "learner"),
-            precision=learner.settings.precision,
-            threads=threads(),
-        )
+        try:
+            self.fused = FusedUpdate(
+                state,
+                UpdateSettings.of(learner.config, learner.model.action_dim),
+                seed=stream_seed(learner.config.seed, "learner"),
+                precision=learner.settings.precision,
+                threads=threads(),
+            )
+        except ValueError as error:  # such as layers wider than it is made for
+            raise ConfigError(
+                f"learner.mode=fused: {error} (learner.mode=compile and eager have no such limit)"
+            ) from error
 
     @staticmethod
     def unfit(config: Config, device: torch.device, spec: ObservationSpec) -> str | None:
         if device.type != "cpu":
             return f"needs device=cpu, got {device.type}"
+        if config.learner.matmul is not None:
+            return (
+                f"multiplies as learner.precision says, got learner.matmul={config.learner.matmul}"
+            )
         if spec.images:
             return f"takes flat observations, got images {list(spec.shape)}"
         return cannot_run("cpu", "fused")

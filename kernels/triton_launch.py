@@ -7,23 +7,24 @@ the kernels run on CPU tensors in Triton's interpreter: slowly, untuned, to show
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import triton
 import triton.testing
 from torch import Tensor
 
+from iqmpc.kernels.triton_tiles import Target, Tile, usable
+
 INTERPRETED: bool = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"  # where a kernel's tensors lie
 # Of every launch. Said outright because Triton 3.10 changes what it does unasked.
 LAUNCH = dict(enable_fp_fusion=True)
+COUNTED = 2**31  # elements of a tensor that the kernels' offsets cannot reach
 _TUNING_MS = 5  # of each repetition in which a choice is timed
-
-
-def power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size`."""
-    return 1 << (size - 1).bit_length()
 
 
 @functools.cache
@@ -34,25 +35,56 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tuned(
-    choices: list[dict[str, int]], *, interpreted: dict[str, int], key: list[str]
-) -> Callable[[Any], Any]:
-    """Decorate a kernel: the fastest of `choices` for each value of the arguments in `key`.
+@functools.cache
+def target(device: torch.device) -> Target:
+    """What the tile sizes must fit."""
+    found = torch.cuda.get_device_properties(device)
+    return Target(found.shared_memory_per_block_optin, found.major >= 9)
 
-    A choice gives a kernel's constants, `num_warps` and `num_stages`. The timings are kept in
-    Triton's cache directory, for later processes. Choices that need more shared memory than the
-    device has are passed over. The interpreter takes `interpreted`.
+
+def tuned(
+    tiles: list[Tile], *, interpreted: Tile, key: list[str]
+) -> Callable[[Any], Any]:
+    """Decorate a kernel: the fastest of `tiles` for each value of the arguments in `key`.
+
+    The choices are compiled side by side and then timed; the timings are kept in Triton's cache
+    directory, for later processes. Choices that need more shared memory than the device has are
+    passed over. The interpreter takes `interpreted`.
     """
     if INTERPRETED:
-        return triton.autotune([triton.Config(interpreted)], key=key)
-    configs = [
-        triton.Config(
-            {k: v for k, v in choice.items() if k.startswith("BLOCK")},
-            num_warps=choice["num_warps"], num_stages=choice["num_stages"])
-        for choice in choices]
-    return triton.autotune(
-        configs, key=key, cache_results=True, do_bench=device_time,
-        prune_configs_by={"early_config_prune": _usable})
+        return triton.autotune([_config(interpreted)], key=key)
+
+    def decorate(kernel: Any) -> Any:
+        def prune(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
+            chosen = _usable(configs, arguments, **constants)
+            if len(chosen) > 1:
+                compile_all(kernel, chosen, arguments, constants)
+            return chosen
+
+        return triton.autotune(
+            [_config(tile) for tile in tiles], key=key, cache_results=True, do_bench=device_time,
+            prune_configs_by={"early_config_prune": prune})(kernel)
+
+    return decorate
+
+
+def compile_all(
+    kernel: Any, configs: list[Any], arguments: dict[str, Any], constants: dict[str, Any]
+) -> None:
+    """Compile a kernel in each of its configurations, as many at a time as there are cores.
+
+    What does not compile is left to who launches it.
+    """
+    constants = {k: v for k, v in constants.items() if k not in ("grid", "warmup")}
+    with (ThreadPoolExecutor(len(os.sched_getaffinity(0))) as cores,
+          triton.AsyncCompileMode(cores, ignore_errors=True)):
+        for config in configs:
+            kernel.warmup(**arguments, **constants, **config.all_kwargs(), grid=(1,))
+
+
+def _config(tile: Tile) -> Any:
+    return triton.Config(dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n),
+                         num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def device_time(
@@ -64,39 +96,19 @@ def device_time(
     return triton.testing.do_bench_cudagraph(call, rep=_TUNING_MS, quantiles=quantiles)
 
 
-class Target(NamedTuple):
-    """What a GPU has: bytes of shared memory for one program, and Hopper's products or later."""
-
-    shared: int
-    hopper: bool
-
-
-def fits(config: Any, target: Target, itemsize: int, block_k: int, widest: int) -> bool:
-    """Whether a choice is worth trying: its operands fit the shared memory, its sums the registers,
-    and its columns are not mostly padding. itemsize: of an operand."""
-    m, n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
-    lines = config.num_stages * (m + n)
-    # Sums a thread beyond which the compiler was seen to spill inside the loop: before Hopper the
-    # operands pass through registers too, and float32's are two, with the low digits.
-    sums = 128 if target.hopper else 64
-    if itemsize == 4:
-        lines += n  # the weights' low digits
-        sums //= 2
-    return (lines * block_k * itemsize <= target.shared and m * n <= sums * 32 * config.num_warps
-            and n <= max(64, power_of_two(widest)))
-
-
 def _usable(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
     matrices = arguments.get("matrices")
     if matrices is None:  # no products
         return configs
-    device = torch.cuda.get_device_properties(matrices.device)
-    target = Target(device.shared_memory_per_block_optin, device.major >= 9)
-    usable = [c for c in configs if fits(
-        c, target, matrices.element_size(), constants["BLOCK_K"], constants["WIDTH"])]
-    lowest = min((c.kwargs["BLOCK_M"] for c in usable), default=0)
-    tallest = max(lowest, power_of_two(constants["rows"]))  # taller ones are mostly padding
-    return [c for c in usable if c.kwargs["BLOCK_M"] <= tallest]
+    tiles = {_tile(c): c for c in configs}
+    return [tiles[t] for t in usable(
+        [*tiles], target(matrices.device), itemsize=matrices.element_size(),
+        block_k=constants["BLOCK_K"], widest=constants["WIDTH"], rows=constants["rows"])]
+
+
+def _tile(config: Any) -> Tile:
+    return Tile(config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"], config.num_warps,
+                config.num_stages)
 
 
 def check_tensors(beside: Tensor | None = None, **tensors: Tensor) -> None:
@@ -113,9 +125,8 @@ def check_tensors(beside: Tensor | None = None, **tensors: Tensor) -> None:
             raise ValueError(
                 f"{name} requires grad and the triton backend has no backward: use "
                 "backend='reference' or torch.no_grad()")
-    expected = "cpu" if INTERPRETED else "cuda"
     for tensor in (*tensors.values(), *(() if beside is None else (beside,))):
-        if tensor.device != device or device.type != expected:
+        if tensor.device != device or device.type != DEVICE:
             raise ValueError(
-                f"the triton backend takes tensors on one {expected} device, got {device} and "
+                f"the triton backend takes tensors on one {DEVICE} device, got {device} and "
                 f"{tensor.device}")

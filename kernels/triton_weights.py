@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iqmpc.kernels.weights import Layer, Weights, map_layers
+from iqmpc.kernels import layers as reference
+from iqmpc.kernels.triton_tiles import power_of_two
+from iqmpc.kernels.weights import Layer, Weights, layer_tensors, map_layers
 
 PAD = 64  # rows and columns of packed matrices come in multiples of this
-VECTORS = 5  # rows of a layer's vectors: bias, gamma, beta, the critic's last layer, its bias
+VECTORS = 5  # rows of a layer's vectors: bias, gamma, beta, a head's last layer, its bias
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -35,11 +37,11 @@ class TritonWeights:
     Packing takes the mean over a layer's outputs out of its weights and bias where a LayerNorm
     would subtract it. SimNorm's groups are padded to a power of two.
 
-    An encoder other than linear layers with LayerNorm is not packed: `encoder` is then empty, and
-    the rollout, which starts from z_0, does without it.
+    An encoder other than linear layers with LayerNorm, such as that of images, is not packed:
+    `encoder` is then empty, and `encode` runs it in torch.
 
-    Raises `ValueError` for a model that is not three layers each of dynamics, policy and critics,
-    whose SimNorm groups have more than 64 members or that has a termination head.
+    Raises `ValueError` for a model that is not three layers each of dynamics, policy, critics and
+    termination head, where there is one, or whose SimNorm groups have more than 64 members.
     """
 
     def __init__(self, weights: Weights, *, precision: str = "float32"):
@@ -54,8 +56,8 @@ class TritonWeights:
         self.obs_shape, self.action_dim = weights.obs_shape, weights.action_dim
         self.latent_dim, self.num_critics = weights.latent_dim, weights.num_critics
         self.log_std_min, self.log_std_max = weights.log_std_min, weights.log_std_max
-        self.actions = max(16, _power(self.action_dim))  # padded
-        self.group = _power(weights.simnorm_dim)
+        self.actions = max(16, power_of_two(self.action_dim))  # padded
+        self.group = power_of_two(weights.simnorm_dim)
         self.simnorm_dim = weights.simnorm_dim
         groups = self.latent_dim // self.simnorm_dim
         # A padded latent feature is v of group g at g * group + v.
@@ -71,21 +73,24 @@ class TritonWeights:
 
         self._matrix_size = self._vector_size = 0
         self.encoder: tuple[PackedLayer, ...] = ()
-        if encoder_unfit(weights) is None:
+        if all(x.gamma is not None and x.weight.dim() == 2 for x in weights.encoder):
             self.encoder = self._place(weights.encoder, self.obs_shape[0], self.latent_size)
         self.dynamics = self._place(
             weights.dynamics, self.latent_size, self.latent_size, actions=True)
         self.policy = self._place(weights.policy, self.latent_size, 2 * self.action_dim)
         self.critics = self._place(weights.critics[:-1], self.latent_size, None, actions=True)
+        self.termination = self._place(weights.termination[:-1], self.latent_size, None)
         self.width = max(x.outputs for x in (
-            *self.encoder, *self.dynamics, *self.policy, *self.critics))
+            *self.encoder, *self.dynamics, *self.policy, *self.critics, *self.termination))
         # The kernels' step through a product: 128 bytes, and whole groups of SimNorm.
         self.block = max(self.group, 64 if precision == "bf16" else 32)
-        self.slots = _power(self.width // PAD)
+        self.slots = power_of_two(self.width // PAD)
         self.matrices = torch.zeros(self._matrix_size, dtype=self.dtype, device=self.device)
         self.vectors = torch.zeros(self._vector_size, device=self.device)
-        self.policy_layers = map_layers(
-            lambda t: t.detach().to(torch.float32, copy=True), weights.policy)
+        unpacked = () if self.encoder else weights.encoder
+        self.encoder_layers, self.policy_layers = (
+            map_layers(lambda t: t.detach().to(torch.float32, copy=True), x)
+            for x in (unpacked, weights.policy))
         self.tables: dict[object, object] = {}  # the rollout's, made once for these sizes
         if self.group != self.simnorm_dim:  # a padding member weighs exp(-inf)
             for packed in (*self.encoder[-1:], self.dynamics[2]):
@@ -102,17 +107,23 @@ class TritonWeights:
             (self.dynamics, weights.dynamics, self._latent, self._latent),
             (self.policy, weights.policy, self._latent, self._pairs),
             (self.critics, weights.critics[:2], self._latent, None),
+            (self.termination, weights.termination[:2], self._latent, None),
         ):
             for i, (packed, layer) in enumerate(zip(part, layers, strict=True)):
                 self._pack(packed, layer, first if i == 0 else None,
                            last if i == len(part) - 1 else None)
-        head, vectors = weights.critics[-1], self._vectors(self.critics[1], self.num_critics)
-        vectors[:, 3, :head.weight.shape[-1]] = head.weight[:, 0].float()
-        vectors[:, 4, :1] = head.bias.float()
-        for target, source in zip(self.policy_layers, weights.policy, strict=True):
-            for t, s in zip(target, source, strict=True):
-                if t is not None:
-                    t.copy_(s)
+        self._pack_head(self.critics[1], weights.critics[-1], self.num_critics)
+        if self.termination:
+            self._pack_head(self.termination[1], weights.termination[-1])
+        kept = layer_tensors(self.encoder_layers) + layer_tensors(self.policy_layers)
+        unpacked = () if self.encoder else weights.encoder
+        for t, s in zip(kept, layer_tensors(unpacked) + layer_tensors(weights.policy), strict=True):
+            t.copy_(s)
+
+    def encode(self, obs: Tensor) -> Tensor:  # [E, ...] -> [E, latent_size]
+        """z_0 in the kernels' order, float32, by the encoder that is not packed."""
+        encoder = Weights(self.encoder_layers, (), (), (), self.simnorm_dim, 0.0, 0.0)
+        return self.latents(reference.encode(encoder, obs))
 
     def as_policy(self) -> Weights:
         """The policy alone, in float32, for `iqmpc.kernels.layers`."""
@@ -149,6 +160,12 @@ class TritonWeights:
         shape = (*members, VECTORS, packed.outputs)
         return _view(self.vectors, packed.vectors, shape)
 
+    def _pack_head(self, packed: PackedLayer, head: Layer, *members: int) -> None:
+        """A last layer of one output, beside the vectors of the layer before it."""
+        vectors = self._vectors(packed, *members)
+        vectors[..., 3, :head.weight.shape[-1]] = head.weight[..., 0, :].float()
+        vectors[..., 4, :1] = head.bias.float()
+
     def _pack(self, packed: PackedLayer, layer: Layer, columns: Tensor | slice | None,
               rows: Tensor | slice | None) -> None:
         """columns, rows: where inputs and outputs go; None: in their own order."""
@@ -178,32 +195,22 @@ def padded(size: int) -> int:
     return -(-size // PAD) * PAD
 
 
-def _power(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
 def _view(buffer: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
     return buffer[start:start + torch.Size(shape).numel()].view(shape)
 
 
-def encoder_unfit(weights: Weights) -> str | None:
-    """Why a plan cannot run this encoder, or None."""
-    if all(x.gamma is not None and x.weight.dim() == 2 for x in weights.encoder):
-        return None
-    return "encoder: the triton backend takes linear layers, each with LayerNorm"
-
-
 def unfit(weights: Weights) -> str | None:
-    """What a rollout cannot take in these weights, or None."""
-    if weights.termination:
-        return "the triton backend takes no model with a termination head"
-    normed = (True, True, True), (True, True, False), (True, True, False)
-    for part, expected in zip(("dynamics", "policy", "critics"), normed, strict=True):
+    """What the kernels cannot take in these weights, or None."""
+    heads = ("policy", "critics", *(["termination"] if weights.termination else []))
+    normed = dict(dynamics=(True, True, True)) | dict.fromkeys(heads, (True, True, False))
+    for part, expected in normed.items():
         if tuple(x.gamma is not None for x in getattr(weights, part)) != expected:
             return (f"{part}: the triton backend takes three layers, LayerNorm on "
                     f"{'all' if all(expected) else 'the first two'}")
     if weights.critics[-1].weight.shape[-2] != 1 or weights.num_critics < 2:
         return "critics: expected at least 2, with one output each"
+    if weights.termination and weights.termination[-1].weight.shape[-2] != 1:
+        return "termination: expected one output"
     if weights.latent_dim % weights.simnorm_dim:
         return (f"simnorm_dim: must divide the latent size {weights.latent_dim}, got "
                 f"{weights.simnorm_dim}")

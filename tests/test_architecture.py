@@ -21,7 +21,7 @@ FLOORS = {
     "settings": ("capture compiler composition config configs threads", "ground"),
     "kernels": ("kernels losses", "ground settings"),
     "records": (
-        "agent_file checkpoint plot provenance reporting run_folder runlog task_interface",
+        "agent_file checkpoint plot provenance reporting run_folder runlog task_interface trackers",
         "ground settings",
     ),
     "data": ("demos envs", "ground settings records"),

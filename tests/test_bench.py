@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from iqmpc import bench, cli
-from iqmpc.errors import ConfigError
+from iqmpc.errors import BackendError, ConfigError
 from iqmpc.latency import LatencyHistogram
 from tests.test_export import random_agent, saved
 
@@ -37,6 +37,18 @@ def test_every_tick_is_counted(file):
         assert all(ms <= 4.0 for ms in row[:-1])
     with pytest.raises(ConfigError, match="hz and seconds must be positive, got 0 and 1"):
         bench.bench(file, hz=0, seconds=1)
+
+
+def test_a_backend_that_keeps_to_no_budget_is_late_beyond_it(file):
+    """As a GPU's: the same loop and table, and plans as long as they take."""
+    reference = {"planner.backend": "reference", "planner.iterations": 1}
+    found = bench.bench(file, hz=0.02, seconds=50, changes=reference, table=False)
+    assert found.late_plans == 0 and found.plans.plans == 1 and found.budget_us == 40e6
+    late = bench.bench(file, hz=20_000, seconds=2e-4, changes=reference, table=False)
+    assert late.summary()["late_plans"] == late.plans.plans == 4  # in 40 microseconds
+    assert late.summary()["samples_mean"] == found.summary()["samples_mean"] > 0
+    with pytest.raises(BackendError, match="planner.backend=triton needs weights on a CUDA"):
+        bench.bench(file, hz=20, seconds=0.1, changes={"planner.backend": "triton"})
 
 
 def test_the_command_prints_and_draws(file, tmp_path):

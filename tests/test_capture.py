@@ -6,9 +6,8 @@ import gc
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+import iqmpc.losses
 import iqmpc.update_backends
 from iqmpc import Episode, Learner, Trainer, capture
 from iqmpc.capture import WARM_UPS, CapturedStep
@@ -16,53 +15,10 @@ from iqmpc.errors import ConfigError
 from iqmpc.kernels.weights import refresh, snapshot
 from iqmpc.replay import SliceReplay
 from iqmpc.run_folder import RunFolder
+from tests.recorder import Recorder
 from tests.runs import rows_of
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-
-
-# A number or a shape that comes from the device, and a tensor made of the host's numbers.
-WAITING = {
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.masked_select.default,
-    torch.ops.aten.lift_fresh.default,
-}
-
-
-class Recorder(TorchDispatchMode):
-    """Every operation of a function, with its operands: what a CUDA graph keeps of it.
-
-    Replayed, each reads and writes the memory it did when it was recorded, whatever the program
-    has done since; what the host knew then is a constant, and only generators are asked again.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if op in WAITING:
-            raise RuntimeError(f"{op} makes the host wait for the device")
-        result = op(*args, **kwargs)
-        inputs = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
-        made = [t for t in tensors(result) if t.untyped_storage().data_ptr() not in inputs]
-        if made or op._schema.is_mutable:  # the others are views
-            self.operations.append((op, args, kwargs, result))
-        return result
-
-    def replay(self):
-        with torch.no_grad():
-            for op, args, kwargs, result in self.operations:
-                again = op(*args, **kwargs)
-                if not op._schema.is_mutable:
-                    for old, new in zip(tensors(result), tensors(again), strict=True):
-                        old.copy_(new)
-
-
-def tensors(tree):
-    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
 class RecordedStep(CapturedStep):
@@ -175,8 +131,9 @@ def addresses(learner):
             "learner.entropy": "presquash",
             "agent.average": "always",
         },
+        {"learner.gradient_penalty": True, "learner.matmul": "bf16"},
     ],
-    ids=["iq", "v_diff", "td", "termination", "dropout and average"],
+    ids=["iq", "v_diff", "td", "termination", "dropout and average", "bf16"],
 )
 def test_a_recorded_update_is_the_eager_one(small_config, monkeypatch, changes):
     """Same draws: the same metrics and state, bit for bit, in every update, the first included."""
@@ -196,6 +153,33 @@ def test_a_recorded_update_is_the_eager_one(small_config, monkeypatch, changes):
         seen.append(one["critic_loss"])
     assert graph.backend.captured.captures == 1 and graph.updates == WARM_UPS + 9
     assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize(("matmul", "inside"), [("float32", "highest"), ("tf32", "high")])
+def test_products_are_set_before_the_warm_ups_and_the_capture(
+    small_config, monkeypatch, matmul, inside
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("medium")
+    seen = []
+    for name in ("model_loss", "policy_loss"):
+        loss = getattr(iqmpc.losses, name)
+
+        def spied(*arguments, loss=loss):
+            seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            return loss(*arguments)
+
+        monkeypatch.setattr(iqmpc.losses, name, spied)
+    try:
+        graph = learner_of(small_config.replace({"learner.matmul": matmul}), "graph", monkeypatch)
+        experts, behaviour = replays()
+        for _ in range(WARM_UPS + 2):
+            graph.learn(experts, behaviour)
+        assert torch.get_float32_matmul_precision() == "medium"  # as others had it
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    # the last update was a replay: it asks nothing
+    assert seen == [(inside, matmul == "tf32")] * 2 * (WARM_UPS + 1)
 
 
 def test_a_recorded_update_that_is_not_finite_is_left_out(small_config, monkeypatch):

@@ -337,7 +337,7 @@ def test_doctor_names_backends_and_reasons():
         (["train", "demos.path=demos.pkl"], "pickle"),
         (["train", "demos.episodes=5000"], "5000"),
         (["train", "task=walker-run", "demos.path=@walker-walk"], "walker-run"),
-        (["train", "threads=0"], "threads must be at least 1, got 0"),
+        (["train", "threads=0"], "threads must lie in [1, 1024], got 0"),
         pytest.param(
             ["train", "device=cuda"],
             "torch sees no CUDA device",

@@ -1,9 +1,10 @@
 """Without a C++ compiler torch.compile is refused before the first step."""
 
 import pytest
+import torch
 
 from iqmpc import Trainer
-from iqmpc.compiler import check_compiler, cpp_compiler
+from iqmpc.compiler import check_compiler, compiled, cpp_compiler
 from iqmpc.doctor import report
 from iqmpc.errors import ConfigError
 
@@ -37,3 +38,23 @@ def test_the_environment_names_one(monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", f"{compiler} -O2")
     assert cpp_compiler() == str(compiler)
+
+
+def test_a_compiler_that_fails_is_said_with_the_way_around_it(monkeypatch, tmp_path):
+    failing = tmp_path / "failing-g++"
+    failing.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exec g++ --version\n'
+        "echo no space left on device >&2\nexit 1\n"
+    )
+    failing.chmod(0o755)
+    function = compiled(lambda x: (x.sin() + 0.8125).sum(), "planner.mode")
+    inductor = pytest.importorskip("torch._inductor.config")
+    with (
+        inductor.patch({"cpp.cxx": (None, str(failing)), "force_disable_caches": True}),
+        pytest.raises(
+            ConfigError,
+            match=r"planner.mode=compile cannot be compiled here \(.*no space left on device.*\); "
+            "without, give planner.mode=eager",
+        ),
+    ):
+        function(torch.ones(7))

@@ -6,7 +6,7 @@ import yaml
 
 from iqmpc.composition import SUITES, ablation, compose, departures, options, parse
 from iqmpc.config import Config, all_keys, names_task
-from iqmpc.envs import TASKS
+from iqmpc.envs import TASKS, dmcontrol, maniskill, myosuite
 from iqmpc.errors import ConfigError
 
 
@@ -34,6 +34,9 @@ from iqmpc.errors import ConfigError
         ),
         (["model.latent_dim=100"], "must be a multiple of model.simnorm_dim, got 100 and 8"),
         (["train.steps=0"], "train.steps must be at least 1, got 0"),
+        (["train.steps=3000000000"], "train.steps must be at most 2147483647, got 3000000000"),
+        (["planner.samples=99999999999999999999"], "planner.samples must be at most 2147483647"),
+        (["planner.threads=5000000000"], "planner.threads must lie in [1, 1024], got 5000000000"),
         (["learner.rho=1.5"], "learner.rho must lie in [0, 1], got 1.5"),
         (
             ["agent.average=ever"],
@@ -98,8 +101,12 @@ def test_every_option_composes(group):
         compose([f"{group}={option}"])
 
 
-def test_every_task_file_is_a_task():
+def test_every_task_file_is_a_task_of_its_suite():
     assert set(options("task")) == set(TASKS) | {"gym"}
+    suites = {"dmcontrol": dmcontrol, "myosuite": myosuite, "maniskill": maniskill}
+    assert {name: TASKS[name].suite for name in TASKS} == {
+        name: suite for suite, module in suites.items() for name in module.TASKS
+    }
     for name in TASKS:
         assert compose([f"task={name}"]).task == TASKS[name]
 

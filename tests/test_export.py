@@ -146,6 +146,9 @@ def test_other_files_and_versions_are_refused_with_a_sentence(tmp_path):
     saved(file, random_agent(), observation={"shape": [4], "names": list("abcd")})
     with pytest.raises(CheckpointError, match="does not fit its settings"):
         Agent.load(file)
+    saved(file, random_agent(), observation={"shape": [2**70], "names": list("abcde")})
+    with pytest.raises(CheckpointError, match="they describe no model"):
+        Agent.load(file)
     saved(file, random_agent(), action={})
     with pytest.raises(CheckpointError, match="does not describe its agent"):
         Agent.load(file)

@@ -659,6 +659,7 @@ def fused_and_eager(config, monkeypatch):
             "learner.dropout": "always",
             "learner.entropy": "presquash",
             "agent.average": "evaluation",
+            "agent.average_rate": 0.2,
             "learner.tau": 0.3,
         },
     ],
@@ -709,6 +710,17 @@ def test_fused_counts_and_leaves_out_what_is_not_finite(small_config):
     assert learner.state_dict()["model_adam.0.step"] == 2
 
 
+def test_fused_counts_the_policys_steps_apart(small_config):
+    """Its gradient alone is not finite: usual actions of weights out of proportion."""
+    learner = Learner(2, 2, with_(small_config, mode="fused"))
+    policy = learner.weights.policy
+    policy[-2].gamma.data.mul_(1e30)
+    policy[-1].weight.data.mul_(1e-30)
+    assert learner.update(batch())["skipped_updates"] == 1
+    state = learner.state_dict()
+    assert (state["model_adam.0.step"], state["policy_adam.0.step"]) == (1, 0)
+
+
 def test_what_learns_where(small_config, monkeypatch):
     def mode(obs_shape=(2,), device="cpu", **settings):
         spec = ObservationSpec(obs_shape)
@@ -726,9 +738,19 @@ def test_what_learns_where(small_config, monkeypatch):
     with pytest.raises(ConfigError, match="mode=graph needs a CUDA device, got cpu"):
         mode(mode="graph")
     with pytest.raises(
-        ConfigError, match="mode=eager computes in float32, got learner.precision=b"
+        ConfigError, match="mode=eager multiplies as learner.matmul says, got learner.precision=b"
     ):
         mode(mode="eager", precision="bf16")
+    assert mode(mode="auto", matmul="bf16") == mode(mode="auto", matmul="float32") == "compile"
+    assert mode(mode="graph", device="cuda", matmul="tf32") == "graph"
+    with pytest.raises(
+        ConfigError, match="mode=fused multiplies as learner.precision says, got learner.matmul=b"
+    ):
+        mode(mode="fused", matmul="bf16")
+    with pytest.raises(
+        ConfigError, match="eager has tf32 on a CUDA device alone, got learner.matmul=tf32 on cpu"
+    ):
+        mode(mode="eager", matmul="tf32")
     with pytest.raises(
         ConfigError, match="no learner.mode can serve: fused takes flat observations"
     ):
@@ -737,6 +759,21 @@ def test_what_learns_where(small_config, monkeypatch):
     assert mode(mode="auto") == "compile"
     with pytest.raises(ConfigError, match="mode=fused cannot run: iqmpc._C is not built"):
         mode(mode="fused")
+
+
+def test_bf16_products_learn_nearly_the_same(small_config):
+    """The sums, and what is learnt, stay float32."""
+    one, other = (
+        Learner(2, 2, with_(small_config, mode="eager", matmul=matmul))
+        for matmul in ("float32", "bf16")
+    )
+    assert one.matmul == Learner(2, 2, with_(small_config, mode="eager")).matmul == "float32"
+    exact, near = one.update(batch()), other.update(batch())
+    assert exact["critic_loss"] != near["critic_loss"]
+    for key in ("critic_loss", "model_grad_norm", "policy_loss"):
+        assert near[key].dtype == torch.float32
+        torch.testing.assert_close(near[key], exact[key], rtol=5e-2, atol=5e-3)
+    assert all(t.dtype == torch.float32 for t in other.weights.tensors())
 
 
 def test_fused_learns_from_replays_as_they_grow(small_config):
@@ -751,3 +788,9 @@ def test_fused_learns_from_replays_as_they_grow(small_config):
         assert one == two
     assert behaviour.allocations > 1
     assert torch.equal(parameters(learners[0]), parameters(learners[1]))
+
+
+def test_layers_wider_than_the_fused_update_takes_are_named_with_the_way_out(small_config):
+    config = small_config.replace({"model.hidden_dim": 8200, "learner.mode": "fused"})
+    with pytest.raises(ConfigError, match=r"at most 8192 outputs, got 8200 \(learner.mode=compile"):
+        Learner(2, 2, config)

@@ -3,11 +3,13 @@ import time
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iqmpc import Planner, WorldModel, losses
 from iqmpc.config import ModelConfig, PlannerConfig
 from iqmpc.errors import BackendError
 from iqmpc.kernels import layers
+from iqmpc.kernels.mppi_plan import resolve_plan
 
 MODEL = ModelConfig(encoder_dim=16, hidden_dim=16, latent_dim=16, critics=3)
 CONFIG = PlannerConfig(samples=32, elites=8, policy_trajectories=4, iterations=3)
@@ -390,20 +392,17 @@ def test_planning_does_not_fall_for_what_critics_say_of_terminal_states(config):
         assert (after[False] > 1.08).all()  # they are believed without the head
 
 
-def test_triton_is_refused_for_a_termination_head_and_auto_passes_over_it(monkeypatch):
-    model = WorldModel(5, 2, MODEL, termination=True)
-    assert Planner(model.weights(), CONFIG, discount=0.9).backend == "cpu"
+@pytest.mark.parametrize(("obs_shape", "termination"), [(5, True), ((9, 64, 64), False)])
+def test_every_model_is_on_the_fast_path_of_a_gpu(monkeypatch, obs_shape, termination):
+    """On a machine that has one."""
+    weights = WorldModel(obs_shape, 2, MODEL, termination=termination).weights()
+    assert resolve_plan(weights, CONFIG) == "cpu"
     monkeypatch.setattr(
-        "iqmpc.kernels.backends._availability",
-        lambda: {"reference": None, "cpu": "not built", "triton": None, "cuda": None},
+        "iqmpc.kernels.backends._availability", lambda: dict.fromkeys(("cpu", "triton"))
     )
-    with pytest.raises(
-        BackendError,
-        match=r"backend=triton takes no model with a termination head \(model.termination\)",
-    ):
-        Planner(model.weights(), dataclasses.replace(CONFIG, backend="triton"), discount=0.9)
-    with pytest.warns(RuntimeWarning, match="using the slow reference"):
-        assert Planner(model.weights(), CONFIG, discount=0.9).backend == "reference"
+    with FakeTensorMode():  # tensors of a device that is not here
+        there = weights.map(lambda t: torch.empty(t.shape, device="cuda"))
+    assert resolve_plan(there, CONFIG) == "triton"
 
 
 def test_images_are_planned_for(config):
@@ -420,3 +419,9 @@ def test_images_are_planned_for(config):
     )
     expected = torch.tanh(model.pi(model.encode(images))[0])
     torch.testing.assert_close(alone.plan(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_beyond_those_of_the_library_are_named_with_the_backend():
+    config = dataclasses.replace(CONFIG, samples=2**21, backend="cpu")
+    with pytest.raises(BackendError, match="planner.backend=cpu: samples must be at most 1048576"):
+        make(config)

@@ -34,6 +34,14 @@ def test_without_a_terminal_there_are_lines():
     assert "Q expert-behaviour 0.50  consistency 1.0e-03" in lines[4]
 
 
+def test_a_method_without_a_world_model_shows_what_it_has():
+    out = console(False)
+    with TrainingDisplay(1000, out, every_s=0) as display:
+        display.update(values(525, 525, **{"return": 7.0}, q_difference=0.5))
+    line = out.file.getvalue().splitlines()[0]
+    assert "Q expert-behaviour 0.50" in line and "consistency" not in line
+
+
 @pytest.mark.parametrize(
     "display",
     [lambda out: TrainingDisplay(1000, out, every_s=0.05), lambda out: TrainingDisplay(1000, out)],

@@ -82,24 +82,6 @@ def test_an_older_runs_columns_are_completed(tmp_path):
     assert set(rows[0]) == set(COLUMNS)
 
 
-def test_a_fault_of_tensorboard_does_not_end_a_run(run, monkeypatch):
-    log = RunLog(RunFolder(run), since=40)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    log._board.add_scalar = full
-    with pytest.warns(RuntimeWarning, match="TensorBoard's files are not written any more"):
-        log.write(row(50, **{"return": 1.0}))
-    log.write(row(60, **{"return": 1.0}))
-    log.close()
-    assert [r["env_steps"] for r in read_rows(run / "metrics.csv")[0]][-2:] == ["50", "60"]
-    (run / "file").touch()
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", full)
-    with pytest.warns(RuntimeWarning, match="TensorBoard"):
-        RunLog(RunFolder(run), since=60).close()
-
-
 def test_summaries_are_strict_json(tmp_path):
     RunFolder(tmp_path).save_summary(
         {"a": float("nan"), "b": [np.float64("inf"), 1.5], "c": None, "d": "x"}

@@ -301,6 +301,17 @@ def test_globs_are_folders_and_what_is_missing_stays(tmp_path):
     assert table.find_runs([f"{tmp_path}/[1]"]) == [tmp_path / "[1]"]
 
 
+def test_a_sweeps_folder_is_its_runs(tmp_path):
+    """Also those below a folder of their own; what is inside a run is none."""
+    for name in ("seed=2", "seed=1", "demos=a/b", "seed=1/wandb/files"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    (tmp_path / "multirun.yaml").touch()
+    runs = [tmp_path / name for name in ("demos=a/b", "seed=1", "seed=2")]
+    assert table.find_runs([str(tmp_path)]) == runs
+    assert table.find_runs([f"{tmp_path}/seed=1", str(tmp_path)]) == [runs[1], runs[0], runs[2]]
+
+
 def test_tables_have_means_over_seeds():
     records = [
         record(seed=0, correlation=None),

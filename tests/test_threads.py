@@ -3,7 +3,7 @@
 import torch
 
 from iqmpc import threads
-from iqmpc.threads import prepare_torch
+from iqmpc.threads import leave_torch_idle, prepare_torch
 
 
 def test_runs_of_one_process_do_not_take_threads_from_each_other(small_config, monkeypatch):
@@ -13,17 +13,18 @@ def test_runs_of_one_process_do_not_take_threads_from_each_other(small_config, m
     monkeypatch.setattr(torch, "set_num_threads", lambda n: count.__setitem__(0, n))
     for name in ("_threads", "_torchs", "_default"):
         monkeypatch.setattr(threads, name, None)
-    fused = small_config.replace({"learner.mode": "fused"})
-    for config, library, own in (
-        (fused, 6, 1),
-        (fused, 6, 1),
-        (small_config, 6, 6),
-        (fused.replace({"threads": 3}), 3, 1),
-        (small_config.replace({"threads": 2}), 2, 2),
-        (fused, 6, 1),
+    for asked, library, idle in (
+        (None, 6, True),
+        (None, 6, True),
+        (None, 6, False),
+        (3, 3, True),
+        (2, 2, False),
+        (None, 6, True),
     ):
-        prepare_torch(config)
-        assert (threads.threads(), torch.get_num_threads()) == (library, own)
+        prepare_torch(small_config.replace({"threads": asked}))
+        if idle:
+            leave_torch_idle()
+        assert (threads.threads(), torch.get_num_threads()) == (library, 1 if idle else library)
     torch.set_num_threads(4)  # by who uses iqmpc
-    prepare_torch(fused)
-    assert (threads.threads(), torch.get_num_threads()) == (4, 1)
+    prepare_torch(small_config)
+    assert (threads.threads(), torch.get_num_threads()) == (4, 4)

@@ -69,19 +69,6 @@ def test_a_run_tells_where_its_time_goes(
     assert not any(r[c] for r in rows if r["eval_return_mean"] for c in TIMING)
 
 
-def test_times_are_a_section_of_tensorboard(tmp_path):
-    log, scalars = RunLog(RunFolder(tmp_path)), []
-    log._board.add_scalar = lambda *what: scalars.append(what)
-    at = {"env_steps": 10, "updates": 1, "episodes": 1, "wall_s": 1.0}
-    log.write({**at, "return": 2.0, "plan_ms": 3.0, "steps_per_s": 4.0})
-    log.close()
-    assert scalars == [
-        ("results/return", 2.0, 10),
-        ("timing/plan_ms", 3.0, 10),
-        ("timing/steps_per_s", 4.0, 10),
-    ]
-
-
 def test_a_run_from_before_there_were_times_goes_on(tmp_path):
     before = [c for c in COLUMNS if c not in TIMING]
     values = {"env_steps": 10, "updates": 1, "episodes": 1, "wall_s": 1.0, "return": 5.0}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from iqmpc import Agent, Config, Trainer, evaluate
+from iqmpc import Agent, Config, Trainer, evaluate, threads
 from iqmpc.demos import DemonstrationError
 from iqmpc.errors import CheckpointError, ConfigError, TaskError
 from iqmpc.kernels.weights import snapshot
@@ -416,3 +416,23 @@ def test_torch_is_set_as_the_settings_say(tmp_path, small_config, point_env, poi
     assert torch.tensor([1e-40]).mul(1.0).item() != 0
     Trainer(small_config.replace({"threads": 1}), point_env, point_demonstrations, run=tmp_path)
     assert torch.get_num_threads() == 1 and torch.tensor([1e-40]).mul(1.0).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({"learner.mode": "fused"}, 1),
+        ({"learner.mode": "auto"}, 1),
+        ({"learner.mode": "eager"}, 3),
+        ({"learner.mode": "fused", "planner.backend": "reference"}, 3),
+    ],
+)
+def test_torch_has_one_thread_where_the_library_plans_and_learns(
+    tmp_path, small_config, point_env, point_demonstrations, changes, left
+):
+    """As the backends were chosen, whatever they were asked for as."""
+    config = small_config.replace({"threads": 3, "planner.backend": "auto", **changes})
+    Trainer(config, point_env, point_demonstrations, run=tmp_path)
+    found = threads.threads(), torch.get_num_threads()
+    torch.set_num_threads(1)  # as the other tests want it
+    assert found == (3, left)

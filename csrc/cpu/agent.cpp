@@ -290,7 +290,7 @@ Agent Agent::from_memory(const void* data, std::size_t size, const AgentOptions&
     const WorldModelView view = view_of(file, model_facts);
     AgentInfo& info = state->info;
     read_planner(about.at("planner", "the agent"), info);
-    info.beta = about.at("beta", "the agent").number("beta");
+    info.entropy_coef = about.at("beta", "the agent").number("beta");
     info.provenance = said("provenance");
     detail::check(info.planner);
     apply(options, info);

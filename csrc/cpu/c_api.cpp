@@ -75,7 +75,7 @@ iqmpc::AgentOptions converted(const iqmpc_options* given) {
   }
   if (given->threads != 0) options.threads = given->threads;
   if (!(given->budget_us < 0)) options.budget_us = given->budget_us;
-  if (given->prior_only != 0) options.planning = false;
+  if (given->policy_only != 0) options.planning = false;
   if (given->isa != nullptr) options.isa = iqmpc::isa_from_name(given->isa, "isa");
   if (given->has_seed != 0) options.seed = given->seed;
   return options;

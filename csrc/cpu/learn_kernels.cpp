@@ -672,8 +672,8 @@ void policy_sample(const float* head, Index ld_head, Index rows, const float* no
 }
 
 void policy_backward(const float* da, Index ld_da, Index rows, const float* action, Index ld_action,
-                     const float* kept, Index actions, bool presquash, const float* beta, float* g,
-                     Index ldg) {
+                     const float* kept, Index actions, bool presquash, const float* entropy_weight,
+                     float* g, Index ldg) {
   const float part = presquash ? 1.0f / static_cast<float>(actions) : 1.0f;
   for (Index r = 0; r < rows; ++r) {
     const float *a = action + r * ld_action, *spread = kept + r * 3 * ld_action;
@@ -682,9 +682,9 @@ void policy_backward(const float* da, Index ld_da, Index rows, const float* acti
     for (Index i = 0; i < actions; ++i) {
       // d(-part ln(1 - a²))/du is part 2 a, and with the clamp part 2 a (1 - a²) / (1 - a² + 1e-6).
       const float squash = presquash ? 2 * a[i] * open[i] / (open[i] + kClamp) : 2 * a[i];
-      const float du = da[r * ld_da + i] * open[i] + beta[r] * part * squash;
+      const float du = da[r * ld_da + i] * open[i] + entropy_weight[r] * part * squash;
       mean[i] = du;
-      s[i] = (du * spread[i] - beta[r]) * slope[i];
+      s[i] = (du * spread[i] - entropy_weight[r]) * slope[i];
     }
   }
 }

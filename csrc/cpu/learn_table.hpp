@@ -129,10 +129,11 @@ struct LearnTable {
   void (*policy_sample)(const float* head, Index ld_head, Index rows, const float* noise,
                         Index actions, float low, float high, bool presquash, float* action,
                         Index ld_action, float* log_prob, float* kept);
-  // dL/dhead into g [rows, ldg], from da = dL/da without log π's part, and β_r = dL/d(log π).
+  // dL/dhead into g [rows, ldg], from da = dL/da without log π's part, and entropy_weight =
+  // dL/d(log π) [rows].
   void (*policy_backward)(const float* da, Index ld_da, Index rows, const float* action,
                           Index ld_action, const float* kept, Index actions, bool presquash,
-                          const float* beta, float* g, Index ldg);
+                          const float* entropy_weight, float* g, Index ldg);
 
   // g += factor (z - target), and Σ (z - target)² over `count` columns is returned.
   double (*squared_error)(const float* z, const float* target, Index ld, Index rows, Index count,

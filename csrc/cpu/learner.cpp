@@ -6,11 +6,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/setting_checks.hpp"
+#include "common/view_checks.hpp"
 #include "cpu/calls.hpp"
 #include "cpu/learner_state.hpp"
 #include "cpu/learner_views.hpp"
-#include "cpu/setting_checks.hpp"
-#include "cpu/view_checks.hpp"
 #include "iqmpc/world_model.hpp"
 
 namespace iqmpc {
@@ -42,7 +42,7 @@ void check(const LearnerSettings& s) {
   need("rho", s.rho, s.rho >= 0 && s.rho <= 1, "in [0, 1]");
   need("discount", s.discount, s.discount >= 0 && s.discount <= 1, "in [0, 1]");
   need("alpha", s.alpha, s.alpha > 0, "positive");
-  need("beta", s.beta, s.beta >= 0, "0 or more");
+  need("entropy_coef", s.entropy_coef, s.entropy_coef >= 0, "0 or more");
   need("c_cons", s.c_cons, s.c_cons >= 0, "0 or more");
   need("c_iq", s.c_iq, s.c_iq >= 0, "0 or more");
   need("c_gp", s.c_gp, s.c_gp >= 0, "0 or more");
@@ -333,8 +333,8 @@ void Learner::State::resize(Index new_columns, Index new_experts) {
       detail::ensure(*buffer, rows * ld_a);
     }
     detail::ensure(w.kept, rows * 3 * ld_a);
-    for (auto* buffer : {&w.log_prob, &w.q[0], &w.q[1], &w.dq[0], &w.dq[1], &w.backup, &w.beta,
-                         &w.scale, &w.ones}) {
+    for (auto* buffer : {&w.log_prob, &w.q[0], &w.q[1], &w.dq[0], &w.dq[1], &w.backup,
+                         &w.entropy_weight, &w.scale, &w.ones}) {
       detail::ensure(*buffer, rows);
     }
     w.chosen.resize(static_cast<std::size_t>(2 * rows));

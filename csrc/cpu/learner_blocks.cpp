@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
+#include "common/smaller.hpp"
 #include "cpu/learner_state.hpp"
 
 namespace iqmpc {
@@ -30,13 +30,7 @@ namespace {
 // The smaller of two critics, NaN where either is; and each one's share of its gradient, which
 // equals divide (as torch's amin has it: a new model's critics are all zero).
 struct Smaller {
-  Smaller(float a, float b)
-      : value(a != a || b != b ? std::numeric_limits<float>::quiet_NaN()
-              : a < b          ? a
-                               : b),
-        first(a < b    ? 1.0f
-              : a == b ? 0.5f
-                       : 0.0f) {}
+  Smaller(float a, float b) : value(smaller(a, b)), first(a < b ? 1.0f : a == b ? 0.5f : 0.0f) {}
   float value, first;
 };
 
@@ -115,8 +109,8 @@ class Learner::State::Pass {
     for (Index t = 0; t < horizon; ++t) {
       for (Index i = 0; i < columns; ++i) {
         const Index r = t * columns + i;
-        const float v =
-            Smaller(w.q[0].data()[r], w.q[1].data()[r]).value - set.beta * w.log_prob.data()[r];
+        const float v = Smaller(w.q[0].data()[r], w.q[1].data()[r]).value -
+                        set.entropy_coef * w.log_prob.data()[r];
         sums.target += v;
         w.backup.data()[r] = set.discount * (1 - source.terminated(t, column(i))) * v;
       }
@@ -233,7 +227,7 @@ class Learner::State::Pass {
       for (Index i = 0; i < each; ++i) {
         const Index r = t * each + i;
         const Smaller q(w.q[0].data()[r], w.q[1].data()[r]);
-        double v = q.value - set.beta * w.log_prob.data()[r];
+        double v = q.value - set.entropy_coef * w.log_prob.data()[r];
         if (difference) v -= w.backup.data()[z_row(r)];
         sums.value += difference ? v / static_cast<double>((s.columns - s.experts) * horizon)
                                  : v * (1 - double(set.discount)) / double(s.experts);
@@ -466,10 +460,10 @@ class Learner::State::Pass {
         const Index r = t * columns + i;
         const Smaller q(w.q[0].data()[r], w.q[1].data()[r]);
         const double log_prob = w.log_prob.data()[r];
-        sums.policy += weight * (set.beta * log_prob - q.value);
+        sums.policy += weight * (set.entropy_coef * log_prob - q.value);
         sums.log_prob += log_prob;
         sums.q_policy += q.value;
-        w.beta.data()[r] = static_cast<float>(weight * set.beta);
+        w.entropy_weight.data()[r] = static_cast<float>(weight * set.entropy_coef);
         const float shares[2] = {q.first, 1 - q.first};
         for (int j = 0; j < 2; ++j) {
           w.dq[j].data()[r] = -static_cast<float>(weight) * shares[j];
@@ -506,7 +500,7 @@ class Learner::State::Pass {
     if (s.clones()) imitate(source, cloning, da);
     float* g = w.pre.data();
     exact.policy_backward(da, ld_a, rows, w.action.data(), ld_a, w.kept.data(), s.action_dim,
-                          presquash(), w.beta.data(), g, head.padded);
+                          presquash(), w.entropy_weight.data(), g, head.padded);
     std::fill_n(w.ones.data(), rows, 1.0f);
     exact.weighted_sum(g, head.padded, rows, w.ones.data(), head.padded, head.sums(b.number).bias);
     Operand& grad = trace.back().grad;

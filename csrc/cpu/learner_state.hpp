@@ -140,8 +140,8 @@ struct Source {
 struct Work {
   // [rows, padded columns of the widest layer]
   AlignedBuffer<float> pre, gradient, other, z_gradient, encoded, mask, obs;
-  AlignedBuffer<float> noise, action, data_action, kept;                  // rows of actions
-  AlignedBuffer<float> log_prob, q[2], dq[2], backup, beta, scale, ones;  // [rows]
+  AlignedBuffer<float> noise, action, data_action, kept;  // rows of actions
+  AlignedBuffer<float> log_prob, q[2], dq[2], backup, entropy_weight, scale, ones;  // [rows]
   std::vector<std::int32_t> chosen;
   AlignedBuffer<Unit> hidden[2];  // operands of either type
   Operand in;

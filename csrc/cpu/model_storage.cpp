@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/setting_checks.hpp"
 #include "cpu/learner_views.hpp"
-#include "cpu/setting_checks.hpp"
 #include "cpu/threefry.hpp"
 
 namespace iqmpc {

@@ -48,7 +48,7 @@ class MachineClock final : public PlanClock {
 };
 
 // What a draw is for; with the iteration, the number of its stream.
-enum Stream : std::uint32_t { kPrior, kSamples, kPriorScore, kScore, kExplore, kGumbel, kPair };
+enum Stream : std::uint32_t { kPolicy, kSamples, kPolicyScore, kScore, kExplore, kGumbel, kPair };
 
 struct Key {
   Key(std::uint64_t seed, std::uint64_t step)
@@ -215,14 +215,14 @@ struct Planner::State {
         action_dim(first->action_dim),
         models(first),
         pool(s.threads),
-        prior_blocks(s.num_envs, s.policy_trajectories, pool.threads()),
-        sample_blocks(s.num_envs, s.samples - s.policy_trajectories, pool.threads()),
+        policy_blocks(s.problems, s.policy_trajectories, pool.threads()),
+        sample_blocks(s.problems, s.samples - s.policy_trajectories, pool.threads()),
         clock(s.clock ? s.clock : std::make_shared<MachineClock>()),
         paces(static_cast<std::size_t>(pool.threads())),
-        scored(static_cast<std::size_t>(prior_blocks.total() + sample_blocks.total())),
-        mean(static_cast<std::size_t>(s.num_envs * s.horizon * action_dim)) {
+        scored(static_cast<std::size_t>(policy_blocks.total() + sample_blocks.total())),
+        mean(static_cast<std::size_t>(s.problems * s.horizon * action_dim)) {
     const detail::PackedModel& packed = *first;
-    for (Index e = 0; e < s.num_envs; ++e) problems.emplace_back(packed, s);
+    for (Index e = 0; e < s.problems; ++e) problems.emplace_back(packed, s);
     for (int t = 0; t < pool.threads(); ++t) workspaces.emplace_back(packed, s.horizon);
     const auto pad = static_cast<std::size_t>(packed.action_pad);
     command = AlignedBuffer<float>(pad);
@@ -241,15 +241,18 @@ struct Planner::State {
 
   void warm_up(const detail::PackedModel& model);
   PlanResult run(const float* obs, bool explore, double spent_us, float* action) noexcept;
+  double used() const noexcept;
   bool room(const Plan& plan) noexcept;
   void shift(const Plan& plan, Index e) noexcept;
   bool planned(const Plan& plan, Index e) const noexcept;
   void begin(const Plan& plan, Index e, const float* obs, int thread) noexcept;
   void stand_in(const Plan& plan, Index e, const float* obs, int thread) noexcept;
-  Index iterate(const Plan& plan, Index iteration) noexcept;
+  Index improve(const Plan& plan, Index iteration) noexcept;
+  Index score_all(const Plan& plan, Index iteration) noexcept;
+  Index to_score(Index iteration) const noexcept;
   template <class Score>
   Index score_in_time(const Plan& plan, Index rows, int thread, Score score) noexcept;
-  void score_prior(const Plan& plan, Index e, Index first, Index rows, int thread) noexcept;
+  void score_policy(const Plan& plan, Index e, Index first, Index rows, int thread) noexcept;
   void score_samples(const Plan& plan, Index iteration, Index e, Index first, Index rows,
                      int thread) noexcept;
   void refit(const Plan& plan, Index e) noexcept;
@@ -263,9 +266,10 @@ struct Planner::State {
   std::mutex plan_mutex;
   std::atomic<int> calls{0};  // under way: those that take a mutex
   ThreadPool pool;
-  const detail::Blocks prior_blocks, sample_blocks;
+  const detail::Blocks policy_blocks, sample_blocks;
   const std::shared_ptr<PlanClock> clock;
   detail::Estimate beginning, ending;  // until the first sample; from the last one to the command
+  double refit_began = 0;              // the last one, in used()
   std::vector<detail::Pace> paces;     // of each thread
   std::vector<Index> scored;           // rows of each block, in this iteration
   std::vector<Problem> problems;
@@ -298,7 +302,7 @@ bool Planner::State::planned(const Plan& plan, Index e) const noexcept {
   return std::any_of(first, first + plan.model.action_dim, [](float x) { return x != 0; });
 }
 
-// Encodes and computes what all samples share; of a prior that acts alone, what that needs.
+// Encodes and computes what all samples share; of a policy that acts alone, what that needs.
 void Planner::State::begin(const Plan& plan, Index e, const float* obs, int thread) noexcept {
   Problem& p = problems[e];
   shift(plan, e);
@@ -322,8 +326,8 @@ void Planner::State::stand_in(const Plan& plan, Index e, const float* obs, int t
   head(plan.model, nullptr, workspaces[thread], problems[e].root);
 }
 
-void Planner::State::score_prior(const Plan& plan, Index e, Index first, Index rows,
-                                 int thread) noexcept {
+void Planner::State::score_policy(const Plan& plan, Index e, Index first, Index rows,
+                                  int thread) noexcept {
   const Index total = settings.policy_trajectories, pad = plan.model.action_pad;
   Problem& p = problems[e];
   detail::Workspace& w = workspaces[thread];
@@ -332,14 +336,14 @@ void Planner::State::score_prior(const Plan& plan, Index e, Index first, Index r
                                     static_cast<std::uint32_t>(e), (t * total + first) * pad,
                                     rows * pad, out + t * rows * pad);
   };
-  for (Index t = 0; t < settings.horizon; ++t) draw(kPrior, t, w.prior.data());
-  for (Index t = 0; t + 1 < settings.horizon; ++t) draw(kPriorScore, t, w.noise.data());
+  for (Index t = 0; t < settings.horizon; ++t) draw(kPolicy, t, w.policy_noise.data());
+  for (Index t = 0; t + 1 < settings.horizon; ++t) draw(kPolicyScore, t, w.score_noise.data());
   const detail::Block task{settings.horizon,
                            rows,
                            p.actions.data() + first * pad,
                            settings.samples * pad,
-                           w.noise.data(),
-                           w.prior.data(),
+                           w.score_noise.data(),
+                           w.policy_noise.data(),
                            settings.discount,
                            p.returns.data() + first};
   score(plan.model, plan.pair, p.root, task, w);
@@ -362,13 +366,13 @@ void Planner::State::score_samples(const Plan& plan, Index iteration, Index e, I
     for (Index r = 0; r < rows; ++r) {
       k.affine_clamp(actions + r * pad, p.mean.data() + t * pad, p.std.data() + t * pad, pad);
     }
-    if (t > 0) draw(kScore, t - 1, w.noise.data() + (t - 1) * rows * pad);
+    if (t > 0) draw(kScore, t - 1, w.score_noise.data() + (t - 1) * rows * pad);
   }
   const detail::Block task{settings.horizon,
                            rows,
                            p.actions.data() + place * pad,
                            settings.samples * pad,
-                           w.noise.data(),
+                           w.score_noise.data(),
                            nullptr,
                            settings.discount,
                            p.returns.data() + place};
@@ -397,21 +401,36 @@ Index Planner::State::score_in_time(const Plan& plan, Index rows, int thread,
   return done;
 }
 
-// Scores an iteration's samples, or those that there is time for; how many.
-Index Planner::State::iterate(const Plan& plan, Index iteration) noexcept {
-  // The policy's trajectories are the same in every iteration, and so are their scores.
-  const Index prior = iteration == 0 ? prior_blocks.total() : 0;
-  const Index blocks = prior + sample_blocks.total();
+// An iteration: its samples, or those that there is time for, are scored and refitted on; how many.
+Index Planner::State::improve(const Plan& plan, Index iteration) noexcept {
+  const Index scored = score_all(plan, iteration);
+  if (scored > 0 || to_score(iteration) == 0) {
+    refit_began = used();
+    pool.run(settings.problems, [&](Index e, int) { refit(plan, e); });
+  }
+  return scored;
+}
+
+// The policy's trajectories are the same in every iteration, and so are their scores.
+Index Planner::State::to_score(Index iteration) const noexcept {
+  return settings.samples - (iteration > 0) * settings.policy_trajectories;
+}
+
+Index Planner::State::score_all(const Plan& plan, Index iteration) noexcept {
+  const Index of_policies = iteration == 0 ? policy_blocks.total() : 0;
+  const Index blocks = of_policies + sample_blocks.total();
   const auto problem_of = [&](Index block) {
-    return block < prior ? prior_blocks.problem(block) : sample_blocks.problem(block - prior);
+    return block < of_policies ? policy_blocks.problem(block)
+                               : sample_blocks.problem(block - of_policies);
   };
   pool.run(blocks, [&](Index block, int thread) {
-    const bool of_prior = block < prior;
-    const detail::Blocks& kind = of_prior ? prior_blocks : sample_blocks;
-    const Index b = of_prior ? block : block - prior, e = kind.problem(b), first = kind.first(b);
+    const bool of_policy = block < of_policies;
+    const detail::Blocks& kind = of_policy ? policy_blocks : sample_blocks;
+    const Index b = of_policy ? block : block - of_policies;
+    const Index e = kind.problem(b), first = kind.first(b);
     scored[block] = score_in_time(plan, kind.rows(b), thread, [&](Index from, Index rows) {
-      if (of_prior) {
-        score_prior(plan, e, first + from, rows, thread);
+      if (of_policy) {
+        score_policy(plan, e, first + from, rows, thread);
       } else {
         score_samples(plan, iteration, e, first + from, rows, thread);
       }
@@ -525,9 +544,14 @@ void Planner::State::choose(const Plan& plan, Index e, bool explore, float* acti
 // Whether a sample of each problem is expected to be scored in time.
 bool Planner::State::room(const Plan& plan) noexcept {
   if (settings.budget_us == 0 || !settings.enabled) return true;
-  const Index first = (prior_blocks.total() > 0 ? prior_blocks : sample_blocks).rows(0);
+  const Index first = (policy_blocks.total() > 0 ? policy_blocks : sample_blocks).rows(0);
   const double least = paces[0].upper(detail::Pace::least(first));
   return clock->now() + beginning.upper() + least + ending.upper() <= plan.deadline;
+}
+
+// The calling thread's time, of which estimates are made; without a budget there are none.
+double Planner::State::used() const noexcept {
+  return settings.budget_us > 0 ? clock->used() : 0.0;
 }
 
 PlanResult Planner::State::run(const float* obs, bool explore, double spent_us,
@@ -535,25 +559,20 @@ PlanResult Planner::State::run(const float* obs, bool explore, double spent_us,
   const double start = clock->now() - spent_us;
   pool.wake();
   const Models::Held model(models);
-  const Index problem_count = settings.num_envs;
+  const Index problem_count = settings.problems;
   Plan plan{*model, Key(seed, step), {0, 1}, start + settings.budget_us};
   plan.key.pair(static_cast<Index>(plan.model.critics.size()), plan.pair);
   const bool timed = settings.budget_us > 0;
-  const auto used = [&] { return timed ? clock->used() : 0.0; };
 
   PlanResult result{};
-  double before = used();
+  const double began = used();
   if (room(plan)) {
     pool.run(problem_count, [&](Index e, int thread) { begin(plan, e, obs, thread); });
-    if (timed) beginning.observe(used() - before);
+    if (timed) beginning.observe(used() - began);
     for (; settings.enabled && result.iterations < settings.iterations; ++result.iterations) {
-      const Index all = settings.samples - (result.iterations > 0) * settings.policy_trajectories;
-      const Index samples = iterate(plan, result.iterations);
-      if (samples == 0 && all > 0) break;
-      before = used();
-      pool.run(problem_count, [&](Index e, int) { refit(plan, e); });
+      const Index samples = improve(plan, result.iterations);
       result.samples += samples;
-      if (samples < problem_count * all) break;
+      if (samples < problem_count * to_score(result.iterations)) break;
     }
   } else {
     pool.run(problem_count, [&](Index e, int thread) { stand_in(plan, e, obs, thread); });
@@ -564,7 +583,7 @@ PlanResult Planner::State::run(const float* obs, bool explore, double spent_us,
     result.nonfinite += !problems[e].finite;
     result.missed |= settings.enabled && problems[e].held == 0;
   }
-  if (timed && result.samples > 0) ending.observe(used() - before);
+  if (timed && result.samples > 0) ending.observe(used() - refit_began);
   if (timed && result.missed) {
     beginning.pass();
     ending.pass();
@@ -578,8 +597,8 @@ PlanResult Planner::State::run(const float* obs, bool explore, double spent_us,
 // Learns what everything takes, so that the first plan keeps to its budget as well.
 void Planner::State::warm_up(const detail::PackedModel& model) {
   constexpr int kTimes = 3;
-  const std::vector<float> obs(static_cast<std::size_t>(settings.num_envs * obs_dim));
-  std::vector<float> action(static_cast<std::size_t>(settings.num_envs * action_dim));
+  const std::vector<float> obs(static_cast<std::size_t>(settings.problems * obs_dim));
+  std::vector<float> action(static_cast<std::size_t>(settings.problems * action_dim));
   Plan plan{model, Key(seed, 0), {0, 1}, std::numeric_limits<double>::infinity()};
   const auto timed = [&](auto work, auto observe) {
     for (int i = 0; i <= kTimes; ++i) {
@@ -589,15 +608,15 @@ void Planner::State::warm_up(const detail::PackedModel& model) {
     }
   };
   timed(
-      [&] { pool.run(settings.num_envs, [&](Index e, int t) { begin(plan, e, obs.data(), t); }); },
+      [&] { pool.run(settings.problems, [&](Index e, int t) { begin(plan, e, obs.data(), t); }); },
       [&](double time) { beginning.observe(time); });
-  const bool of_prior = sample_blocks.total() == 0;
-  const detail::Blocks& blocks = of_prior ? prior_blocks : sample_blocks;
+  const bool of_policy = sample_blocks.total() == 0;
+  const detail::Blocks& blocks = of_policy ? policy_blocks : sample_blocks;
   for (Index rows = blocks.rows(0); rows > 0; rows = detail::Pace::fewer(rows)) {
     timed(
         [&] {
-          if (of_prior) {
-            score_prior(plan, 0, 0, rows, 0);
+          if (of_policy) {
+            score_policy(plan, 0, 0, rows, 0);
           } else {
             score_samples(plan, 0, 0, 0, rows, 0);
           }
@@ -608,8 +627,8 @@ void Planner::State::warm_up(const detail::PackedModel& model) {
   for (Problem& p : problems) p.held = settings.samples;
   timed(
       [&] {
-        pool.run(settings.num_envs, [&](Index e, int) { refit(plan, e); });
-        for (Index e = 0; e < settings.num_envs; ++e) choose(plan, e, false, action.data());
+        pool.run(settings.problems, [&](Index e, int) { refit(plan, e); });
+        for (Index e = 0; e < settings.problems; ++e) choose(plan, e, false, action.data());
       },
       [&](double time) { ending.observe(time); });
   std::fill(mean.begin(), mean.end(), 0.0f);
@@ -685,7 +704,7 @@ double PlanStatistics::quantile_us(double q) const noexcept {
 }
 
 void Planner::reset(std::ptrdiff_t problem) {
-  const Index envs = state_->settings.num_envs;
+  const Index envs = state_->settings.problems;
   if (problem < 0 || problem >= envs) {
     throw std::out_of_range("problem must lie in [0, " + std::to_string(envs) + "), got " +
                             std::to_string(problem));
@@ -724,16 +743,17 @@ void Planner::draws(std::uint64_t step, PlanDraws& draws) const {
     }
   };
   const Index rest = s.samples - s.policy_trajectories;
-  float *prior = draws.prior, *prior_score = draws.prior_score, *explore = draws.explore;
-  for (Index e = 0; e < s.num_envs; ++e) {
-    fill(kPrior, 0, e, s.horizon * s.policy_trajectories, prior);
-    fill(kPriorScore, 0, e, (s.horizon - 1) * s.policy_trajectories, prior_score);
+  float *policy = draws.policy_noise, *policy_score = draws.policy_score_noise;
+  float* explore = draws.explore;
+  for (Index e = 0; e < s.problems; ++e) {
+    fill(kPolicy, 0, e, s.horizon * s.policy_trajectories, policy);
+    fill(kPolicyScore, 0, e, (s.horizon - 1) * s.policy_trajectories, policy_score);
     fill(kExplore, 0, e, 1, explore);
     for (Index i = 0; i < s.elites; ++i) draws.gumbel[e * s.elites + i] = key.gumbel(e, i);
   }
-  float *samples = draws.samples, *score = draws.score;
+  float *samples = draws.sample_noise, *score = draws.score_noise;
   for (Index i = 0; i < s.iterations; ++i) {
-    for (Index e = 0; e < s.num_envs; ++e) {
+    for (Index e = 0; e < s.problems; ++e) {
       fill(kSamples, i, e, s.horizon * rest, samples);
       fill(kScore, i, e, (s.horizon - 1) * rest, score);
     }

@@ -5,7 +5,7 @@
 #include <string>
 #include <utility>
 
-#include "cpu/setting_checks.hpp"
+#include "common/setting_checks.hpp"
 
 namespace iqmpc::detail {
 
@@ -14,7 +14,7 @@ void check(const PlannerSettings& s) {
   const auto at_least = [](const char* name, Index value, Index least) {
     require(value >= least, name, "at least " + std::to_string(least), double(value));
   };
-  at_least("num_envs", s.num_envs, 1);
+  at_least("problems", s.problems, 1);
   at_least("horizon", s.horizon, 1);
   at_least("samples", s.samples, 1);
   at_least("elites", s.elites, 1);
@@ -22,15 +22,15 @@ void check(const PlannerSettings& s) {
   at_least("iterations", s.iterations, 1);
   // Beyond these a plan's sizes would not be numbers any more, long after they were no plan's.
   constexpr Index kMost = Index{1} << 20, kSteps = Index{1} << 32;
-  for (const auto& [name, value] : {std::pair{"num_envs", s.num_envs},
+  for (const auto& [name, value] : {std::pair{"problems", s.problems},
                                     {"horizon", s.horizon},
                                     {"samples", s.samples},
                                     {"iterations", s.iterations}}) {
     require(value <= kMost, name, "at most " + std::to_string(kMost), double(value));
   }
-  require(s.num_envs * s.horizon <= kSteps / s.samples, "num_envs * horizon * samples",
+  require(s.problems * s.horizon <= kSteps / s.samples, "problems * horizon * samples",
           "at most " + std::to_string(kSteps),
-          double(s.num_envs) * double(s.horizon) * double(s.samples));
+          double(s.problems) * double(s.horizon) * double(s.samples));
   const std::string all = "at most samples = " + std::to_string(s.samples);
   require(s.elites <= s.samples, "elites", all, double(s.elites));
   require(s.policy_trajectories <= s.samples, "policy_trajectories", all,

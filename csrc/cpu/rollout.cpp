@@ -1,7 +1,8 @@
 #include "cpu/rollout.hpp"
 
 #include <algorithm>
-#include <cmath>
+
+#include "common/smaller.hpp"
 
 namespace iqmpc::detail {
 
@@ -9,12 +10,6 @@ namespace {
 
 AlignedBuffer<float> floats(Index rows, Index columns) {
   return AlignedBuffer<float>(static_cast<std::size_t>(rows * columns));
-}
-
-// The smaller of two critics; NaN where either is.
-float smaller(float a, float b) {
-  if (a != a || b != b) return std::nanf("");
-  return a < b ? a : b;
 }
 
 // The kernels with one model's layers put in.
@@ -97,8 +92,8 @@ Workspace::Workspace(const PackedModel& model, Index horizon)
       q{floats(2, kBlockRows), floats(2, kBlockRows)},
       logit(floats(1, kBlockRows)),
       alive(floats(1, kBlockRows)),
-      noise(floats((horizon - 1) * kBlockRows, model.action_pad)),
-      prior(floats(horizon * kBlockRows, model.action_pad)),
+      score_noise(floats((horizon - 1) * kBlockRows, model.action_pad)),
+      policy_noise(floats(horizon * kBlockRows, model.action_pad)),
       actions(floats(horizon * kBlockRows, model.action_pad)) {}
 
 void encode(const PackedModel& model, const float* obs, Workspace& workspace, Root& root) {
@@ -169,10 +164,10 @@ void score(const PackedModel& model, const Index* pair, const Root& root, const 
   const auto draw = [&](const float* head, Index ld_head, const float* noise, float* actions) {
     k.gaussian(head, ld_head, rows, noise, pad, model.log_std_min, model.log_std_max, actions);
   };
-  const auto prior_at = [&](Index t) { return block.prior + t * rows * pad; };
+  const auto noise_at = [&](Index t) { return block.policy_noise + t * rows * pad; };
 
   // t = 0: z_0 is one latent for all rows, so its part of a first layer takes a bias's place.
-  if (block.prior) draw(root.head.data(), 0, prior_at(0), block.actions);
+  if (block.policy_noise) draw(root.head.data(), 0, noise_at(0), block.actions);
   const void* a = network.operand(block.actions, rows);
   for (int i = 0; i < 2; ++i) {
     const Scalar& critic = model.critics[pair[i]];
@@ -210,8 +205,8 @@ void score(const PackedModel& model, const Index* pair, const Root& root, const 
     network.through(model.policy_first.z, model.policy, 0, rows);
     float* actions = block.actions + t * block.step;
     float* sampled = w.drawn.data() + rows * pad;
-    if (block.prior) draw(w.pre.data(), ld, prior_at(t), actions);
-    draw(w.pre.data(), ld, block.noise + (t - 1) * rows * pad, sampled);
+    if (block.policy_noise) draw(w.pre.data(), ld, noise_at(t), actions);
+    draw(w.pre.data(), ld, block.score_noise + (t - 1) * rows * pad, sampled);
     std::copy_n(actions, rows * pad, w.drawn.data());
     a = network.operand(w.drawn.data(), 2 * rows);
 
@@ -229,8 +224,8 @@ void score(const PackedModel& model, const Index* pair, const Root& root, const 
     const float *q0 = w.q[0].data(), *q1 = w.q[1].data();
     for (Index r = 0; r < rows; ++r) {
       if (w.alive.data()[r] == 0) continue;  // whatever follows, NaN too, is nothing
-      const float prior = smaller(q0[rows + r], q1[rows + r]);
-      block.returns[r] += weight * (smaller(q0[r], q1[r]) - prior);
+      const float policy = smaller(q0[rows + r], q1[rows + r]);
+      block.returns[r] += weight * (smaller(q0[r], q1[r]) - policy);
     }
   }
 }

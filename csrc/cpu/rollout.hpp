@@ -48,9 +48,9 @@ struct Workspace {
   AlignedBuffer<float> logit;    // [rows] of z being terminal
   AlignedBuffer<float> alive;    // [rows] c_t: 1 until the first terminal z, then 0
   // The draws and actions of a block, for callers to fill.
-  AlignedBuffer<float> noise;    // [horizon - 1, rows, action_pad]
-  AlignedBuffer<float> prior;    // [horizon, rows, action_pad]
-  AlignedBuffer<float> actions;  // [horizon, rows, action_pad]
+  AlignedBuffer<float> score_noise;   // [horizon - 1, rows, action_pad]
+  AlignedBuffer<float> policy_noise;  // [horizon, rows, action_pad]
+  AlignedBuffer<float> actions;       // [horizon, rows, action_pad]
 };
 
 // z_0 = h(obs), into root.z; obs itself where the model has no encoder.
@@ -72,8 +72,10 @@ struct Block {
   Index rows;      // at most kBlockRows
   float* actions;  // a_t of row r at actions + t * step + r * action_pad
   Index step;
-  const float* noise;  // ε of ã_{t+1}: [horizon - 1, rows, action_pad]
-  const float* prior;  // null, or [horizon, rows, action_pad]: a_t is drawn from π and written
+  // ε of ã_{t+1}: [horizon - 1, rows, action_pad]
+  const float* score_noise;
+  // Null, or [horizon, rows, action_pad]: a_t is drawn from π and written.
+  const float* policy_noise;
   float discount;
   float* returns;  // [rows], the advantage form
 };

@@ -76,17 +76,18 @@ void rollout(const WorldModel& world, ThreadPool& pool, const RolloutView& view)
     for (Index t = 0; t < horizon; ++t) {
       copy(view.actions, t, horizon, w.actions.data() + t * rows * pad);
       if (t > 0) {
-        copy(view.policy_noise, t - 1 + offset, noise_steps, w.noise.data() + (t - 1) * rows * pad);
+        copy(view.score_noise, t - 1 + offset, noise_steps,
+             w.score_noise.data() + (t - 1) * rows * pad);
       }
     }
     float* returns = view.returns + e * view.samples + first;
     score(model, view.critic_pair, roots[e],
-          {horizon, rows, w.actions.data(), rows * pad, w.noise.data(), nullptr, view.discount,
-           returns},
+          {horizon, rows, w.actions.data(), rows * pad, w.score_noise.data(), nullptr,
+           view.discount, returns},
           w);
     if (!unrolled) return;
-    const float* noise = view.policy_noise + e * noise_steps * view.samples * a;
-    const auto constant = static_cast<float>(view.entropy * log_prob(model, roots[e], noise));
+    const float* noise = view.score_noise + e * noise_steps * view.samples * a;
+    const auto constant = static_cast<float>(view.entropy_coef * log_prob(model, roots[e], noise));
     for (Index r = 0; r < rows; ++r) returns[r] -= constant;
   });
 }

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "common/view_checks.hpp"
 #include "cpu/packed_model.hpp"
-#include "cpu/view_checks.hpp"
 
 namespace iqmpc {
 

@@ -42,7 +42,7 @@ RolloutArgs rollout_args(const ModelData& model, const CudaRolloutView& view) {
     }
     check_pointer("z0", view.z0);
     check_pointer("actions", view.actions);
-    if (args.noise_steps > 0) check_pointer("policy_noise", view.policy_noise);
+    if (args.noise_steps > 0) check_pointer("score_noise", view.score_noise);
     check_pointer("critic_pair", view.critic_pair);
     check_pointer("returns", view.returns);
     check_pointer("work", view.work);
@@ -52,11 +52,11 @@ RolloutArgs rollout_args(const ModelData& model, const CudaRolloutView& view) {
   args.samples = view.samples;
   args.z0 = view.z0;
   args.actions = view.actions;
-  args.noise = view.policy_noise;
+  args.noise = view.score_noise;
   args.pair = view.critic_pair;
   args.discount = view.discount;
   args.unrolled = unrolled;
-  args.entropy = view.entropy;
+  args.entropy_coef = view.entropy_coef;
   args.root = static_cast<float*>(view.work);
   args.constant = args.root + work_floats(model, view.problems) - view.problems;
   args.returns = view.returns;

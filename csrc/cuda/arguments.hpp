@@ -20,7 +20,7 @@ struct RolloutArgs {
   const std::int64_t* pair;
   float discount;
   bool unrolled;
-  float entropy;
+  float entropy_coef;
   // Work memory. [E, 3, widest]: what z_0 contributes to the first layers of d and the critics,
   // with the bias; [E]: β log π(ã_0|z_0).
   float* root;

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "common/smaller.hpp"
 #include "cuda/portable.hpp"
 
 namespace iqmpc::gpu {
@@ -96,12 +97,6 @@ IQMPC_DEVICE inline float log_density(float mean, float log_std, float noise) {
   // log(1 - tanh(u)²), in a form that does not cancel for large |u|
   const float softplus = (u < 0.0f ? -2.0f * u : 0.0f) + log1pf(expf(-fabsf(2.0f * u)));
   return -0.5f * noise * noise - log_std - kHalfLogTwoPi - 2.0f * (kLogTwo - u - softplus);
-}
-
-// The smaller of two critics; NaN where either is.
-IQMPC_DEVICE inline float smaller(float a, float b) {
-  if (a != a || b != b) return nanf("");
-  return a < b ? a : b;
 }
 
 }  // namespace iqmpc::gpu

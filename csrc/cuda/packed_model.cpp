@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/view_checks.hpp"
+#include "common/view_checks.hpp"
 #include "cuda/fragments.hpp"
 #include "cuda/math.hpp"
 #include "cuda/tile_layout.hpp"

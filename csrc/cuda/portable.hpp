@@ -1,21 +1,11 @@
-// What lets the kernels' bodies compile twice: by nvcc for a GPU, and by the host's compiler for
-// the tests, which run them on an emulated block (tests/emulated_block.hpp).
+// Memory accesses of the kernels' bodies, which compile twice: for a GPU, and by the host's
+// compiler for the tests, which run them on an emulated block (tests/emulated_block.hpp).
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define IQMPC_DEVICE __device__
-#define IQMPC_BOTH __host__ __device__
-#define IQMPC_NOINLINE __noinline__
-#define IQMPC_UNROLL _Pragma("unroll")
-#else
-#define IQMPC_DEVICE
-#define IQMPC_BOTH
-#define IQMPC_NOINLINE
-#define IQMPC_UNROLL
-#endif
+#include "common/device.hpp"
 
 namespace iqmpc::gpu {
 

@@ -57,7 +57,7 @@ class Tile {
   IQMPC_DEVICE Operand* hidden() const { return at<Operand>(l_.hidden); }
   IQMPC_DEVICE Operand* z() const { return at<Operand>(l_.z); }
   IQMPC_DEVICE Operand* action() const { return at<Operand>(l_.action); }
-  IQMPC_DEVICE Operand* prior() const { return at<Operand>(l_.prior); }
+  IQMPC_DEVICE Operand* policy_action() const { return at<Operand>(l_.policy_action); }
   IQMPC_DEVICE float* q() const { return at<float>(l_.q); }
   IQMPC_DEVICE float* total() const { return at<float>(l_.total); }
   IQMPC_DEVICE int ld_pre() const { return l_.ld_pre; }
@@ -185,7 +185,7 @@ class Tile {
     load(from, rows, model_.action_dim, action(), l_.ld_action);
   }
 
-  // prior = tanh(μ + σ noise) with the policy in `pre`; noise [rows, A].
+  // policy_action = tanh(μ + σ noise) with the policy in `pre`; noise [rows, A].
   IQMPC_DEVICE void draw(const float* noise, std::int64_t rows) const {
     const int columns = model_.action_dim, padded = round_up(columns, kSide);
     block_.each(kRows * padded, [&](int item) {
@@ -197,7 +197,7 @@ class Tile {
         drawn = tanhf(before_squashing(head[0], log_std,
                                        noise[static_cast<std::int64_t>(row) * columns + column]));
       }
-      prior()[row * l_.ld_action + column] = to_operand<Operand>(drawn);
+      policy_action()[row * l_.ld_action + column] = to_operand<Operand>(drawn);
     });
   }
 
@@ -250,7 +250,7 @@ IQMPC_DEVICE inline void root_tile(Block block, const unsigned char* arena, cons
       const float log_std = log_deviation(head[dims + i], model.log_std_min, model.log_std_max);
       return log_density(head[i], log_std, noise[i]);
     });
-    warp.each(1, [&](int) { args.constant[first + row] = args.entropy * sum; });
+    warp.each(1, [&](int) { args.constant[first + row] = args.entropy_coef * sum; });
   });
 }
 
@@ -294,7 +294,7 @@ IQMPC_DEVICE inline void rollout_tile(Block block, const unsigned char* arena,
       if (t > 0) tile.latent_part(layer, tile.part());
       const float* init = t > 0 ? tile.part() : root + (1 + i) * model.widest;
       for (int drawn = 0; drawn < (t > 0 ? 2 : 1); ++drawn) {
-        tile.action_part(layer, drawn ? tile.prior() : tile.action(), init, t > 0 ? ld : 0,
+        tile.action_part(layer, drawn ? tile.policy_action() : tile.action(), init, t > 0 ? ld : 0,
                          tile.pre());
         tile.critic(critic, tile.q() + (2 * drawn + i) * kRows);
       }

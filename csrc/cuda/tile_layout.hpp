@@ -11,12 +11,12 @@ struct TileLayout {
   int ld_pre;     // pre, part
   int ld_hidden;  // hidden
   int ld_z;
-  int ld_action;                         // action, prior
-  std::size_t pre;                       // float [rows, widest]: pre-activations
-  std::size_t part;                      // float [rows, widest]: z's part of a critic's first layer
-  std::size_t hidden, z, action, prior;  // operands [rows, inputs]
-  std::size_t q;                         // float [4, rows]: Q_0, Q_1 at a_t, then at ã_t
-  std::size_t total;                     // float [rows]
+  int ld_action;     // action, policy_action
+  std::size_t pre;   // float [rows, widest]: pre-activations
+  std::size_t part;  // float [rows, widest]: z's part of a critic's first layer
+  std::size_t hidden, z, action, policy_action;  // operands [rows, inputs]
+  std::size_t q;                                 // float [4, rows]: Q_0, Q_1 at a_t, then at ã_t
+  std::size_t total;                             // float [rows]
   std::size_t bytes;
 };
 
@@ -47,7 +47,7 @@ IQMPC_BOTH inline TileLayout tile_layout(const ModelData& m, int rows) {
   l.hidden = take(l.ld_hidden, sizeof(Operand));
   l.z = take(l.ld_z, sizeof(Operand));
   l.action = take(l.ld_action, sizeof(Operand));
-  l.prior = take(l.ld_action, sizeof(Operand));
+  l.policy_action = take(l.ld_action, sizeof(Operand));
   l.q = take(4, sizeof(float));
   l.total = take(1, sizeof(float));
   l.bytes = end;

@@ -39,7 +39,7 @@ typedef struct iqmpc_options {
   size_t size;      /* sizeof(iqmpc_options), set by iqmpc_default_options() */
   int threads;      /* 0: as the file says */
   double budget_us; /* microseconds a plan may take; 0: none; below 0: as the file says */
-  int prior_only;   /* 1: act with the policy prior, 0: as the file says */
+  int policy_only;  /* 1: act with the policy alone, 0: as the file says */
   const char* isa;  /* "portable", "avx2", "avx512", "avx512bf16"; null: the best */
   int has_seed;     /* 1: `seed` is that of the planner's draws */
   uint64_t seed;

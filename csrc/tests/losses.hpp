@@ -245,7 +245,7 @@ class Losses {
                       joined(encoded.back(), pi.action), always(d.keep_target, i * h * n + r));
       }
       backup.push_back(s.discount * (1.0 - b.terminated[r]) *
-                       (std::min(q[0], q[1]) - s.beta * pi.log_prob));
+                       (std::min(q[0], q[1]) - s.entropy_coef * pi.log_prob));
     }
     z = rollout(m);
     if (td()) return;
@@ -301,7 +301,7 @@ class Losses {
         q[i] = neuron(m.critics[static_cast<std::size_t>(d.pair[i])],
                       joined(latents[row], values[r].action), mask);
       }
-      const double v = std::min(q[0], q[1]) - s.beta * values[r].log_prob;
+      const double v = std::min(q[0], q[1]) - s.entropy_coef * values[r].log_prob;
       if (s.objective == iqmpc::Objective::v_diff) {
         const double share = (v - backup[row]) / ((all - experts) * steps);
         p.value += share;
@@ -342,7 +342,7 @@ class Losses {
                       joined(z[r], pi.action), mask);
       }
       loss += power(r / n) / static_cast<double>((h + 1) * n) *
-              (s.beta * pi.log_prob - std::min(q[0], q[1]));
+              (s.entropy_coef * pi.log_prob - std::min(q[0], q[1]));
       for (Index j = 0; r < h * n && r % n < b.experts && j < a; ++j) {
         const double error = pi.action[j] - b.action[r * a + j];
         loss += cloning * power(r / n) / static_cast<double>(h * b.experts * a) * error * error;

@@ -82,7 +82,7 @@ void says_what_it_is() {
   const iqmpc::AgentInfo& info = agent.info();
   CHECK(info.task == "point" && info.action_repeat == 2 && *info.control_period == 0.05);
   CHECK(info.observation_names[2] == "\u03b8" && info.action_names[2] == "z");
-  CHECK(info.seed == 7 && info.beta == 0.0003 && info.planner.threads == 1);
+  CHECK(info.seed == 7 && info.entropy_coef == 0.0003 && info.planner.threads == 1);
   const float action[] = {-1, 0, 1};
   double command[3];
   agent.to_units(action, command);

@@ -21,6 +21,7 @@ namespace {
 using namespace iqmpc::gpu;
 using iqmpc::Precision;
 using iqmpc::Score;
+using iqmpc::smaller;
 using Floats = std::vector<float>;
 
 constexpr Precision kPrecisions[] = {Precision::float32, Precision::bf16};
@@ -209,9 +210,9 @@ View view_of(const Problem& p, const Draws& draws, Score score, Floats& result) 
   view.samples = p.samples;
   view.z0 = draws.z0.data();
   view.actions = draws.actions.data();
-  view.policy_noise = draws.noise.data();
+  view.score_noise = draws.noise.data();
   view.score = score;
-  view.entropy = 0.01f;
+  view.entropy_coef = 0.01f;
   view.returns = result.data();
   return view;
 }
@@ -410,8 +411,8 @@ void refuses_arguments() {
   view.work = &x;
   CHECK(rollout_args(model, view).noise_steps == 0);
   view.horizon = 2;
-  CHECK(message() == "policy_noise must not be null");
-  view.policy_noise = &x;
+  CHECK(message() == "score_noise must not be null");
+  view.score_noise = &x;
   view.problems = std::ptrdiff_t{1} << 40;
   CHECK(message() == "too many rows for one launch: 1099511627776 problems of 1 samples");
 }

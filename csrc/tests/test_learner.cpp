@@ -55,7 +55,7 @@ LearnerSettings settings() {
   s.rho = 0.6f;
   s.discount = 0.97f;
   s.alpha = 0.4f;
-  s.beta = 0.03f;
+  s.entropy_coef = 0.03f;
   s.c_cons = 15;
   s.c_iq = 0.2f;
   s.c_termination = 0.8f;

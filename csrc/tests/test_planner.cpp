@@ -21,7 +21,7 @@ using Floats = std::vector<float>;
 
 PlannerSettings settings(int threads = 2) {
   PlannerSettings s;
-  s.num_envs = 2;
+  s.problems = 2;
   s.samples = 70;
   s.elites = 9;
   s.policy_trajectories = 11;
@@ -118,7 +118,7 @@ struct Timed {
   explicit Timed(double budget, Sizes sizes = {}) : model(sizes) {
     model.view.encoder.clear();
     s = settings(1);
-    s.num_envs = 1;
+    s.problems = 1;
     s.policy_trajectories = 0;
     s.budget_us = budget;
     s.clock = clock;
@@ -239,7 +239,7 @@ void a_cut_iteration_refits_on_what_was_scored() {
       view.samples = static_cast<std::ptrdiff_t>(all);
       view.z0 = t.z.data();
       view.actions = actions.data();
-      view.policy_noise = score.data() + i * 2 * all * 3;
+      view.score_noise = score.data() + i * 2 * all * 3;
       view.critic_pair[0] = draws.pair[0];
       view.critic_pair[1] = draws.pair[1];
       view.discount = t.s.discount;
@@ -261,7 +261,7 @@ void a_cut_plan_for_several_problems() {
   for (const int threads : {1, 3}) {
     for (const double budget : {8.0, 12.0, 16.0, 24.0, 1e9}) {
       PlannerSettings s = settings(threads);
-      s.num_envs = 4;
+      s.problems = 4;
       s.budget_us = budget;
       const auto clock = std::make_shared<Ticking>();
       if (threads == 1) s.clock = clock;
@@ -342,7 +342,7 @@ void publishing_while_plans_run() {
 void a_running_plan_keeps_its_model() {
   const RandomModel model({}), other({}, 1);
   PlannerSettings s = settings();
-  s.num_envs = 1;
+  s.problems = 1;
   const Floats obs = normal_floats(5, 1);
   const auto plan = [&](Planner& planner) {
     Floats action(3);

@@ -35,11 +35,11 @@ Floats returns(const Problem& p, const RandomModel& model, iqmpc::ThreadPool& po
   view.samples = p.samples;
   view.z0 = z0.data();
   view.actions = actions.data();
-  view.policy_noise = noise.data();
+  view.score_noise = noise.data();
   view.critic_pair[0] = 1;
   view.critic_pair[1] = 0;
   view.score = score;
-  view.entropy = 0.01f;
+  view.entropy_coef = 0.01f;
   view.returns = result.data();
   iqmpc::rollout(*model.pack(precision, isa), pool, view);
   CHECK(std::all_of(result.end() - 16, result.end(), [](float x) { return x == 42.0f; }));

@@ -7,7 +7,7 @@ a gradient penalty that keeps its slope near 1.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from iqmpc.baselines.learner import Transitions
 from iqmpc.baselines.sac import SacLearner, SacModel
@@ -27,8 +27,7 @@ class RewardModel(SacModel):
     def __init__(self, spec: ObservationSpec, action_dim: int, config: Config):
         super().__init__(spec, action_dim, config)
         # A stack of one, as the critics are a stack of two.
-        self.score = self.network(self.obs_dim + action_dim, 1, members=1)
-        nn.init.zeros_(self.score[-1].weight)
+        self.score = self.network(self.obs_dim + action_dim, 1, members=1, zero=True)
 
     def f(self, obs: Tensor, action: Tensor) -> Tensor:
         """obs [N, O], action [N, A] -> f [N]."""
@@ -61,7 +60,8 @@ class AdversarialLearner(SacLearner):
     ):
         super().__init__(obs_shape, action_dim, config, device, sampler=sampler, scaling=scaling)
         self._score = self.optimiser("score", list(self.model.score.parameters()))
-        self.others.register_buffer("reward_loss", torch.zeros((), device=self.device))
+        self._reward_loss = torch.zeros((), device=self.device)  # of its last step
+        self.others.register_buffer("reward_loss", self._reward_loss)
 
     @staticmethod
     def make_model(
@@ -94,7 +94,5 @@ class AdversarialLearner(SacLearner):
                 layer_views(self.model.score), batch.obs[None], batch.action[None], mix, rho=1.0
             )
             self.step(loss + PENALTY * penalty, self._score)
-            self.others.reward_loss.copy_(loss.detach())
-        return super().update(self.rl_rows(batch)) | {
-            "reward_loss": self.others.reward_loss.clone()
-        }
+            self._reward_loss.copy_(loss.detach())
+        return super().update(self.rl_rows(batch)) | {"reward_loss": self._reward_loss.clone()}

@@ -84,7 +84,8 @@ class CfilSac(SacLearner):
     ):
         super().__init__(obs_shape, action_dim, config, device, sampler=sampler, scaling=scaling)
         self._flows = self.optimiser("flows", list(self.model.flows.parameters()))
-        self.others.register_buffer("reward_loss", torch.zeros((), device=self.device))
+        self._reward_loss = torch.zeros((), device=self.device)  # of its last step
+        self.others.register_buffer("reward_loss", self._reward_loss)
 
     @staticmethod
     def make_model(
@@ -108,5 +109,5 @@ class CfilSac(SacLearner):
             )
             loss = coupled_loss(x[: batch.experts], x[batch.experts :])
             self.step(loss, self._flows)
-            self.others.reward_loss.copy_(loss.detach())
-        return super().update(batch.behaviour()) | {"reward_loss": self.others.reward_loss.clone()}
+            self._reward_loss.copy_(loss.detach())
+        return super().update(batch.behaviour()) | {"reward_loss": self._reward_loss.clone()}

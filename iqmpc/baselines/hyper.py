@@ -64,22 +64,20 @@ class Hyper(Hype):
     @torch.no_grad()
     def rl_rows(self, batch: Transitions) -> Transitions:
         """Demonstrations, and about as many imagined steps as the batch has rows."""
-        obs = batch.obs[::HORIZON]
-        imagined = []
+        n, at = batch.experts, batch.obs[::HORIZON]
+        obs, action, after = [batch.obs[:n]], [batch.action[:n]], [batch.next_obs[:n]]
         for _ in range(HORIZON):
-            action, _ = layers.policy_sample(
-                self.weights, obs, self.normal(len(obs), batch.action.shape[-1])
-            )
+            noise = self.normal(len(at), batch.action.shape[-1])
+            acted, _ = layers.policy_sample(self.weights, at, noise)
+            every = predicted(self.dynamics, at, acted)
             member = torch.randint(
-                MEMBERS, (len(obs),), device=self.device, generator=self.generator
+                MEMBERS, (len(at),), device=self.device, generator=self.generator
             )
-            every = predicted(self.dynamics, obs, action)
-            after = every[member, torch.arange(len(obs), device=self.device)]
-            imagined.append((obs, action, after, torch.zeros_like(obs[:, 0])))
-            obs = after
-        experts = batch[:4]
-        columns = (
-            torch.cat([given[: batch.experts], *steps])
-            for given, *steps in zip(experts, *imagined, strict=True)
-        )
-        return Transitions(*columns, batch.experts)
+            obs.append(at)
+            action.append(acted)
+            at = every[member, torch.arange(len(at), device=self.device)]
+            after.append(at)
+        rows = torch.cat(obs)
+        terminated = torch.zeros_like(rows[:, 0])
+        terminated[:n] = batch.terminated[:n]
+        return Transitions(rows, torch.cat(action), torch.cat(after), terminated, n)

@@ -32,7 +32,10 @@ class Transitions(NamedTuple):
 
     def behaviour(self) -> Transitions:
         """The rows that are no demonstrations."""
-        return Transitions(*(column[self.experts :] for column in self[:4]), 0)
+        n = self.experts
+        return Transitions(
+            self.obs[n:], self.action[n:], self.next_obs[n:], self.terminated[n:], experts=0
+        )
 
     @classmethod
     def of(cls, batch: Batch) -> Transitions:
@@ -58,7 +61,7 @@ class BaselineLearner:
     target networks, is registered in `others`.
     """
 
-    mode = "eager"
+    mode, matmul = "eager", "float32"
 
     def __init__(
         self,

@@ -62,6 +62,8 @@ class PolicyModel(nn.Module):
     """
 
     decodes_rewards = False
+    obs_mean: Tensor
+    obs_std: Tensor
 
     def __init__(
         self, spec: ObservationSpec, action_dim: int, config: Config, *, deterministic: bool = False
@@ -80,13 +82,18 @@ class PolicyModel(nn.Module):
         (obs_dim,) = self.observation_spec.shape
         return obs_dim
 
-    def network(self, inputs: int, outputs: int, *, members: int | None = None) -> nn.ModuleList:
-        """Two hidden layers and a last one; `members` stacks K of them."""
+    def network(
+        self, inputs: int, outputs: int, *, members: int | None = None, zero: bool = False
+    ) -> nn.ModuleList:
+        """Two hidden layers and a last one, with `zero` 0 at first; `members` stacks K of them."""
+        last = Linear(self.hidden, outputs, normed=False, members=members)
+        if zero:
+            nn.init.zeros_(last.weight)
         return nn.ModuleList(
             [
                 Linear(inputs, self.hidden, normed=True, members=members),
                 Linear(self.hidden, self.hidden, normed=True, members=members),
-                Linear(self.hidden, outputs, normed=False, members=members),
+                last,
             ]
         )
 

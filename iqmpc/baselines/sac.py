@@ -68,8 +68,7 @@ class SacModel(PolicyModel):
     def __init__(self, spec: ObservationSpec, action_dim: int, config: Config):
         super().__init__(spec, action_dim, config)
         self.discount = config.discount
-        self.critics = self.network(self.obs_dim + action_dim, 1, members=2)
-        nn.init.zeros_(self.critics[-1].weight)
+        self.critics = self.network(self.obs_dim + action_dim, 1, members=2, zero=True)
         self.log_temperature = nn.Parameter(torch.zeros(()))
 
     def reward(

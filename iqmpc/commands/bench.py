@@ -18,7 +18,9 @@ def bench_agent(
     run: Agent,
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="planner.budget_us=1500 planner.threads=2"),
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="planner.budget_us=1500 planner.threads=2, device=cuda"
+        ),
     ] = None,
     hz: Annotated[float, typer.Option(help="Control steps a second.")] = 500.0,
     seconds: Annotated[float, typer.Option(help="How long.")] = 60.0,

@@ -64,10 +64,10 @@ def reproduce_experiment(
     into = into or Path("runs/reproduce", scale)
     out = out or into
     without = sorted({run.task for run in planned if not run.words})
-    for task in without:
+    for absent in without:
         console.print(
-            f"{task}: no demonstrations, so it is left out: iqmpc demos make {task} --episodes 100 "
-            f"--out {demos / task}.h5",
+            f"{absent}: no demonstrations, so it is left out: iqmpc demos make {absent} "
+            f"--episodes 100 --out {demos / absent}.h5",
             highlight=False,
             soft_wrap=True,
         )

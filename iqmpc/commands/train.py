@@ -20,14 +20,27 @@ _OVERRIDES_HELP = "Settings as key=value: task=cheetah-run train.steps=50000 lea
 
 def train(
     overrides: Annotated[list[str] | None, typer.Argument(help=_OVERRIDES_HELP)] = None,
+    multirun: Annotated[
+        bool,
+        typer.Option("--multirun", "-m", help="A run for each combination: -m seed=1,2,3"),
+    ] = False,
 ) -> None:
     """Train an agent; ends with an evaluation beside the demonstrator's return.
 
     `resume=RUN` continues a run. What it learns may then not be changed: only train.* (but not
     train.num_envs), where the data lie (demos.path), which are added to them (demos.add), and how
-    it is computed (threads, device, learner.mode, learner.precision, and the planner's backend,
-    precision, mode, capture and threads). `init=RUN` starts a new run from another's agent.
+    it is computed (threads, device, learner.mode, learner.precision, learner.matmul, and the
+    planner's backend, precision, mode, capture and threads). `init=RUN` starts a new run from
+    another's agent.
+
+    With -m, settings have several values and `hydra/launcher=joblib|submitit_local|submitit_slurm|
+    ray` says where the runs are made; the same command with `hydra.sweep.dir=SWEEP` continues them.
     """
+    if multirun:
+        from iqmpc.commands.sweep import sweep
+
+        sweep(overrides or [])
+        return
     from iqmpc.composition import compose, parse, resumed
     from iqmpc.run_folder import RunFolder
 
@@ -59,14 +72,17 @@ def _anywhere(config: Config) -> Config:
     )
 
 
-def train_run(config: Config, run: Path | None, *, resume: bool) -> tuple[dict[str, Any], Path]:
+def train_run(
+    config: Config, run: Path | None, *, resume: bool, name: str | None = None
+) -> tuple[dict[str, Any], Path]:
     """Train to the end with progress shown. Returns the summary and the run folder.
 
-    Without `run` it is the settings' own, or a new one that is made when everything fits.
+    Without `run` it is the settings' own, or a new one that is made when everything fits. `name` is
+    the run's among others beside it: it begins every line, and there is no bar.
     """
     from iqmpc.trainer import Trainer
 
-    with TrainingDisplay(config.train.steps, console) as display:
+    with TrainingDisplay(config.train.steps, console, name=name) as display:
         trainer = Trainer(
             config,
             run=run,

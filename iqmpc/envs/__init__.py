@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from importlib import resources
+from operator import attrgetter
 from typing import Any
 
 import gymnasium
 import numpy as np
+import yaml
 from gymnasium.spaces import Box, Dict
 
 from iqmpc.config import TaskConfig
@@ -24,21 +27,18 @@ _SUITES = {
     "gym": gym.make,
 }
 
-# The same values as in configs/task, which a test compares.
-_SETTINGS: dict[str, dict[str, Any]] = {
-    "dmcontrol": {},
-    "myosuite": dict(episode_length=100, action_repeat=1, gradient_penalty=True),
-    "maniskill": dict(episode_length=100, action_repeat=2, gradient_penalty=True),
-}
-TASKS: dict[str, TaskConfig] = {
-    name: TaskConfig(name=name, suite=suite, **_SETTINGS[suite])
-    for suite, names in (
-        ("dmcontrol", dmcontrol.TASKS),
-        ("myosuite", myosuite.TASKS),
-        ("maniskill", maniskill.TASKS),
+
+def _declared() -> dict[str, TaskConfig]:
+    """The tasks of configs/task, by name; `gym` is none before it is told which environment."""
+    files = sorted(
+        (f for f in (resources.files("iqmpc.configs") / "task").iterdir() if f.name != "gym.yaml"),
+        key=attrgetter("name"),
     )
-    for name in names
-}
+    tasks = (TaskConfig(**yaml.safe_load(f.read_text())) for f in files)
+    return {task.name: task for task in tasks}
+
+
+TASKS = _declared()
 
 
 def make_env(task: str | TaskConfig, *, seed: int | None = None, **options: Any) -> gymnasium.Env:

@@ -54,9 +54,9 @@ def step(env: gymnasium.Env, action: np.ndarray) -> tuple[Any, float, bool, bool
     obs, reward, terminated, truncated, info = _parts(result, "step", _STEP)
     return (
         obs,
-        _reward(reward),
-        _flag("terminated", terminated),
-        _flag("truncated", truncated),
+        number(reward),
+        flag("terminated", terminated),
+        flag("truncated", truncated),
         info,
     )
 
@@ -129,6 +129,29 @@ def taken_over(info: dict[str, Any], space: Any) -> np.ndarray | None:
     return found.astype(np.float32)
 
 
+def number(value: Any) -> float:
+    """A reward; `TaskError` for what is no finite number."""
+    try:
+        found = np.asarray(value)
+        reward = float(found.item()) if found.dtype.kind in "biuf" else None
+    except (ValueError, TypeError, RuntimeError):
+        reward = None
+    if reward is None:
+        shape = f" of shape {np.shape(value)}" if isinstance(value, np.ndarray) else ""
+        raise TaskError(f"the reward is a {type(value).__name__}{shape}, expected a number")
+    if not math.isfinite(reward) or abs(reward) > np.finfo(np.float32).max:
+        raise TaskError(f"the reward is {reward:g}, expected a finite number")
+    return reward
+
+
+def flag(name: str, value: Any) -> bool:
+    """Whether an episode is `terminated` or `truncated`; `TaskError` for what is no flag."""
+    found = np.asarray(value)
+    if found.size == 1 and found.dtype.kind in "biuf":
+        return bool(found.item())
+    raise TaskError(f"{name} is a {type(value).__name__}, expected true or false")
+
+
 @contextlib.contextmanager
 def at(place: str) -> Iterator[None]:
     """Say where it was, such as "point, episode 3, step 17", in a `TaskError` from inside."""
@@ -167,27 +190,6 @@ def _parts(result: Any, function: str, expected: str) -> tuple:
             f"interface wants {expected} with a dictionary"
         )
     return result
-
-
-def _reward(value: Any) -> float:
-    try:
-        found = np.asarray(value)
-        reward = float(found.item()) if found.dtype.kind in "biuf" else None
-    except (ValueError, TypeError, RuntimeError):
-        reward = None
-    if reward is None:
-        shape = f" of shape {np.shape(value)}" if isinstance(value, np.ndarray) else ""
-        raise TaskError(f"the reward is a {type(value).__name__}{shape}, expected a number")
-    if not math.isfinite(reward) or abs(reward) > np.finfo(np.float32).max:
-        raise TaskError(f"the reward is {reward:g}, expected a finite number")
-    return reward
-
-
-def _flag(name: str, value: Any) -> bool:
-    found = np.asarray(value)
-    if found.size == 1 and found.dtype.kind in "biuf":
-        return bool(found.item())
-    raise TaskError(f"{name} is a {type(value).__name__}, expected true or false")
 
 
 @contextlib.contextmanager

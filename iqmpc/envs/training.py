@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import gymnasium
 
 from iqmpc.config import Config
 from iqmpc.envs import make_env
+from iqmpc.envs.batched import BatchedVectorEnv, Worlds, are_worlds
 from iqmpc.envs.vector import VectorEnv, check_alike
 from iqmpc.envs.workers import WorkerVectorEnv
 from iqmpc.errors import ConfigError
@@ -18,7 +20,7 @@ Environment = gymnasium.Env | Callable[[], gymnasium.Env]
 
 def training_envs(
     config: Config,
-    env: Environment | Sequence[Environment] | None,
+    env: Environment | Sequence[Environment] | Worlds | None,
     eval_env: gymnasium.Env | None,
     on_message: Callable[[str], None],
 ) -> tuple[VectorEnv, gymnasium.Env]:
@@ -28,8 +30,13 @@ def training_envs(
     `TaskError` for spaces that do not fit the method or one another.
     """
     count = config.train.num_envs
+    if are_worlds(env):
+        return _batched(config, cast(Worlds, env), eval_env, on_message)
+    env = cast("Environment | Sequence[Environment] | None", env)
     if env is None:
         env = [partial(make_env, config.task, seed=config.seed)] * count
+        if eval_env is None and config.train.video_every is not None:
+            eval_env = make_env(config.task, seed=config.seed, render_mode="rgb_array")
     given = list(env) if isinstance(env, Sequence) else [env]
     if len(given) != count:
         raise ConfigError(f"train.num_envs={count} needs {count} environments, got {len(given)}")
@@ -75,4 +82,30 @@ def training_envs(
     if eval_env is None:
         return envs, made[0]
     check_alike(eval_env, made[0], f"{config.task.name}: eval_env", "environment 0")
+    return envs, eval_env
+
+
+def _batched(
+    config: Config,
+    worlds: Worlds,
+    eval_env: gymnasium.Env | None,
+    on_message: Callable[[str], None],
+) -> tuple[VectorEnv, gymnasium.Env]:
+    """Worlds that are stepped together, and the environment of its own that evaluation needs."""
+    name, count = config.task.name, config.train.num_envs
+    if worlds.num_envs != count:
+        raise ConfigError(f"train.num_envs={count} needs {count} worlds, got {worlds.num_envs}")
+    if config.train.env_workers or config.train.control_hz is not None:
+        key = "env_workers" if config.train.env_workers else "control_hz"
+        raise ConfigError(f"train.{key} must be left alone with worlds that are stepped together")
+    if eval_env is None:
+        raise ConfigError("worlds that are stepped together need an eval_env, a gymnasium.Env")
+    envs = BatchedVectorEnv(
+        worlds,
+        name,
+        seed=config.seed,
+        episode_length=config.task.episode_length,
+        on_message=on_message,
+    )
+    check_alike(eval_env, envs.envs[0], f"{name}: eval_env", "a world")
     return envs, eval_env

@@ -92,10 +92,9 @@ class VectorEnv:
         Returns the episodes that ended with this step, whole and in the order of the environments.
         Raises `RuntimeError` for an environment that waits for `start`.
         """
-        episodes = [self._running(index) for index in range(len(actions))]
         ended = []
         for index, (obs, taken_over, reward, terminated, truncated) in self._step(actions).items():
-            episode = episodes[index]
+            episode = self._running(index)
             episode.add(actions[index], reward, obs, taken_over)
             over = terminated or truncated
             if not over and len(episode.actions) == self._episode_length:
@@ -127,9 +126,9 @@ class VectorEnv:
 
     def _step(self, actions: np.ndarray) -> dict[int, Stepped]:
         """What followed the step, by index, of those that made it."""
+        episodes = [self._running(index) for index in range(len(actions))]
         result = {}
-        for index, action in enumerate(actions):
-            episode = self._running(index)
+        for index, (action, episode) in enumerate(zip(actions, episodes, strict=True)):
             with interface.at(self._place(episode.number, len(episode.actions) + 1)):
                 result[index] = step(self.envs[index], action)
         return result

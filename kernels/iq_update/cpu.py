@@ -88,8 +88,7 @@ class FusedUpdate:
             precision=precision,
             threads=threads,
             isa=isa,
-            beta=settings.entropy_coef,
-            **{k: v for k, v in settings._asdict().items() if k != "entropy_coef"},
+            **settings._asdict(),
         )
 
     def learn(

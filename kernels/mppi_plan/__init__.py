@@ -56,9 +56,7 @@ class _Triton:
     def unfit(self, weights: Weights, config: PlannerConfig) -> str | None:
         device = weights.encoder[0].weight.device
         here = device.type == "cuda" or (config.backend == "triton" and interpreted())
-        model = triton_weights.unfit(weights) or triton_weights.encoder_unfit(weights)
-        if weights.termination:
-            return "takes no model with a termination head (model.termination)"
+        model = triton_weights.unfit(weights)
         return (
             unserved_precision(config, *triton_weights.PRECISIONS)
             or unused(config, "capture")

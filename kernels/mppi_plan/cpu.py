@@ -50,11 +50,13 @@ class CpuPlan:
         self.problems = problems
         self._view = LiveView()
         self._keep_encoder(weights)
-        packed = _C.WorldModel(self._view.of(weights), precision=config.precision, isa=isa)
+        packed = _C.WorldModel(
+            self._view.of(weights), precision=config.precision or "float32", isa=isa
+        )
         self.action_dim: int = packed.action_dim
         self.native = _C.Planner(
             packed,
-            num_envs=problems,
+            problems=problems,
             horizon=config.horizon,
             samples=config.samples,
             elites=config.elites,

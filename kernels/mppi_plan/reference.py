@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iqmpc.compiler import compiled
 from iqmpc.config import PlannerConfig
 from iqmpc.kernels import layers
 from iqmpc.kernels.mppi_plan.types import Plan, unserved_precision, unused
@@ -59,7 +60,7 @@ class ReferencePlan:
         self.config, self.discount, self.entropy_coef = config, discount, entropy_coef
         self.problems, self.seed, self.step = problems, seed, 0
         self.iterations = config.iterations_for(weights.action_dim)
-        self.dtype = _DTYPES[config.precision]
+        self.dtype = _DTYPES[config.precision or "float32"]
         self.weights = snapshot(weights, self.dtype)
         self.device = weights.encoder[0].weight.device
         self.generator = torch.Generator(self.device)
@@ -69,7 +70,7 @@ class ReferencePlan:
         if config.mode == "compile":
             # One by one: iterations are alike, and compiling each of them again takes minutes.
             for phase in ("begin", "improve", "choose"):
-                setattr(self, phase, torch.compile(getattr(self, phase), dynamic=False))
+                setattr(self, phase, compiled(getattr(self, phase), "planner.mode"))
 
     def publish(self, weights: Weights) -> None:
         refresh(self.weights, weights)

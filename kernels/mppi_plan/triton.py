@@ -11,15 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iqmpc.capture import captured
+from iqmpc.capture import CapturedStep, captured
 from iqmpc.config import PlannerConfig
 from iqmpc.errors import BackendError
+from iqmpc.kernels import triton_launch
 from iqmpc.kernels.mppi_plan.reference import PlanNoise
 from iqmpc.kernels.mppi_plan.types import Plan
 from iqmpc.kernels.mppi_refit.triton import HELD, elites_of, fit
 from iqmpc.kernels.mppi_rollout import triton as rollout
-from iqmpc.kernels.triton_launch import INTERPRETED, LAUNCH, power_of_two
-from iqmpc.kernels.triton_weights import TritonWeights, encoder_unfit
+from iqmpc.kernels.triton_launch import COUNTED, INTERPRETED, LAUNCH
+from iqmpc.kernels.triton_tiles import power_of_two
+from iqmpc.kernels.triton_weights import TritonWeights
 from iqmpc.kernels.weights import Weights
 
 _BLOCK = 1024  # numbers that a program of the elementwise kernels makes
@@ -217,7 +219,8 @@ class TritonPlan:
     takes the time of both schedules of the rollout, the faster of which is kept (`schedule` names
     one instead). With `config.capture` the plan then becomes one CUDA graph; a captured plan and
     one that is not launch the same kernels on the same memory. `publish` rewrites the weights that
-    a graph reads, `reset` the mean; seed, step and whether to explore are inputs, from which a
+    a graph reads, itself as a graph from the second time on that it is given the same memory;
+    `reset` the mean; seed, step and whether to explore are inputs, from which a
     plan's draws are computed on the device.
     """
 
@@ -229,29 +232,32 @@ class TritonPlan:
         if capture and INTERPRETED:
             raise BackendError("Triton's interpreter captures no CUDA graph, got "
                                "planner.capture=true")
-        device, expected = weights.encoder[0].weight.device, "cpu" if INTERPRETED else "cuda"
+        device, expected = weights.encoder[0].weight.device, triton_launch.DEVICE
         if device.type != expected:
             raise ValueError(
                 f"the triton backend takes weights on a {expected} device, got {device}")
-        reason = encoder_unfit(weights)
-        if reason is not None:
-            raise ValueError(reason)
         self.config, self.problems, self.step = config, problems, 0
-        self.weights = w = TritonWeights(weights, precision=config.precision)
+        self.precision = config.precision or ("float32" if INTERPRETED else "bf16")
+        self.weights = w = TritonWeights(weights, precision=self.precision)
         self.device, self.iterations = w.device, config.iterations_for(w.action_dim)
         self._discount, self._seed = float(discount), seed
         self._allocate()
         self.schedule = schedule
         self._graph: torch.cuda.CUDAGraph | None = None
-        if INTERPRETED:
+        self._refresh: CapturedStep | None = None
+        self._published: Weights | None = None
+        if device.type == "cpu":
             self.schedule = schedule or rollout.resolve_schedule(self._sample_launches[0])
         else:
-            self._side = torch.cuda.Stream(self.device)
+            # Of another priority: torch's streams come from a pool of each, and two of one may be
+            # the same, on which the branch would wait for its trunk.
+            self._side = torch.cuda.Stream(self.device, priority=-1)
             self._prepare(capture)
 
     @torch.no_grad()
     def __call__(self, obs: Tensor, *, explore: bool = False) -> Plan:
-        """obs [E, O] -> the plan; `explore` adds std_0 ε to its action."""
+        """obs [E, O], or uint8 images [E, 3C, 64, 64] -> the plan; `explore` adds std_0 ε to its
+        action."""
         self._host_control.numpy()[:] = _signed(self._seed), _signed(self.step), explore
         self.step += 1
         with torch.cuda.device_of(self.mean):
@@ -273,7 +279,13 @@ class TritonPlan:
         return Plan(marked[:, :-1], int(marked[:, -1].sum()), iterations)
 
     def publish(self, weights: Weights) -> None:
-        self.weights.refresh(weights)
+        if self._refresh is None:
+            self.weights.refresh(weights)
+            return
+        # A learner publishes the same memory again and again: some hundred launches become one.
+        with torch.cuda.device_of(self.mean):
+            self._refresh(lambda: self.weights.refresh(weights), tensors_key(weights))
+        self._published = weights  # the graph reads its memory
 
     def reset(self, problem: int | None = None) -> None:
         self.mean[slice(None) if problem is None else problem] = 0
@@ -305,10 +317,10 @@ class TritonPlan:
                  for name, shape in (shapes | each).items()}
         total = sum(sizes[name] * (self.iterations if name in each else 1) for name in sizes)
         largest = max(total, problems * horizon * c.samples * action_dim)
-        if largest >= 2**31:
+        if largest >= COUNTED:
             raise ValueError(
                 f"a plan for {problems} problems at once needs {largest} random numbers or "
-                f"actions, and the triton backend counts to {2**31 - 1}: plan for fewer")
+                f"actions, and the triton backend counts to {COUNTED - 1}: plan for fewer")
         self._normal = torch.empty(total, device=device)
         parts = iter(self._normal.split(
             [sizes[name] for name in shapes]
@@ -328,12 +340,14 @@ class TritonPlan:
         self.mean = torch.zeros(problems, horizon, action_dim, device=device)
         self._out = torch.zeros(problems, action_dim + 1, device=device)
         self._host_out = _on_host(self._out)
-        # Seed, step and whether to explore, [3] int64, and the observations [E, O] in one piece.
-        self._inputs = torch.zeros(32 + 4 * problems * w.obs_shape[0], dtype=torch.uint8,
-                                   device=device)
+        # Seed, step and whether to explore, [3] int64, and the observations in one piece.
+        shape = (problems, *w.obs_shape)
+        dtype = torch.uint8 if len(w.obs_shape) > 1 else torch.float32
+        size = torch.Size(shape).numel() * dtype.itemsize
+        self._inputs = torch.zeros(32 + size, dtype=torch.uint8, device=device)
         self._host_inputs = _on_host(self._inputs)
         (self._control, self._obs), (self._host_control, self._host_obs) = (
-            (x[:24].view(torch.int64), x[32:].view(torch.float32).view(problems, w.obs_shape[0]))
+            (x[:24].view(torch.int64), x[32:].view(dtype).view(shape))
             for x in (self._inputs, self._host_inputs))
 
         def launch(first: int, last: int, score_noise: Tensor, policy_noise: Tensor | None = None
@@ -358,9 +372,11 @@ class TritonPlan:
             self.mean.zero_()
             if capture:
                 self._graph, _ = captured(self._plan, torch.cuda.Stream(self.device))
+                self._refresh = CapturedStep(self.device, warm_ups=1)
 
     def _plan(self) -> None:
-        """One plan, from the inputs on the device to the action: launches, and nothing else."""
+        """One plan, from the inputs on the device to the action: launches, and nothing else but
+        torch's own of an encoder that is not packed."""
         c, n = self.config, self._noise
         self._draw()
         rollout.start(self._sample_launches[0], self._obs, imagine=c.enabled)
@@ -424,6 +440,11 @@ class TritonPlan:
             c.policy_trajectories, c.elites, c.temperature, c.std_min, c.std_max, CHOOSE=choose,
             A=w.action_dim, WIDTH=w.width, SAMPLES=power_of_two(c.samples), ELITES=elites,
             BLOCK_A=block, LINES=max(1, 2048 // block), num_warps=8, **LAUNCH)
+
+
+def tensors_key(weights: Weights) -> tuple[tuple[int, torch.dtype], ...]:
+    """Where a model's tensors lie: what a graph that reads them depends on."""
+    return tuple((t.data_ptr(), t.dtype) for t in weights.tensors())
 
 
 def _on_host(tensor: Tensor) -> Tensor:

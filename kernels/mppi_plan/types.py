@@ -96,7 +96,7 @@ def unused(config: PlannerConfig, *used: str) -> str | None:
 
 def unserved_precision(config: PlannerConfig, *served: str) -> str | None:
     """The reason against a backend that computes in the precisions `served`, or None."""
-    if config.precision in served:
+    if config.precision in (None, *served):
         return None
     return (
         f"computes in {', '.join(served[:-1])} or {served[-1]}, "

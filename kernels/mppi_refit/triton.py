@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iqmpc.kernels.triton_launch import LAUNCH, check_tensors, power_of_two
+from iqmpc.kernels.triton_launch import LAUNCH, check_tensors
+from iqmpc.kernels.triton_tiles import power_of_two
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the rank of what is not finite
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)

@@ -28,16 +28,18 @@ from torch import Tensor
 from triton.runtime.cache import get_cache_manager
 
 from iqmpc.kernels import layers
+from iqmpc.kernels import triton_tiles as tiles
 from iqmpc.kernels.mppi_rollout import triton_jobs as tables
 from iqmpc.kernels.triton_launch import (
+    COUNTED,
     INTERPRETED,
     LAUNCH,
     check_tensors,
     device_time,
     multiprocessors,
-    power_of_two,
     tuned,
 )
+from iqmpc.kernels.triton_tiles import power_of_two
 from iqmpc.kernels.triton_weights import PAD, VECTORS, TritonWeights
 from iqmpc.kernels.weights import Weights
 
@@ -46,12 +48,14 @@ SCHEDULES = ("throughput", "latency")
 # stays near the second-level cache. No tile is taller, in either schedule.
 _TALLEST = 128
 _KEPT = "iqmpc.schedule.txt"  # in Triton's cache
+_KERNELS = Path(__file__).parents[1]
 _LARGEST = 4 << 30  # bytes of scratch memory beyond which the latency schedule is not considered
 
 # Arguments whose values no kernel is compiled for: they vary from call to call.
 _SIZES = ["job_count", "rows", "samples", "horizon", "pitch", "noise_stride", "critics", "raw_size",
           "tuned_for"]
 _EPS = tl.constexpr(1e-5)  # LayerNorm's, as in torch
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _PAD = tl.constexpr(PAD)
 _VECTORS = tl.constexpr(VECTORS)
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -94,31 +98,62 @@ def _dot(x, y, acc, PRECISION: tl.constexpr):
     return tl.dot(x, y, acc, input_precision=PRECISION)
 
 
+# One instruction each, within two units in the last place, denormal numbers being 0: every block
+# of columns normalises its rows again, and Triton's own take several.
 @triton.jit
-def _mish(x):
-    """As in `iqmpc.kernels.layers.mish`; a NaN stays one, being the factor."""
-    e = tl.exp(tl.minimum(x, 20.0))
-    n = e * (e + 2.0)
-    return x * (n / (n + 2.0))
+def _exp2(x):
+    if _INTERPRETED:
+        y = tl.exp2(x)
+    else:
+        y = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
 
 
 @triton.jit
-def _tanh(x):
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+def _reciprocal(x):
+    if _INTERPRETED:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
 
 
 @triton.jit
-def _simnorm(x, GROUP: tl.constexpr):
-    """Softmax in each group of neighbours: x [M, N] -> [M, N]."""
-    y = tl.reshape(x, (x.shape[0], x.shape[1] // GROUP, GROUP))
-    y = tl.exp(y - tl.max(y, 2)[:, :, None])
-    y = y / tl.sum(y, 2)[:, :, None]
-    return tl.reshape(y, (x.shape[0], x.shape[1]))
+def _exp(x):
+    return _exp2(x * _LOG2_E)
 
 
 @triton.jit
 def _minimum(x, y):
     return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _mish(x):
+    """As in `iqmpc.kernels.layers.mish`; a NaN stays one, being the factor."""
+    e = _exp(tl.minimum(x, 20.0))
+    n = e * (e + 2.0)
+    return x * (n * _reciprocal(n + 2.0))
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 * _reciprocal(_exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def _simnorm(x, GROUP: tl.constexpr):
+    """Softmax in each group of neighbours: x [M, N] -> [M, N].
+
+    Without taking the maximum out, a fifth of the instructions: x comes from LayerNorm, so
+    |x| is at most |gain| sqrt(N) + |bias|. What is above 79.7 counts as that (below -87, as 0).
+    """
+    y = tl.reshape(x, (x.shape[0], x.shape[1] // GROUP, GROUP))
+    y = _exp2(_minimum(y * _LOG2_E, 115.0))
+    y = y * _reciprocal(tl.sum(y, 2) + 1e-37)[:, :, None]
+    return tl.reshape(y, (x.shape[0], x.shape[1]))
 
 
 @triton.jit
@@ -213,7 +248,7 @@ def _layer(
 def squashed(mean, spread, eps, log_std_min, log_std_max):
     """tanh(μ + σ ε), of log σ before its tanh."""
     log_std = log_std_min + 0.5 * (log_std_max - log_std_min) * (_tanh(spread) + 1.0)
-    return _tanh(mean + tl.exp(log_std) * eps)
+    return _tanh(mean + _exp(log_std) * eps)
 
 
 @triton.jit
@@ -277,13 +312,7 @@ def _valid(pair, critics):
 
 
 @tuned(
-    # Wide blocks hold a whole row, so that it is normalised in registers; the others go over the
-    # scratch memory once more, but are taller and read the weights less often.
-    [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in (
-        (64, 512, 8, 3), (64, 512, 8, 2), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3),
-        (64, 256, 8, 3), (128, 128, 8, 3), (128, 256, 8, 2), (128, 256, 8, 3), (64, 128, 8, 3),
-        (32, 128, 4, 3))],
-    interpreted=dict(BLOCK_M=16, BLOCK_N=64),
+    tiles.CHAIN, interpreted=tiles.Tile(16, 64, 4, 1),
     key=["tuned_for", "WIDTH", "PRECISION"],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -316,6 +345,7 @@ def _chain_kernel(
         total = tl.zeros((BLOCK_M,), tl.float32)
         other_given = tl.zeros((BLOCK_M,), tl.float32)  # Q of the pair's first critic
         other_policy = tl.zeros((BLOCK_M,), tl.float32)
+        alive = tl.full((BLOCK_M,), 1.0, tl.float32)  # 0 where a z_s up to here was terminal
         factor = tl.full((), 1.0, tl.float32)
         for i in range(0, job_count):
             job = jobs + i * _FIELDS
@@ -364,12 +394,16 @@ def _chain_kernel(
                 bias = vectors + _place(job + _VECTOR) + member * outputs * _VECTORS
                 q += tl.load(bias + 4 * outputs)
                 drawn = tl.load(job + _POLICY_ACTION) == 1
-                if tl.load(job + _SLOT) == 0:
+                slot = tl.load(job + _SLOT)
+                if slot < 0:
+                    alive = tl.where(q > 0, 0.0, alive)
+                elif slot == 0:
                     other_policy = tl.where(drawn, q, other_policy)
                     other_given = tl.where(drawn, other_given, q)
                 else:  # Q(z_t, ã_t) comes before Q(z_t, a_t), the last of its t
                     best = _minimum(q, tl.where(drawn, other_policy, other_given))
-                    total += factor * tl.where(drawn, -best, best)
+                    # What is NaN vanishes with the rest.
+                    total += tl.where(alive > 0, factor * tl.where(drawn, -best, best), 0.0)
                     factor = tl.where(drawn, factor, factor * discount)
             # What this job stored is read by other threads in the next.
             tl.debug_barrier()
@@ -378,10 +412,7 @@ def _chain_kernel(
 
 
 @tuned(
-    [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in (
-        (16, 64, 4, 4), (32, 64, 4, 4), (64, 64, 4, 3), (32, 128, 4, 3), (64, 128, 4, 3),
-        (64, 128, 8, 3), (128, 64, 8, 3))],
-    interpreted=dict(BLOCK_M=16, BLOCK_N=64),
+    tiles.STAGE, interpreted=tiles.Tile(16, 64, 4, 1),
     key=["tuned_for", "WIDTH", "IN", "PRECISION"],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -449,54 +480,76 @@ def _stage_kernel(
                  mask=(part < outputs // _PAD)[None, :])
 
 
+@triton.jit
+def _head(
+    scratch, squares,  # as in `_stage_kernel`
+    line, live,  # [M]
+    at,  # column of its second layer's pre-activations
+    columns,
+    scale,  # that layer's vectors
+    outputs, features, SLOTS: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """The one output [M] of a head, from the layer before its last."""
+    slot = tl.arange(0, SLOTS)
+    parts = tl.load(squares + line[:, None] * (columns // _PAD) + at // _PAD + slot[None, :],
+                    mask=live[:, None] & (slot < outputs // _PAD)[None, :], other=0.0)
+    rstd = tl.rsqrt(tl.sum(parts, 1) / features + _EPS)
+    q = tl.zeros((line.shape[0],), tl.float32) + tl.load(scale + 4 * outputs)
+    for n0 in range(0, outputs, BLOCK_N):
+        cols = n0 + tl.arange(0, BLOCK_N)
+        real = cols < outputs
+        y = tl.load(scratch + line[:, None] * columns + (at + cols)[None, :],
+                    mask=live[:, None] & real[None, :], other=0.0).to(tl.float32)
+        y *= rstd[:, None] * tl.load(scale + outputs + cols, mask=real, other=0.0)[None, :]
+        y += tl.load(scale + 2 * outputs + cols, mask=real, other=0.0)[None, :]
+        w = tl.load(scale + 3 * outputs + cols, mask=real, other=0.0)
+        q += tl.sum(_mish(y) * w[None, :], 1)
+    return q
+
+
 @tuned(
-    [dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=1) for m, n, warps in (
-        (1, 512, 4), (2, 512, 4), (4, 256, 4), (4, 512, 8), (8, 128, 4))],
-    interpreted=dict(BLOCK_M=8, BLOCK_N=64),
-    key=["tuned_for", "WIDTH"],
+    tiles.SCORE, interpreted=tiles.Tile(8, 64, 4, 1),
+    key=["tuned_for", "WIDTH", "ENDS"],
 )
 @triton.jit(do_not_specialize=_SIZES)
 def _score_kernel(
     vectors, pair, scratch, squares,  # as in `_stage_kernel`
     returns,  # as in `_chain_kernel`
-    rows, columns, samples, pitch, horizon, critics, heads, vector, outputs, features, discount,
+    rows, columns, samples, pitch, horizon, critics, heads, vector, outputs, features,
+    end_vector, end_outputs, end_features, discount,
     tuned_for,  # what the choice of tiles depends on
-    WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ENDS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """The critics' last layers and the sum over the horizon, of the latency schedule.
+    """The heads' last layers and the sum over the horizon, of the latency schedule.
 
-    heads: column of the first head; vector, outputs, features: of the layer before it.
+    heads: column of the first head; vector, outputs, features: of the critics' layer before it;
+    end_...: of the termination head's, where it ENDS what is imagined.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = m < rows
     line = m.to(tl.int64)
-    slot = tl.arange(0, SLOTS)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    alive = tl.full((BLOCK_M,), 1.0, tl.float32)  # 0 where a z_s up to here was terminal
     factor = tl.full((), 1.0, tl.float32)
     for number in range(0, 2 * horizon - 1):  # a_0, a_1, ã_1, a_2, ã_2, ...
         best = tl.full((BLOCK_M,), float("inf"), tl.float32)
         for c in tl.static_range(2):
-            at = heads + (2 * number + c) * WIDTH
-            parts = tl.load(
-                squares + line[:, None] * (columns // _PAD) + at // _PAD + slot[None, :],
-                mask=live[:, None] & (slot < outputs // _PAD)[None, :], other=0.0)
-            rstd = tl.rsqrt(tl.sum(parts, 1) / features + _EPS)
             member = tl.minimum(tl.maximum(tl.load(pair + c).to(tl.int32), 0), critics - 1)
-            scale = vectors + vector + member * outputs * _VECTORS
-            q = tl.zeros((BLOCK_M,), tl.float32) + tl.load(scale + 4 * outputs)
-            for n0 in range(0, outputs, BLOCK_N):
-                cols = n0 + tl.arange(0, BLOCK_N)
-                real = cols < outputs
-                y = tl.load(scratch + line[:, None] * columns + (at + cols)[None, :],
-                            mask=live[:, None] & real[None, :], other=0.0).to(tl.float32)
-                y *= rstd[:, None] * tl.load(scale + outputs + cols, mask=real, other=0.0)[None, :]
-                y += tl.load(scale + 2 * outputs + cols, mask=real, other=0.0)[None, :]
-                w = tl.load(scale + 3 * outputs + cols, mask=real, other=0.0)
-                q += tl.sum(_mish(y) * w[None, :], 1)
+            q = _head(scratch, squares, line, live, heads + (2 * number + c) * WIDTH, columns,
+                      vectors + vector + member * outputs * _VECTORS, outputs, features, SLOTS,
+                      BLOCK_N)
             best = _minimum(best, q)
+        if ENDS:
+            if number % 2 == 1:
+                end = heads + (2 * (2 * horizon - 1) + number // 2) * WIDTH
+                logit = _head(scratch, squares, line, live, end, columns, vectors + end_vector,
+                              end_outputs, end_features, SLOTS, BLOCK_N)
+                alive = tl.where(logit > 0, 0.0, alive)
         given = (number == 0) | (number % 2 == 1)
         factor = tl.where(number % 2 == 1, factor * discount, factor)
-        total += factor * tl.where(given, best, -best)
+        # What is NaN vanishes with the rest.
+        total += tl.where(alive > 0, factor * tl.where(given, best, -best), 0.0)
     total = tl.where(_valid(pair, critics), total, float("nan"))
     tl.store(returns + m // samples * pitch + m % samples, total, mask=live)
 
@@ -527,10 +580,15 @@ def mppi_rollout_triton(
     if schedule is not None and schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     check_tensors(critic_pair, z0=z0, actions=actions, score_noise=score_noise)
+    problems, horizon, samples, _ = actions.shape
+    largest = max(actions.numel(), score_noise.numel())
+    if largest >= COUNTED:
+        raise ValueError(
+            f"actions and score_noise have {largest} numbers, and the triton backend counts to "
+            f"{COUNTED - 1}: score fewer samples or problems at once")
     if isinstance(weights, Weights):
         check_tensors(critic_pair, weights=weights.dynamics[0].weight)
         weights = TritonWeights(weights)
-    problems, horizon, samples, _ = actions.shape
     returns = actions.new_empty(problems, samples)
     first = score == "unrolled"  # of the draws, the one for z_1
     launch = Launch(
@@ -584,10 +642,11 @@ def new_root(w: TritonWeights, problems: int) -> Tensor:
 
 
 def start(r: Launch, obs: Tensor, *, imagine: bool = True) -> None:
-    """obs [E, O] -> the root of `r`: z_0's part of the first layers, if `imagine`, and π(z_0)."""
-    problems, horizon, _ = r.sizes()
-    _launch_stages(
-        r, _table(r.weights, tables.start, horizon if imagine else 0), problems, raw=obs)
+    """obs [E, O], or images -> the root of `r`: π(z_0) and, if `imagine`, z_0's part of the first
+    layers."""
+    w, (problems, horizon, _) = r.weights, r.sizes()
+    raw = obs if w.encoder else w.encode(obs)
+    _launch_stages(r, _table(w, tables.start, horizon if imagine else 0), problems, raw=raw)
 
 
 def score_trajectories(r: Launch) -> None:
@@ -621,10 +680,11 @@ def resolve_schedule(r: Launch, timer: Callable[[Callable[[], None]], float] | N
     if timer is None and (INTERPRETED or torch.cuda.is_current_stream_capturing()) or not rows:
         return guess
     name = torch.cuda.get_device_name(w.device) if w.device.type == "cuda" else "cpu"
-    key = (name, w.precision, w.width, w.latent_size, w.action_dim, w.group, horizon,
+    key = (name, w.precision, w.width, w.latent_size, w.action_dim, w.group,
+           bool(w.termination), horizon,
            power_of_two(rows))
     if key not in _measured:
-        code = triton.__version__, Path(__file__).read_text(encoding="utf-8")
+        code = triton.__version__, sources(_KERNELS)
         kept = get_cache_manager(hashlib.sha256(repr((key, code)).encode()).hexdigest())
         path = kept.get_file(_KEPT)
         if path is None:
@@ -633,6 +693,11 @@ def resolve_schedule(r: Launch, timer: Callable[[Callable[[], None]], float] | N
             path = kept.put(min(times, key=times.get), _KEPT, binary=False)
         _measured[key] = Path(path).read_text()
     return _measured[key]
+
+
+def sources(folder: Path) -> str:
+    """The text of all files that the Triton kernels are made of: what a timing depends on."""
+    return "".join(path.read_text("utf-8") for path in sorted(folder.rglob("triton*.py")))
 
 
 def choose_schedule(problems: int, samples: int, device: torch.device) -> str:
@@ -665,12 +730,14 @@ def _latency(r: Launch, program: Callable[[TritonWeights, int], tables.Stages]) 
     program, *stages = _table(w, program, horizon)
     scratch, squares = _launch_stages(r, (program, *stages), rows)
     before = w.critics[1]
+    end = w.termination[1] if w.termination else before
     _score_kernel[lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]),)](
         w.vectors, r.pair, scratch, squares, r.returns, rows=rows, columns=program.columns,
         samples=samples, pitch=r.pitch, horizon=horizon, critics=w.num_critics,
         heads=program.heads, vector=before.vectors, outputs=before.outputs,
-        features=before.features, discount=r.discount, tuned_for=power_of_two(rows),
-        WIDTH=w.width, SLOTS=w.slots, **LAUNCH)
+        features=before.features, end_vector=end.vectors, end_outputs=end.outputs,
+        end_features=end.features, ENDS=bool(w.termination), discount=r.discount,
+        tuned_for=power_of_two(rows), WIDTH=w.width, SLOTS=w.slots, **LAUNCH)
 
 
 def _launch_stages(

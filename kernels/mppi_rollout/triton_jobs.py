@@ -26,10 +26,11 @@ NONE, GIVEN, POLICY_ACTION = range(3)
 
 
 class Job(NamedTuple):
-    """One layer, of the dynamics, the policy or the critic in `slot` of the drawn pair."""
+    """One layer, of the dynamics, the policy, the termination head or the critic in `slot` of the
+    drawn pair."""
 
     kind: int
-    slot: int  # -1: not a critic
+    slot: int  # -1: not a critic; of a HEAD the termination head's
     weight: int
     inputs: int  # 0: no product with x
     outputs: int
@@ -66,7 +67,8 @@ class Stages(NamedTuple):
     """A whole rollout as stages, after `root_stage`.
 
     `heads` is the first of the regions where the critics' second layers lie: 2 i + c for critic c
-    on action i of a_0, a_1, ã_1, a_2, ã_2, ...
+    on action i of a_0, a_1, ã_1, a_2, ã_2, ... After them come, where there is a termination head,
+    its second layers on z_1, z_2, ...
     """
 
     columns: int
@@ -83,7 +85,7 @@ def root_stage(w: TritonWeights, horizon: int) -> Stages:
 def start(w: TritonWeights, horizon: int) -> Stages:
     """From observations: the encoder, `root_stage` on its z_0 and π(z_0) in the fourth region.
 
-    Rows are problems. With horizon 0, π(z_0) alone.
+    From z_0 where the encoder is not packed. Rows are problems. With horizon 0, π(z_0) alone.
     """
     region = itertools.count(step=w.width)
     result = []
@@ -93,11 +95,11 @@ def start(w: TritonWeights, horizon: int) -> Stages:
         job = _job(w.encoder, i, MISH, x=x or 0, producer=producer, out=out)
         result.append(Stage(MISH if i else RAW, [job]))
         x, producer = out, layer
-    z0 = dict(x=x, producer=producer)
+    z0 = dict(x=x or 0, producer=producer)
     first, second = next(region), next(region)
     roots = _roots(w, horizon, **z0) if horizon else []
     result += [
-        Stage(SIMNORM, [*roots, _job(w.policy, 0, MISH, out=first, **z0)]),
+        Stage(SIMNORM if w.encoder else RAW, [*roots, _job(w.policy, 0, MISH, out=first, **z0)]),
         Stage(MISH, [_job(w.policy, 1, MISH, x=first, producer=w.policy[0], out=second)]),
         Stage(MISH, [_job(w.policy, 2, ROOT, x=second, producer=w.policy[1], out=3 * w.width)]),
     ]
@@ -119,6 +121,9 @@ def chain(w: TritonWeights, horizon: int) -> Chain:
             jobs.append(_job(w.policy, 0, MISH, x=z, out=first))
             jobs.append(_job(w.policy, 1, MISH, x=first, out=second))
             jobs.append(_job(w.policy, 2, POLICY, x=second, step=t))
+            if w.termination:  # before the critics, whose scores count while z_t is not terminal
+                jobs.append(_job(w.termination, 0, MISH, x=z, out=first))
+                jobs.append(_job(w.termination, 1, HEAD, x=first, out=second))
         for c in range(2):
             if t:
                 critic(c, POLICY_ACTION, t, x=z, save=saved)
@@ -142,6 +147,7 @@ def stages(w: TritonWeights, horizon: int) -> Stages:
 
     z, policy, dynamics, given, policy_action = next(region), two(), two(), two(), two()
     saved = two(), two()  # by the parity of t: one is read while the other is written
+    end = next(region) if w.termination else 0
     heads = next(region)
 
     def seconds(hidden: list[int], number: int) -> list[Job]:
@@ -161,6 +167,9 @@ def stages(w: TritonWeights, horizon: int) -> Stages:
             parts[0].append(_job(w.policy, 0, MISH, x=z, producer=w.dynamics[2], out=policy[0]))
             parts[1].append(
                 _job(w.policy, 1, MISH, x=policy[0], producer=w.policy[0], out=policy[1]))
+            for part, job in zip(parts, _ends(w, z, end, _end_head(w, heads, horizon, t)),
+                                 strict=False):
+                part += job
             parts[2].append(_job(w.policy, 2, POLICY, x=policy[1], producer=w.policy[1], step=t))
         if t + 1 < horizon:
             how = (dict(x=z, producer=w.dynamics[2]) if t
@@ -181,7 +190,7 @@ def stages(w: TritonWeights, horizon: int) -> Stages:
                           source=saved[t % 2][c], out=policy_action[c]) for c in range(2)],
                     seconds(policy_action, 2 * t))
     result += [Stage(MISH, jobs) for jobs in late if jobs]
-    return Stages(heads + 2 * (2 * horizon - 1) * w.width, heads, result)
+    return Stages(_end_head(w, heads, horizon, horizon), heads, result)
 
 
 def trajectories(w: TritonWeights, horizon: int) -> Stages:
@@ -192,6 +201,7 @@ def trajectories(w: TritonWeights, horizon: int) -> Stages:
         return [next(region), next(region)]
 
     z, policy, dynamics, given, policy_action = next(region), two(), two(), two(), two()
+    end = next(region) if w.termination else 0
     heads = next(region)
     result: list[Stage] = []
     for t in range(horizon):
@@ -204,7 +214,7 @@ def trajectories(w: TritonWeights, horizon: int) -> Stages:
                                   out=policy[1])]),
                 Stage(MISH, [_job(w.policy, 2, kind, **from_policy) for kind in (ACT, POLICY)]),
             ]
-        first, second = [], []
+        first, second = _ends(w, z, end, _end_head(w, heads, horizon, t)) if t else ([], [])
         for action, hidden in ((GIVEN, given), (POLICY_ACTION, policy_action))[:2 if t else 1]:
             number = 2 * t - (action == GIVEN) if t else 0
             second += _seconds(w, hidden, heads + 2 * number * w.width)
@@ -222,7 +232,7 @@ def trajectories(w: TritonWeights, horizon: int) -> Stages:
         if t + 1 < horizon:
             result.append(Stage(MISH, [
                 _job(w.dynamics, 2, SIMNORM, x=dynamics[1], producer=w.dynamics[1], out=z)]))
-    return Stages(heads + 2 * (2 * horizon - 1) * w.width, heads, result)
+    return Stages(_end_head(w, heads, horizon, horizon), heads, result)
 
 
 def _roots(w: TritonWeights, horizon: int, **z0: object) -> list[Job]:
@@ -230,6 +240,21 @@ def _roots(w: TritonWeights, horizon: int, **z0: object) -> list[Job]:
     if horizon > 1:
         jobs.append(_job(w.dynamics, 0, ROOT, out=2 * w.width, **z0))
     return jobs
+
+
+def _ends(w: TritonWeights, z: int, hidden: int, out: int) -> tuple[list[Job], list[Job]]:
+    """The termination head's first and second layer on a latent; none where there is no head."""
+    if not w.termination:
+        return [], []
+    return ([_job(w.termination, 0, MISH, x=z, producer=w.dynamics[2], out=hidden)],
+            [_job(w.termination, 1, HEAD, x=hidden, producer=w.termination[0], out=out)])
+
+
+def _end_head(w: TritonWeights, heads: int, horizon: int, t: int) -> int:
+    """Where the termination head's second layer on z_t lies; of t = H, the column after the last
+    region."""
+    last = heads + 2 * (2 * horizon - 1) * w.width
+    return last + (t - 1) * w.width if w.termination else last
 
 
 def _seconds(w: TritonWeights, hidden: list[int], out: int) -> list[Job]:

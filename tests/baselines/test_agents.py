@@ -112,6 +112,7 @@ def test_settings_of_before_are_of_iq_mpc():
         "train.control_hz=50",
         "learner.precision=bf16",
         "learner.c_bc=0.5",
+        "learner.matmul=bf16",
     ],
 )
 def test_what_a_baseline_has_not_is_refused(word):

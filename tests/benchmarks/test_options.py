@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 CASE = "plan/tiny/24x6/E1/eager-unrolled"
@@ -42,6 +43,27 @@ def test_the_option_collects_only_benchmarks() -> None:
     collected = [line for line in done.stdout.splitlines() if "::" in line]
     assert any(CASE in line for line in collected), done.stdout
     assert all(line.startswith("benchmarks/") for line in collected)
+
+
+def test_a_gpu_has_the_same_cases() -> None:
+    """And variants of its own, in place of the C++ library's."""
+
+    def collected(*words: str) -> set[str]:
+        done = run_pytest("--benchmark", "--collect-only", "-q", *words)
+        return {line.partition("[")[2][:-1] for line in done.stdout.splitlines() if "::" in line}
+
+    here, there = collected(), collected("--benchmark-device", "cuda")
+    assert {x.rpartition("/")[0] for x in here} == {x.rpartition("/")[0] for x in there}
+    only = {x.rpartition("/")[2] for x in there - here}
+    assert {"triton-bf16", "triton-bf16-latency", "graph"} <= only
+    missing = {x.rpartition("/")[2] for x in here - there}
+    assert missing == {"cpu", "cpu-bf16", "fused", "fused-bf16"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_a_device_that_is_not_here_is_an_error() -> None:
+    done = run_pytest("--benchmark", "--benchmark-device", "cuda")
+    assert "--benchmark-device=cuda: torch sees no CUDA device" in done.stderr
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from iqmpc.config import ModelConfig
 from iqmpc.kernels import layers
 from iqmpc.kernels.mppi_rollout import mppi_rollout, noise_steps
 from iqmpc.kernels.weights import Weights, snapshot
+from iqmpc.model import WorldModel
 
 GAMMA, BETA = 0.96, 0.03
 # Relative to the float64 reference; the same elites in at least 95 % of places.
@@ -63,6 +65,26 @@ def end_logits(weights: Weights, draws: tuple[Tensor, ...]) -> Tensor:
         z = layers.dynamics(weights, z, actions[:, t])
         logits.append(layers.termination(weights, z))
     return torch.stack(logits, -1)
+
+
+def decided(weights: Weights, draws: tuple[Tensor, ...], precision: str) -> Tensor:
+    """The samples [E, S] with no imagined latent on the head's edge."""
+    edge = 1e-4 if precision == "float32" else 0.02
+    return (end_logits(weights, draws)[..., :-1].abs() > edge).all(-1)
+
+
+def image_model(seed: int = 0) -> Weights:
+    """A model of images, with activations that are not zero."""
+    torch.manual_seed(seed)
+    model = WorldModel((9, 64, 64), 3, ModelConfig(hidden_dim=37, latent_dim=24, critics=3))
+    for part in (model.dynamics, model.policy, model.critics, model.encoder[-1:]):
+        for p in part.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    return model.weights()
+
+
+def images(envs: int) -> Tensor:
+    return torch.randint(0, 256, (envs, 9, 64, 64), dtype=torch.uint8)
 
 
 def ending_half(weights: Weights, draws: tuple[Tensor, ...]) -> Weights:

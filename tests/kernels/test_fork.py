@@ -118,7 +118,7 @@ def test_nothing_in_the_place_of_a_model():
     with pytest.raises(TypeError):
         _C.Planner(
             None,
-            num_envs=1,
+            problems=1,
             horizon=1,
             samples=1,
             elites=1,
@@ -140,7 +140,7 @@ def test_nothing_in_the_place_of_a_model():
     [
         ({"horizon": 2**54}, "horizon must be at most 1048576"),
         ({"samples": 2**62}, "samples must be at most 1048576"),
-        ({"problems": 2**20, "samples": 2**20}, r"num_envs \* horizon \* samples must be at most"),
+        ({"problems": 2**20, "samples": 2**20}, r"problems \* horizon \* samples must be at most"),
     ],
 )
 def test_sizes_beyond_all_plans(changes, said):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from iqmpc.kernels.triton_weights import TritonWeights
+from iqmpc.kernels.weights import refresh
 from tests.kernels.contract import TOLERANCE
+from tests.recorder import Recorder
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,18 @@ def test_refreshed_weights_are_packed_weights_in_the_same_memory(make_weights, p
     assert [t.data_ptr() for t in memory] == where
     for x, y in zip(packed.policy_layers, expected.policy_layers, strict=True):
         assert torch.equal(x.weight, y.weight)
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("simnorm", [8, 3])
+def test_a_refresh_can_be_captured(make_weights, precision, simnorm):
+    """No host synchronisation and no number of the host's: done again, it packs what is there."""
+    live, other, new = (make_weights(5, 3, latent=24, simnorm=simnorm, seed=s) for s in range(3))
+    packed, expected = (TritonWeights(w, precision=precision) for w in (other, new))
+    recorder = Recorder()
+    with recorder:
+        packed.refresh(live)
+    refresh(live, new)
+    recorder.replay()
+    assert torch.equal(packed.matrices, expected.matrices)
+    assert torch.equal(packed.vectors, expected.vectors)

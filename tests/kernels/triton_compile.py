@@ -3,8 +3,9 @@
     python tests/kernels/triton_compile.py --arch 90 [--size paper] [--precision bf16] [--every]
 
 One line of JSON a kernel: bytes of shared memory a program, registers and bytes of stack a thread
-(a stack means spilt registers), and the tensor-core instruction it uses. Without `--every`, only
-the first and the last choice of tile sizes that fit.
+(a stack means spilt registers), the tensor-core instruction it uses, and of the machine code how
+many instructions each innermost loop with products has (`loops`): counts, not times. Without
+`--every`, only the first and the last choice of tile sizes that fit.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from iqmpc.kernels.mppi_plan import triton as plan
 from iqmpc.kernels.mppi_refit import triton as refit
 from iqmpc.kernels.mppi_rollout import triton as rollout
 from iqmpc.kernels.mppi_rollout import triton_jobs as tables
-from iqmpc.kernels.triton_launch import LAUNCH, Target, fits, power_of_two
+from iqmpc.kernels.triton_launch import LAUNCH, _tile
+from iqmpc.kernels.triton_tiles import Target, fits, power_of_two
 from iqmpc.kernels.triton_weights import PRECISIONS, TritonWeights
 from iqmpc.kernels.weights import Layer, Weights
 
 TARGETS = {80: Target(163 * 1024, False), 90: Target(227 * 1024, True)}
-SIZES = {"paper": (39, 512, 512), "small": (6, 128, 384)}  # A, Z, hidden
+# A, Z, hidden
+SIZES = {"paper": (39, 512, 512), "small": (6, 128, 384), "narrow": (1, 32, 48)}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Types of the arguments that are neither float32 tensors nor int32.
 OPERANDS = ("matrices", "scratch")
@@ -112,13 +115,13 @@ def cases(size: str, precision: str, arch: int, every: bool) -> Iterator[Case]:
     for kernel, constants in (
         (rollout._chain_kernel, layer),
         *((rollout._stage_kernel, layer | dict(IN=i, SLOTS=w.slots)) for i in inputs),
-        (rollout._score_kernel, dict(WIDTH=w.width, SLOTS=w.slots)),
+        (rollout._score_kernel, dict(WIDTH=w.width, SLOTS=w.slots, ENDS=True)),
     ):
         configs = [
             c
             for c in kernel.configs
             if "BLOCK_K" not in constants
-            or fits(c, TARGETS[arch], w.dtype.itemsize, w.block, w.width)
+            or fits(_tile(c), TARGETS[arch], w.dtype.itemsize, w.block, w.width)
         ]
         for c in configs if every else {0: configs[0], 1: configs[-1]}.values():
             yield Case(
@@ -171,6 +174,7 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()
+        code = disassembled(file.name)
         usage = subprocess.run(
             [TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
             capture_output=True,
@@ -188,15 +192,51 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
         stack=int(found["STACK"]),
         local=int(found["LOCAL"]),
         tensor_core=instruction and instruction[0],
+        loops=product_loops(code),
         barriers=done.asm["ptx"].count("bar.sync"),
         seconds=round(seconds, 1),
     )
 
 
+def disassembled(cubin: str) -> list[tuple[int, str]]:
+    """Address and text of each instruction."""
+    sass = subprocess.run(
+        [TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    found, labels, address = [], {}, 0
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = None  # of the next instruction
+        elif instruction := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.+?)\s*;", line):
+            address = int(instruction[1], 16)
+            labels = {k: address if v is None else v for k, v in labels.items()}
+            found.append((address, instruction[2]))
+    return [
+        (at, re.sub(r"`\((\.L\w+)\)", lambda m: hex(labels.get(m[1]) or 0), text))
+        for at, text in found
+    ]
+
+
+def product_loops(code: list[tuple[int, str]]) -> list[int]:
+    """Instructions of each innermost loop with tensor-core products, in the order of the code."""
+    spans = []
+    for at, text in code:
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) < at:
+            spans.append((int(target[1], 16), at))
+    inner = [
+        (a, b)
+        for a, b in spans
+        if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in spans)
+    ]
+    bodies = [[text for at, text in code if a <= at <= b] for a, b in inner]
+    return [len(body) for body in bodies if any(re.search(r"\bH?G?MMA", x) for x in body)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", type=int, choices=TARGETS, required=True)
-    parser.add_argument("--size", choices=SIZES, nargs="*", default=list(SIZES))
+    parser.add_argument("--size", choices=SIZES, nargs="*", default=["paper", "small"])
     parser.add_argument("--precision", choices=PRECISIONS, nargs="*", default=["float32", "bf16"])
     parser.add_argument("--every", action="store_true")
     given = parser.parse_args()

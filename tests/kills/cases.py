@@ -148,7 +148,8 @@ def _end(case: Case, ending: Ending, run: Path) -> str:
     child = _started(case, run, resume=resume, limit=limit)
     if ending.kind == "disk":
         how, log = _waited(child, _LONGEST_S), _log(run)
-        if how != "ended well" and not ("failed" in how and "File too large" in log):
+        full = "File too large" in log or "File size limit exceeded" in log  # a compiler's words
+        if how != "ended well" and not ("failed" in how and full):
             return f"a full disk: {how}: {log}"
         return _left(case, run, saved=False)
     number = signal.Signals[ending.kind]

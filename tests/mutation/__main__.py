@@ -160,6 +160,7 @@ class _Tests:
 
             subprocess.run(
                 ["cmake", "-S", self._tree, "-B", self._build, "-G", "Ninja", "-DIQMPC_CUDA=OFF",
+                    "-DIQMPC_BUILD_PYTHON=ON",
                  "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}",
                  f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
                 check=True, capture_output=True,

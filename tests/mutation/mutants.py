@@ -77,8 +77,6 @@ loss(
     "weights.critics",
     "test_losses.py",
     "test_learner.py",
-    why="the critics' gradients of the policy's loss are never used: they are set to None before "
-    "the next step",
 )
 loss("policy_loss", '"entropy": -log_prob', '"entropy": log_prob')
 
@@ -97,7 +95,7 @@ layer(
 )
 layer("mish", "(n / (n + 2))", "(n / (n + 1))")
 
-learner = _table.group("learner", "test_learner.py")
+learner = _table.group("learner", "test_learner.py::not compil and not images")
 learner("Learner.__init__", "s.lr * s.encoder_lr_scale", "s.lr")
 learner("EagerBackend.update_on_device", "x.config.discount", "0.99")
 learner(
@@ -317,7 +315,7 @@ trainer(
     "::terminations_reach",
 )
 trainer("Trainer._act", "self.updates.ready(self.env_steps)", "True", "::random_actions")
-trainer("Trainer._evaluate", "seed=self.config.seed", "seed=0", "::evaluation_is_repeatable")
+trainer("Trainer._evaluate", "seed=self.config.seed", "seed=0", "::evaluated_in_episodes")
 trainer(
     "Trainer._go_on",
     'self._wall_before, self._evaluated_at = meta["wall_s"], meta["evaluated_at"]',
@@ -446,7 +444,9 @@ for _inside, _find, _new, _tests in (
     reader(_inside, _find, _new, *_tests)
 
 native = _table.group("C++", "test_iq_update.py", cpp=True)
-native("learner_blocks.cpp", "- set.beta * w.log_prob.data()[r]; sums.target", "; sums.target")
+native(
+    "learner_blocks.cpp", "- set.entropy_coef * w.log_prob.data()[r]; sums.target", "; sums.target"
+)
 native("learner_blocks.cpp", "(1 - source.terminated(t, column(i))) * v", "v")
 native(
     "learner_blocks.cpp",
@@ -463,15 +463,15 @@ native(
     "float shares[2] = {q.first, 1 - q.first}",
     "float shares[2] = {1.0f, 0.0f}",
 )
-native("learner_blocks.cpp", "set.beta * log_prob - q.value", "log_prob - q.value")
+native("learner_blocks.cpp", "set.entropy_coef * log_prob - q.value", "log_prob - q.value")
 native("learner.cpp", "slow.step.rate *= settings.encoder_lr_scale", "slow.step.rate *= 1.0f")
 native("learner.cpp", "s.grad_clip / (norm + 1e-6)", "20.0 / (norm + 1e-6)")
 native(
     "learner.cpp",
-    "m.model_skipped = m.policy_skipped = !std::isfinite(loss) ||",
-    "m.model_skipped = m.policy_skipped = ",
+    "!std::isfinite(loss) || !std::isfinite(model_norm)",
+    "!std::isfinite(loss)",
     "test_iq_update.py",
-    "test_learner.py",
+    "test_learner.py::fused",
 )
 native("learner.cpp", "key.below(stream, i, replay.slices)", "key.below(stream, 0, replay.slices)")
 native(

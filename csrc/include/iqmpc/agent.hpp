@@ -41,7 +41,7 @@ struct AgentInfo {
   std::vector<double> action_low, action_high;
   std::ptrdiff_t action_repeat = 1;
   std::optional<double> control_period;  // seconds from one action to the next, where known
-  double beta = 0;                       // entropy coefficient in force; planning needs none
+  double entropy_coef = 0;               // in force; planning needs none
   std::uint64_t seed = 0;                // of the planner's draws
   PlannerSettings planner;
   Precision precision = Precision::float32;

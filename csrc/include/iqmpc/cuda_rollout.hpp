@@ -58,15 +58,15 @@ struct CudaRolloutView {
   std::ptrdiff_t problems = 0;
   std::ptrdiff_t horizon = 0;
   std::ptrdiff_t samples = 0;
-  const float* z0 = nullptr;            // [E, Z]
-  const float* actions = nullptr;       // [E, H, S, A] in [-1, 1]
-  const float* policy_noise = nullptr;  // [E, H-1, S, A] or, unrolled, [E, H+1, S, A]
+  const float* z0 = nullptr;           // [E, Z]
+  const float* actions = nullptr;      // [E, H, S, A] in [-1, 1]
+  const float* score_noise = nullptr;  // [E, H-1, S, A] or, unrolled, [E, H+1, S, A]
   // [2]. Drawn on the device, so not checked here: a critic that does not exist gives returns of
   // NaN, which a plan ranks last.
   const std::int64_t* critic_pair = nullptr;
   float discount = 0.99f;
   Score score = Score::advantage;
-  float entropy = 0;         // β, of the unrolled score
+  float entropy_coef = 0;    // of the unrolled score
   float* returns = nullptr;  // [E, S]
   // work_bytes(problems), aligned to 16. The caller's, so that a call allocates nothing, rollouts
   // on several streams do not meet in it, and a CUDA graph can capture the call.

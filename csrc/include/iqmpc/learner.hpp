@@ -54,7 +54,7 @@ struct LearnerSettings {
   float rho = 0.5f;            // λ
   float discount = 0.99f;      // γ
   float alpha = 0.5f;          // of the χ² term
-  float beta = 1e-4f;          // entropy coefficient in force
+  float entropy_coef = 1e-4f;  // in force, β or β·A
   float c_cons = 20.0f;
   float c_iq = 0.1f;
   float c_gp = 0.0f;  // 0: no gradient penalty

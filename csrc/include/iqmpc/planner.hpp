@@ -22,7 +22,7 @@ class IQMPC_API PlanClock {
 
 // Symbols as in the paper; E problems are planned for at once.
 struct PlannerSettings {
-  std::ptrdiff_t num_envs = 1;   // E
+  std::ptrdiff_t problems = 1;   // E
   std::ptrdiff_t horizon = 3;    // H
   std::ptrdiff_t samples = 512;  // S
   std::ptrdiff_t elites = 64;
@@ -76,13 +76,13 @@ struct IQMPC_API PlanStatistics {
 // The draws of one plan, for comparison with another implementation; all standard normal but where
 // said otherwise.
 struct PlanDraws {
-  float* prior;            // [E, H, P, A] of the policy's trajectories
-  float* samples;          // [I, E, H, S-P, A]
-  float* prior_score;      // [E, H-1, P, A] of ã_t along the policy's trajectories
-  float* score;            // [I, E, H-1, S-P, A] of ã_t along the samples
-  float* explore;          // [E, A]
-  float* gumbel;           // [E, elites], standard Gumbel
-  std::ptrdiff_t pair[2];  // critics
+  float* policy_noise;        // [E, H, P, A] of the policy's trajectories
+  float* sample_noise;        // [I, E, H, S-P, A]
+  float* policy_score_noise;  // [E, H-1, P, A] of ã_t along the policy's trajectories
+  float* score_noise;         // [I, E, H-1, S-P, A] of ã_t along the samples
+  float* explore;             // [E, A]
+  float* gumbel;              // [E, elites], standard Gumbel
+  std::ptrdiff_t pair[2];     // critics
 };
 
 // Owns its threads and every buffer: after construction, which with a budget includes some plans to

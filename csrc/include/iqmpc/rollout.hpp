@@ -16,13 +16,13 @@ struct RolloutView {
   std::ptrdiff_t problems = 0;
   std::ptrdiff_t horizon = 0;
   std::ptrdiff_t samples = 0;
-  const float* z0 = nullptr;            // [E, Z]
-  const float* actions = nullptr;       // [E, H, S, A] in [-1, 1]
-  const float* policy_noise = nullptr;  // [E, H-1, S, A] or, unrolled, [E, H+1, S, A]
+  const float* z0 = nullptr;           // [E, Z]
+  const float* actions = nullptr;      // [E, H, S, A] in [-1, 1]
+  const float* score_noise = nullptr;  // [E, H-1, S, A] or, unrolled, [E, H+1, S, A]
   std::ptrdiff_t critic_pair[2] = {0, 1};
   float discount = 0.99f;
   Score score = Score::advantage;
-  float entropy = 0;         // β, of the unrolled score
+  float entropy_coef = 0;    // of the unrolled score
   float* returns = nullptr;  // [E, S]
 };
 

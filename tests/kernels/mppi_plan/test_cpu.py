@@ -12,19 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iqmpc import _C, WorldModel
-from iqmpc.config import ModelConfig, PlannerConfig
+from iqmpc import _C
+from iqmpc.config import PlannerConfig
 from iqmpc.kernels import layers
 from iqmpc.kernels.cpu import CpuWeights, layer_arrays, model_view
 from iqmpc.kernels.mppi_plan import BACKENDS, CpuPlan, PlanNoise, ReferencePlan
 from iqmpc.kernels.weights import snapshot
-from tests.kernels.contract import drawn, ending_half
+from tests.kernels.contract import drawn, ending_half, image_model, images
 
 LEVELS = _C.isa_levels()
 CONFIG = PlannerConfig(samples=40, elites=8, policy_trajectories=6, iterations=3)
 # What the library is given for CONFIG, but for the seed.
 NATIVE = dict(
-    num_envs=1,
+    problems=1,
     horizon=3,
     samples=40,
     elites=8,
@@ -50,9 +50,6 @@ def its_draws(plan: CpuPlan, score: str, *, explore: bool) -> PlanNoise:
     """What the next plan of the C++ backend will draw."""
     d = {k: torch.tensor(v) for k, v in plan.native.draws(plan.step).items()}
     pair, explored = d.pop("pair"), d.pop("explore").double()
-    for old, new in (("prior", "policy"), ("samples", "sample")):
-        d[f"{new}_noise"] = d.pop(old)
-    d["policy_score_noise"], d["score_noise"] = d.pop("prior_score"), d.pop("score")
     if score == "unrolled":  # the reference also draws at z_H, whose value cancels
         for name, other in (
             ("policy_score_noise", "policy_noise"),
@@ -84,12 +81,24 @@ def reference(weights, config=CONFIG, **settings):
     ),
     iterations=st.integers(1, 3),
     score=st.sampled_from(["advantage", "unrolled"]),
+    refit=st.sampled_from([(0.5, 0.05, 2.0), (3.0, 0.2, 0.8)]),
     threads=st.sampled_from([1, 2, 3]),
     explore=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_cpu_plans_what_the_reference_plans(
-    make_weights, isa, envs, horizon, action_dim, shape, iterations, score, threads, explore, seed
+    make_weights,
+    isa,
+    envs,
+    horizon,
+    action_dim,
+    shape,
+    iterations,
+    score,
+    refit,
+    threads,
+    explore,
+    seed,
 ):
     samples, elites, policy_trajectories = shape
     weights = make_weights(5, action_dim, latent=24, hidden=37, seed=seed)
@@ -99,6 +108,9 @@ def test_cpu_plans_what_the_reference_plans(
         policy_trajectories=policy_trajectories,
         horizon=horizon,
         iterations=iterations,
+        temperature=refit[0],
+        std_min=refit[1],
+        std_max=refit[2],
         score=score,
         threads=threads,
     )
@@ -195,19 +207,19 @@ def test_draws_are_standard_normal_and_independent(make_weights):
         problems=2,
     )
     draws = plan.native.draws(0)
-    x = draws["samples"].ravel().astype(np.float64)
+    x = draws["sample_noise"].ravel().astype(np.float64)
     bound = 5 / np.sqrt(x.size)
     assert abs(x.mean()) < bound and abs((x**2).mean() - 1) < bound * np.sqrt(2)
     assert abs((x**3).mean()) < bound * np.sqrt(15) and abs((x**4).mean() - 3) < bound * np.sqrt(96)
     assert abs((np.abs(x) > 1.959964).mean() - 0.05) < bound * 0.22
     # Between neighbours, iterations, problems, purposes and steps.
-    s, later = draws["samples"], plan.native.draws(1)["samples"]
+    s, later = draws["sample_noise"], plan.native.draws(1)["sample_noise"]
     for a, b in (
         (s[..., 0], s[..., 1]),
         (s[0], s[1]),
         (s[:, 0], s[:, 1]),
         (s, later),
-        (s[:, :, 1:], draws["score"]),
+        (s[:, :, 1:], draws["score_noise"]),
         (s[:, :, 0, :-1], s[:, :, 0, 1:]),
     ):
         assert abs((a.astype(np.float64) * b).mean()) < 5 / np.sqrt(a.size)
@@ -437,7 +449,7 @@ def test_stacked_critics_are_checked(make_weights):
     [
         (dict(elites=41), "elites must be at most samples = 40, got 41"),
         (dict(samples=0), "samples must be at least 1, got 0"),
-        (dict(num_envs=0), "num_envs must be at least 1, got 0"),
+        (dict(problems=0), "problems must be at least 1, got 0"),
         (dict(std_min=0.0), "std_min must be positive, got 0"),
         (dict(std_max=float("nan")), "std_max must be finite and at least std_min, got nan"),
         (dict(discount=1.5), r"discount must be in \[0, 1\], got 1.5"),
@@ -477,19 +489,6 @@ def test_policy_trajectories_keep_their_score(make_weights, backend):
         plan(obs)
         plans.append(plan.mean.clone())
     torch.testing.assert_close(plans[0], plans[1])
-
-
-def image_model(seed=0):
-    torch.manual_seed(seed)
-    model = WorldModel((9, 64, 64), 3, ModelConfig(hidden_dim=37, latent_dim=24, critics=3))
-    for part in (model.dynamics, model.policy, model.critics, model.encoder[-1:]):
-        for p in part.parameters():
-            torch.nn.init.normal_(p, std=0.3)
-    return model.weights()
-
-
-def images(envs):
-    return torch.randint(0, 256, (envs, 9, 64, 64), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("isa", LEVELS)

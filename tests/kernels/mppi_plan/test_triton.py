@@ -14,8 +14,9 @@ from iqmpc.config import PlannerConfig
 from iqmpc.errors import BackendError
 from iqmpc.kernels import layers
 from iqmpc.kernels.mppi_plan import PlanNoise, ReferencePlan
+from iqmpc.kernels.triton_weights import TritonWeights
 from iqmpc.kernels.weights import Layer, Weights, snapshot
-from tests.kernels.contract import GAMMA
+from tests.kernels.contract import GAMMA, drawn, ending_half, image_model, images
 from tests.kernels.on_triton import (
     INTERPRETED,
     SCHEDULES,
@@ -91,6 +92,40 @@ def test_plan_is_the_reference(
 
 @needs_triton
 @unlikely
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_plan_with_a_termination_head_is_the_reference(make_weights, schedule):
+    weights = make_weights(5, 2, latent=24, termination=True)
+    weights = ending_half(weights, drawn(weights, 2, 3, 50))
+    config = dataclasses.replace(SMALL, samples=12, policy_trajectories=5, horizon=3)
+    plan, obs = planner(weights, config, problems=2, schedule=schedule), torch.randn(2, 5)
+    before = plan.mean.uniform_(-0.5, 0.5).clone()
+    done = plan(obs, explore=True)
+    action, _, mean = exact(weights, config, plan, obs, before)
+    torch.testing.assert_close(done.action.double(), action, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plan.mean.double(), mean, rtol=1e-4, atol=1e-5)
+    *_, bare = exact(weights._replace(termination=()), config, plan, obs, before)
+    assert not torch.allclose(bare, mean, rtol=1e-3)
+
+
+@needs_triton
+@unlikely
+def test_images_are_planned_for_as_the_reference_does():
+    """Through a snapshot of the convolutions, which is published with the rest."""
+    plan = planner(image_model(), problems=2, schedule="latency")
+    for seed in (0, 1):
+        weights, obs = image_model(seed), images(2)
+        plan.publish(to_device(weights))
+        weights.encoder[0].weight.data.add_(1)  # not published: the snapshot is a copy
+        weights = image_model(seed)
+        before = plan.mean.clone()
+        done = plan(obs, explore=True)
+        action, _, mean = exact(weights, SMALL, plan, obs, before)
+        torch.testing.assert_close(done.action.double(), action, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plan.mean.double(), mean, rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+@unlikely
 def test_the_report_tells_a_wrong_plan(make_weights):
     """What benchmarks/gpu_report.py times is right: its check takes this plan and no other."""
     from benchmarks import checks
@@ -146,6 +181,27 @@ def test_a_plan_follows_from_seed_step_and_mean(make_weights):
     one.reset(0)
     assert not one.mean[0].any() and one.mean[1].any()
     assert torch.equal(one.plan(obs, explore=True)[1], second[1])  # the other's is as it was
+
+
+@needs_triton
+def test_publishing_the_same_memory_again_is_one_graph(make_weights):
+    """Weights that a learner changes in place are keyed alike, others and moved ones are not."""
+    keys = []
+
+    class Step:
+        def __call__(self, refresh, key):
+            refresh()
+            keys.append(key)
+
+    plan = planner(make_weights(5, 3))
+    plan._refresh = Step()
+    live, other = (to_device(make_weights(5, 3, seed=s)) for s in (1, 2))
+    for weights in (live, live, other, live):
+        live.critics[0].weight.add_(1)
+        plan.publish(weights)
+    assert keys[0] == keys[1] == keys[3] != keys[2]
+    assert plan._published is live  # kept while a graph may read it
+    assert torch.equal(plan.weights.matrices, TritonWeights(live).matrices)
 
 
 @needs_triton
@@ -270,8 +326,8 @@ def test_the_interpreter_captures_nothing(make_weights):
 @needs_triton
 def test_what_a_plan_cannot_take_is_named(make_weights):
     weights = make_weights(5, 3)
-    bare = weights._replace(encoder=(*weights.encoder[:-1], Layer(*weights.encoder[-1][:2])))
-    with pytest.raises(ValueError, match="encoder: the triton backend takes linear layers, each "):
+    bare = weights._replace(policy=(*weights.policy[:-2], Layer(*weights.policy[-2][:2])))
+    with pytest.raises(ValueError, match="policy: the triton backend takes three layers, LayerN"):
         planner(bare)
     with pytest.raises(ValueError, match="takes weights on a c[a-z]+ device, got meta"):
         planner(weights.map(lambda t: t.to("meta")), move=False)
@@ -347,11 +403,41 @@ def test_new_weights_change_the_captured_plan(make_weights):
 
 
 @needs_gpu
+@pytest.mark.parametrize("kind", ["termination", "images"])
+def test_a_captured_plan_of_every_model_is_the_uncaptured_one(make_weights, kind):
+    if kind == "images":
+        weights, obs = image_model(), images(2)
+    else:
+        weights = make_weights(17, 6, latent=64, hidden=128, termination=True)
+        obs = torch.randn(2, 17)
+    captured, launched = (
+        planner(weights, PlannerConfig(capture=capture), problems=2) for capture in (None, False)
+    )
+    for step in range(3):
+        one, other = (plan(obs, explore=step == 1) for plan in (captured, launched))
+        assert torch.equal(one.action, other.action) and one.nonfinite == 0
+
+
+@needs_gpu
+def test_a_captured_publish_is_the_uncaptured_one(make_weights):
+    live = to_device(make_weights(17, 6, latent=64, hidden=128))
+    plan = planner(live, PlannerConfig())
+    for number in range(4):  # the first as it is, the second captures, the others replay
+        for t in live.tensors():
+            t.mul_(1 + number / 100)
+        plan.publish(live)
+        expected = TritonWeights(live, precision="bf16")
+        assert torch.equal(plan.weights.matrices, expected.matrices)
+        assert torch.equal(plan.weights.vectors, expected.vectors)
+    assert plan._refresh.captures == 1
+
+
+@needs_gpu
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("envs", [1, 8])
 def test_a_plan_at_the_sizes_in_use(make_weights, envs, schedule):
     weights = make_weights(91, 39, latent=512, hidden=512, encoder=256, critics=5)
-    config = PlannerConfig()
+    config = PlannerConfig(precision="float32")
     plan, obs = planner(weights, config, problems=envs, schedule=schedule), torch.randn(envs, 91)
     for _ in range(2):
         before = plan.mean.clone()
@@ -367,9 +453,10 @@ def test_auto_plans_with_triton_on_the_gpu(make_weights):
     from iqmpc import Planner
 
     weights = to_device(make_weights(5, 3))
+    assert planner(make_weights(5, 3), PlannerConfig()).precision == "bf16"  # what a GPU is for
     for precision, backend in dict(
         float32="triton", tf32="triton", bf16="triton", float64="reference"
     ).items():
-        planner = Planner(weights, PlannerConfig(precision=precision), discount=GAMMA)
-        action = planner.plan(torch.randn(1, 5))
-        assert planner.backend == backend and action.device.type == "cpu"
+        made = Planner(weights, PlannerConfig(precision=precision), discount=GAMMA)
+        action = made.plan(torch.randn(1, 5))
+        assert made.backend == backend and action.device.type == "cpu"

@@ -20,6 +20,7 @@ from tests.kernels.contract import (
     TOLERANCE,
     assert_within,
     assert_within_with_elites,
+    decided,
     drawn,
     end_logits,
     ending_half,
@@ -103,12 +104,6 @@ def test_cpu_ends_where_the_reference_does(
     expected = in_float64(weights, draws, score)
     returns = on_cpu(weights, draws, score, precision=precision, isa=isa)
     assert_within(returns.where(decided(weights, draws, precision), expected), expected, precision)
-
-
-def decided(weights, draws, precision):
-    """The samples [E, S] with no imagined latent on the head's edge."""
-    edge = 1e-4 if precision == "float32" else 0.02
-    return (end_logits(weights, draws)[..., :-1].abs() > edge).all(-1)
 
 
 @pytest.mark.parametrize("isa", LEVELS)
@@ -333,11 +328,11 @@ def test_arrays_from_elsewhere_are_checked(make_weights):
         model=native,
         z0=z0,
         actions=actions,
-        policy_noise=noise,
+        score_noise=noise,
         critic_pair=(0, 1),
         discount=0.9,
         score="advantage",
-        entropy=0.0,
+        entropy_coef=0.0,
         returns=np.empty((2, 4), np.float32),
         threads=1,
     )
@@ -351,9 +346,9 @@ def test_arrays_from_elsewhere_are_checked(make_weights):
         ),
         (dict(z0=z0.tolist()), TypeError, "z0 must be a NumPy array, got list"),
         (
-            dict(policy_noise=noise[:, :1]),
+            dict(score_noise=noise[:, :1]),
             ValueError,
-            r"policy_noise must be float32 with shape \[2, 2, 4, 3\], got float32 \[2, 1, 4, 3\]",
+            r"score_noise must be float32 with shape \[2, 2, 4, 3\], got float32 \[2, 1, 4, 3\]",
         ),
         (
             dict(returns=np.empty((2, 5), np.float32)),

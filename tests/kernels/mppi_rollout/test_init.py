@@ -6,7 +6,6 @@ import torch
 from iqmpc.errors import BackendError
 from iqmpc.kernels.cuda import CudaWeights
 from iqmpc.kernels.mppi_rollout import mppi_rollout
-from iqmpc.kernels.triton_weights import TritonWeights
 from tests.kernels.contract import GAMMA, drawn
 
 
@@ -52,10 +51,8 @@ def test_a_backend_that_cannot_run_is_an_error(make_weights):
         mppi_rollout(*draws, GAMMA, backend="cuda")
 
 
-def test_gpu_backends_say_that_they_take_no_termination_head(make_weights, monkeypatch):
+def test_the_cuda_backend_says_that_it_takes_no_termination_head(make_weights, monkeypatch):
     weights = make_weights(5, 3, termination=True)
-    with pytest.raises(ValueError, match="the triton backend takes no model with a termination"):
-        TritonWeights(weights)
     monkeypatch.setattr("iqmpc.kernels.cuda.available_backends", lambda: {"cuda": None})
     with pytest.raises(ValueError, match="the cuda backend takes no model with a termination"):
         CudaWeights(weights)

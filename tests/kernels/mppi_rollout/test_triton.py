@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 from iqmpc.kernels.mppi_refit import mppi_refit
 from iqmpc.kernels.mppi_rollout import mppi_rollout
 from iqmpc.kernels.triton_weights import TritonWeights
-from tests.kernels.contract import BETA, GAMMA, TOLERANCE, assert_within, in_float64
+from tests.kernels.contract import (
+    BETA,
+    GAMMA,
+    TOLERANCE,
+    assert_within,
+    decided,
+    drawn,
+    end_logits,
+    ending_half,
+    in_float64,
+)
 from tests.kernels.on_triton import (
     INTERPRETED,
     SCHEDULES,
@@ -63,6 +75,47 @@ def test_rollout_is_the_reference(
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("schedule", "precision", "score"),
+    [
+        ("throughput", "float32", "advantage"),
+        ("latency", "float32", "unrolled"),
+        ("throughput", "bf16", "unrolled"),
+        ("latency", "bf16", "advantage"),
+    ],
+)
+def test_rollout_ends_where_the_reference_does(make_weights, schedule, precision, score):
+    """Samples that end at every step: all that are clear as in the reference, some changed."""
+    weights = make_weights(5, 2, latent=24, hidden=70, termination=True)
+    draws = drawn(weights, 2, 3, 30, score)
+    weights = ending_half(weights, draws)
+    alive = (end_logits(weights, draws)[..., :-1] <= 0).cumprod(-1).sum(-1)
+    clear = decided(weights, draws, precision)
+    assert alive.unique().tolist() == [0, 1, 2] and clear.float().mean() > 0.5
+    expected = in_float64(weights, draws, score)
+    there, placed = to_device(weights), tuple(t.to(device()) for t in draws)
+    returns = rollout(TritonWeights(there, precision=precision), placed, score, schedule).cpu()
+    assert_within(returns.where(clear, expected.float()), expected, precision)
+    bare = TritonWeights(there._replace(termination=()), precision=precision)
+    without = rollout(bare, placed, score, schedule).cpu()
+    changed = (returns - without).abs() > 1e-6
+    assert torch.equal(changed[clear], (alive < 2)[clear])
+
+
+@needs_triton
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_exponentials_beyond_float32_are_bounded(make_weights, schedule):
+    """What is before SimNorm may be several hundred, either way: returns stay finite."""
+    weights = make_weights(5, 2)
+    last = weights.dynamics[-1]
+    shift = torch.tensor([200.0, -200.0]).repeat_interleave(8)  # a group each
+    large = last._replace(beta=last.beta + shift)
+    weights = to_device(weights._replace(dynamics=(*weights.dynamics[:-1], large)))
+    draws = draw(weights, 1, 2, 9)
+    assert rollout(TritonWeights(weights), draws, schedule=schedule).isfinite().all()
+
+
+@needs_triton
 def test_the_schedule_follows_from_the_number_of_tiles(monkeypatch):
     from iqmpc.kernels.mppi_rollout import triton as module
 
@@ -107,6 +160,28 @@ def test_the_faster_schedule_is_kept(make_weights, monkeypatch, tmp_path):
     assert resolve(9, (2.0, 1.0)) == "throughput" and timed == [4, 4, 9, 9]
     monkeypatch.setattr(module, "_LARGEST", 1)
     assert resolve(20, (1.0, 2.0)) == "throughput" and timed == [4, 4, 9, 9]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["triton_weights", "mppi_rollout/triton_jobs", "triton_launch"])
+def test_a_schedule_is_timed_anew_when_a_kernel_file_has_changed(tmp_path, name):
+    from iqmpc.kernels.mppi_rollout import triton as module
+
+    kernels = shutil.copytree(module._KERNELS, tmp_path / "kernels")
+    before = module.sources(kernels)
+    assert before == module.sources(module._KERNELS)
+    path = kernels / f"{name}.py"
+    path.write_text(path.read_text() + "# another\n")
+    assert module.sources(kernels) != before
+
+
+@needs_triton
+def test_more_numbers_than_a_kernel_counts_are_refused(make_weights):
+    weights = to_device(make_weights(5, 3))
+    z0, actions, noise, pair = draw(weights, 1, 2, 1)
+    many = actions.expand(1, 2, 2**29, 3), noise.expand(1, 1, 2**29, 3)  # takes no memory
+    with pytest.raises(ValueError, match="have 3221225472 numbers, and the triton backend counts"):
+        rollout(weights, (z0, *many, pair))
 
 
 @needs_triton

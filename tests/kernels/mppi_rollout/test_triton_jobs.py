@@ -8,10 +8,12 @@ from iqmpc.kernels.mppi_rollout import triton_jobs
 from iqmpc.kernels.triton_weights import TritonWeights
 
 
+@pytest.mark.parametrize("termination", [False, True])
 @pytest.mark.parametrize("horizon", range(1, 6))
-def test_jobs_read_what_was_written(make_weights, horizon):
+def test_jobs_read_what_was_written(make_weights, horizon, termination):
     """No job reads memory before it is written, and none of a stage's jobs disturb it."""
-    w = TritonWeights(make_weights(5, 3))
+    w = TritonWeights(make_weights(5, 3, termination=termination))
+    ends = termination * (horizon - 1)  # the head's, on z_1..z_{H-1}
 
     def reads(job):
         found = {job.x} if job.inputs else set()
@@ -41,7 +43,7 @@ def test_jobs_read_what_was_written(make_weights, horizon):
         return written
 
     def heads(stages):
-        return {stages.heads + i * w.width for i in range(2 * (2 * horizon - 1))}
+        return {stages.heads + i * w.width for i in range(2 * (2 * horizon - 1) + ends)}
 
     actions = {("a", t) for t in range(horizon)}
     parts = {("root", i * w.width) for i in range(2 + (horizon > 1))}
@@ -66,5 +68,5 @@ def test_jobs_read_what_was_written(make_weights, horizon):
         chain.jobs,
         *([job for stage in x.stages for job in stage.jobs] for x in (stages, trajectories)),
     ):
-        assert sum(job.kind == triton_jobs.HEAD for job in jobs) == 2 * (2 * horizon - 1)
+        assert sum(job.kind == triton_jobs.HEAD for job in jobs) == 2 * (2 * horizon - 1) + ends
         assert sum(job.kind == triton_jobs.SIMNORM for job in jobs) == horizon - 1

@@ -1,4 +1,4 @@
-#include "cpu/view_checks.hpp"
+#include "common/view_checks.hpp"
 
 #include <cstddef>
 #include <stdexcept>
