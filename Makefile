@@ -6,8 +6,9 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 TRAIN := .venv/.ready-train
+DOCS := .venv/.ready-docs
 
-.PHONY: train results test test-newest benchmark cpp-test cpp-test-asan cpp-test-tsan clean
+.PHONY: train results docs test test-newest benchmark cpp-test cpp-test-asan cpp-test-tsan clean
 .DELETE_ON_ERROR:
 
 train: $(TRAIN)
@@ -16,6 +17,10 @@ train: $(TRAIN)
 # The runs of docs/results, hours; goes on where it was stopped: make results ARGS="--jobs 2"
 results: $(READY)
 	$(BIN)/python docs/results/run.py $(ARGS)
+
+# The documentation's site, build/site; a broken link or reference fails it. Nothing is fetched.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 test: cpp-test cpp-test-asan cpp-test-tsan
 	$(BIN)/ruff check .
@@ -45,17 +50,18 @@ cpp-test cpp-test-asan cpp-test-tsan: $(READY)
 # Made again when what it was made from has changed: requirements, or sources of the extension.
 SOURCES := pyproject.toml setup.py CMakeLists.txt \
            $(shell find csrc -type f -not -path 'csrc/tests/*')
-$(TRAIN) $(READY): CONSTRAINTS = constraints.txt
+$(TRAIN) $(DOCS) $(READY): CONSTRAINTS = constraints.txt
 # imageio (video): gymnasium's MuJoCo tasks do not import without it.
 $(TRAIN): EXTRA = dmcontrol,plots,video
+$(DOCS): EXTRA = docs
 $(READY): EXTRA = test
 $(READY): ALSO = $(TRAIN)
-$(TRAIN) $(READY): constraints.txt $(SOURCES)
+$(TRAIN) $(DOCS) $(READY): constraints.txt $(SOURCES)
 .venv-newest/.ready: CONSTRAINTS = constraints-newest.txt
 .venv-newest/.ready: EXTRA = test-newest
 .venv-newest/.ready: constraints-newest.txt $(SOURCES)
 
-$(TRAIN) $(READY) .venv-newest/.ready:
+$(TRAIN) $(DOCS) $(READY) .venv-newest/.ready:
 	@command -v $(PYTHON) > /dev/null || \
 	  { echo "$(PYTHON) is missing (Debian: apt-get install python3)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2> /dev/null || \

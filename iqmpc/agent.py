@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from iqmpc import agent_file
-from iqmpc.checkpoint import shapes
+from iqmpc import stored_agent
 from iqmpc.config import Config
-from iqmpc.errors import BackendError, CheckpointError, ConfigError, one_line
+from iqmpc.errors import BackendError, ConfigError
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Weights
 from iqmpc.model import WorldModel
-from iqmpc.observation import ObservationSpec
 from iqmpc.planner import Planner
-from iqmpc.run_folder import RunFolder
-from iqmpc.scaling import ObservationScaling
 from iqmpc.seeding import stream_seed
 
 # Settings that mean something to one backend alone, as they are where they are not given.
@@ -38,91 +34,6 @@ def resolve_device(name: str) -> str:
             "torch's CUDA build (iqmpc doctor says what is there)"
         )
     return name
-
-
-class _Stored(NamedTuple):
-    """An agent as it lies in a run folder or in a file."""
-
-    path: Path
-    config: Config
-    observation: ObservationSpec
-    action_dim: int
-    termination: bool
-    facts: dict[str, Any]
-    weights: Callable[[Config], dict[str, Tensor]]  # by the settings in force
-
-
-def _of_run(folder: RunFolder, which: str) -> _Stored:
-    config = folder.load_config()
-    path, tensors, meta = folder.checkpoint(which)
-    folder.check_settings(config, path, meta)
-
-    def weights(config: Config) -> dict[str, Tensor]:
-        prefix = "learner.model." if config.agent.average == "off" else "learner.average."
-        held = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if not held:
-            raise CheckpointError(
-                f"{path} holds no average of the weights, agent.average={config.agent.average}: "
-                "give agent.average=off"
-            )
-        names = [f"learner.scaling.{key}" for key in ObservationScaling._fields]
-        absent = normalise == "auto" and not tensors.keys() & set(names)
-        if normalise == "off" or absent or config.is_baseline:  # whose model has the scaling itself
-            return held
-        try:
-            return ObservationScaling(*(tensors[name] for name in names)).folded_state(held)
-        except (KeyError, RuntimeError) as error:  # absent, or of another size
-            raise CheckpointError(
-                f"{path} holds no scaling of its observations, model.normalise_obs={normalise}"
-            ) from error
-
-    # An agent takes observations as they are: the scaling lies in its weights.
-    normalise, config = config.model.normalise_obs, config.replace({"model.normalise_obs": "off"})
-    facts = {key: meta[key] for key in agent_file.FACTS}
-    return _Stored(path, config, *shapes(meta), config.termination, facts, weights)
-
-
-def _of_file(path: Path, which: str) -> _Stored:
-    if which != "newest":
-        raise CheckpointError(
-            f"{path} is one agent and has no checkpoint {which!r}: give the run folder"
-        )
-    found = agent_file.load(path)
-    return _Stored(
-        path,
-        found.config,
-        found.observation,
-        found.action_dim,
-        found.termination,
-        found.facts,
-        lambda config: found.tensors,
-    )
-
-
-def _model(found: _Stored, config: Config) -> Any:
-    """The model with its weights; none is made of sizes that its weights do not have."""
-    from iqmpc.methods import learner_class  # which knows this module
-
-    def made() -> Any:
-        return learner_class(config).make_model(
-            found.observation, found.action_dim, config, termination=found.termination
-        )
-
-    weights, unfit = found.weights(config), f"{found.path} does not fit its settings (config.yaml)"
-    try:
-        with torch.device("meta"):  # takes no memory
-            expected = {name: tuple(t.shape) for name, t in made().state_dict().items()}
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{unfit}: they describe no model ({one_line(error)})") from error
-    held = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(expected.keys() | held.keys()):
-        if expected.get(name) != held.get(name):
-            raise CheckpointError(
-                f"{unfit}: {name} has the shape {held.get(name)}, expected {expected.get(name)}"
-            )
-    model = made()
-    model.load_state_dict(weights)
-    return model
 
 
 class Agent:
@@ -185,7 +96,8 @@ class Agent:
         num_envs: int = 1,
     ) -> Agent:
         """The agent of a run folder, acting as it was evaluated there: with the average of the
-        weights, unless `agent.average` is off. Or that of a file which `iqmpc export` wrote.
+        weights, unless `agent.average` is off. Or that of a file which `iqmpc export` wrote, or of
+        `packaged:TASK`, which ships (docs/agents.md).
 
         `checkpoint` is `newest` (the newest whole one), `best` (of the best evaluation on the way,
         by success, then return) or a number of steps whose checkpoint is there.
@@ -198,10 +110,7 @@ class Agent:
         """
         from iqmpc.methods import agent_class  # which knows this module
 
-        if agent_file.is_file(run):
-            found = _of_file(Path(run), checkpoint)
-        else:
-            found = _of_run(RunFolder(run), checkpoint)
+        found = stored_agent.find(run, checkpoint)
         changes = dict(changes or {})
         if "planner.backend" in changes:
             changes = _OF_A_BACKEND | changes
@@ -215,7 +124,7 @@ class Agent:
             changes["device"] = "cpu"
         config = found.config.replace(changes)
         device = resolve_device(config.device)
-        model = _model(found, config)
+        model = found.model(config)
         seed = config.seed if seed is None else seed
         cls = agent_class(config)
         try:

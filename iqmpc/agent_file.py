@@ -26,13 +26,15 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from iqmpc.config import Config
+from iqmpc.config import Config, shortened
 from iqmpc.errors import CheckpointError, one_line
 from iqmpc.files import write_atomically
 from iqmpc.observation import ObservationSpec
 from iqmpc.task_interface import TaskInterface
 
 FORMAT, VERSION = "iqmpc-agent", 1
+PACKAGED = "packaged:"  # before the name of a task whose agent ships
+_SHIPPED = Path(__file__).parent / "agents"
 _ALIGNMENT = 64  # of the data, so that a reader may map it
 _LARGEST = 2**31  # bytes, as the C++ library reads
 # What training says of a checkpoint, and `Agent.facts` of the agent.
@@ -133,9 +135,29 @@ def load(path: str | Path) -> AgentFile:
         raise CheckpointError(f"{path} does not describe its agent: {one_line(error)}") from error
 
 
-def is_file(path: str | Path) -> bool:
-    """Whether this is a file, which no run folder is."""
-    return Path(path).is_file()
+def packaged_tasks() -> list[str]:
+    """Names of the tasks for which a trained agent ships with the package."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.iqmpc"))
+
+
+def is_packaged(run: str | Path) -> bool:
+    """Whether this is `packaged:TASK`, and no path."""
+    return str(run).startswith(PACKAGED)
+
+
+def located(run: str | Path) -> Path | None:
+    """The file that `run` names, by its path or as `packaged:TASK`; None where it names none.
+
+    Raises `CheckpointError` for a task for which no agent ships.
+    """
+    if not is_packaged(run):
+        return Path(run) if Path(run).is_file() else None
+    task = str(run).removeprefix(PACKAGED)
+    if task not in packaged_tasks():
+        raise CheckpointError(
+            f"no agent ships for {shortened(task)}; they do for {', '.join(packaged_tasks())}"
+        )
+    return _SHIPPED / f"{task}.iqmpc"
 
 
 def _json(values: Mapping[str, Any]) -> str:

@@ -25,9 +25,11 @@ from iqmpc.errors import ConfigError
 SUITES = ("dmcontrol", "myosuite", "maniskill", "gym")  # whose environments are made here
 GROUPS = ("task", "model", "planner", "learner", "agent", "preset")
 # Keys that may be given without their section.
-_SHORT = {"env_id": "task.env_id"}
+_SHORT = {"env_id": "task.env_id", "init": "init.path"}
 # Whose values are text, taken as they stand unless they are quoted or null.
 _TEXTS = {*GROUPS, *text_keys(), "resume"}
+# Whose values are files, of which tables show the names.
+_FILES = ("demos.path", "demos.add", "init.path")
 _LONGEST = 100  # characters of any other value, each a number or a word
 # What changes how a run is computed or watched, or is told beside its figures.
 _NO_DEPARTURES = {
@@ -160,7 +162,7 @@ def departures(config: Config) -> dict[str, Any]:
     """The settings, by dotted key, in which a run departs from its task and agent under its preset.
 
     They are compared with what the groups say now; the default preset where `config` names none,
-    and without the settings of a task that has no group. Of `demos.path` the file's name. Left out:
+    and without the settings of a task that has no group. Of files their names. Left out:
     seed and steps, which are told beside them, and what changes how a run is computed or watched
     but not what it learns (`_NO_DEPARTURES`).
     Raises `ConfigError` where the preset is unknown.
@@ -182,7 +184,9 @@ def departures(config: Config) -> dict[str, Any]:
             continue
         value = attrgetter(key)(config)
         if value != attrgetter(key)(base):
-            found[key] = Path(value).name if key == "demos.path" else value
+            if value and key in _FILES:
+                value = ",".join(Path(path).name for path in value.split(","))
+            found[key] = value
     return found
 
 

@@ -420,14 +420,35 @@ class DemosConfig:
 
     path: a file (null: the packaged set of the task)
     episodes: how many of its episodes are used (null: all)
+    add: further files, separated by commas, whose episodes come to those; also in a run that goes
+        on
     """
 
     path: str | None = None
     episodes: int | None = None
+    add: str | None = None
 
     def __post_init__(self) -> None:
         if self.episodes is not None:
             _at_least("demos", self, 1, "episodes")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What a new run starts from in place of random weights; its agent acts from the first step.
+
+    path: a run folder, an agent's file or `packaged:TASK`, of the same sizes (null: random weights)
+    checkpoint: which of the run's: `newest`, `best` or a number of steps
+    replay: take over the run's replay of behaviour too
+    """
+
+    path: str | None = None
+    checkpoint: str = "newest"
+    replay: bool = False
+
+    def __post_init__(self) -> None:
+        if self.path is None and (self.replay or self.checkpoint != "newest"):
+            raise ConfigError("init.checkpoint and init.replay need a run to start from, init=RUN")
 
 
 @dataclass(frozen=True)
@@ -448,6 +469,7 @@ class Config:
     agent: AgentConfig = field(default_factory=AgentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
@@ -472,22 +494,19 @@ class Config:
                 f"train.capacity must be above task.episode_length, got {self.train.capacity} and "
                 f"{length}"
             )
-        if self.train.demo_updates and self.learner.objective == "td":
-            raise ConfigError(
-                "train.demo_updates needs demonstrations, which learner.objective=td does not use"
-            )
+        if self.learner.objective == "td":
+            for key, given in (
+                ("train.demo_updates", self.train.demo_updates),
+                ("demos.add", self.demos.add is not None),
+                (f"learner.c_bc={self.learner.c_bc:g}", self.learner.c_bc),
+                ("model.normalise_obs=demos", self.model.normalise_obs == "demos"),
+            ):
+                if given:
+                    raise ConfigError(
+                        f"{key} needs demonstrations, which learner.objective=td does not use"
+                    )
         if self.is_baseline:
             self._check_baseline()
-        if self.learner.c_bc and self.learner.objective == "td":
-            raise ConfigError(
-                f"learner.c_bc={self.learner.c_bc:g} needs demonstrations, which "
-                "learner.objective=td does not use"
-            )
-        if self.model.normalise_obs == "demos" and self.learner.objective == "td":
-            raise ConfigError(
-                "model.normalise_obs=demos needs demonstrations, which learner.objective=td does "
-                "not use"
-            )
 
     def _check_baseline(self) -> None:
         """`ConfigError` for what is asked for and only `agent.name=iq_mpc` has."""
@@ -500,6 +519,7 @@ class Config:
             ("learner.c_bc", (0.0,)),
             ("agent.average", ("off",)),
             ("train.control_hz", (None,)),
+            ("init.path", (None,)),
         ):
             given = attrgetter(key)(self)
             if given not in allowed:
@@ -599,6 +619,7 @@ _CHANGEABLE = {
     "device",
     "run_dir",
     "demos.path",
+    "demos.add",
     "learner.mode",
     "learner.precision",
     "learner.matmul",

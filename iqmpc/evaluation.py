@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, Protocol
 import gymnasium
 import numpy as np
 
-from iqmpc import agent_file
+from iqmpc import stored_agent
 from iqmpc.agent import Agent
 from iqmpc.envs import check_spaces, interface, make_env
 from iqmpc.episode import Episode, EpisodeBuffer
-from iqmpc.run_folder import RunFolder
 from iqmpc.seeding import stream_seed
 from iqmpc.threads import leave_torch_idle, prepare_torch
 
@@ -78,9 +77,7 @@ def open_run(
     Raises `CheckpointError` for what is no run or has no checkpoint, `TaskError` where the
     environment cannot be made here.
     """
-    exported = agent_file.is_file(run)
-    held = agent_file.load(run).config if exported else RunFolder(run).load_config()
-    config = held.replace(changes)
+    config = stored_agent.settings(run).replace(changes)
     prepare_torch(config)
     env = make_env(config.task, render_mode="rgb_array" if render else None)
     agent = Agent.load(run, checkpoint=checkpoint, changes=changes, seed=seed)
@@ -195,7 +192,8 @@ def rollout(
         action = actor.act(episode.observations[-1])
         with interface.at(f"step {len(episode.actions) + 1}"):
             obs, reward, terminated, truncated, info = interface.step(env, action)
-            episode.add(action, reward, interface.observation(obs, space))
+            obs = interface.observation(obs, space)
+            episode.add(action, reward, obs, interface.taken_over(info, env.action_space))
     return episode.finish(terminated=terminated, success=interface.success(info))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -177,6 +178,21 @@ class Learner:
         state["updates"] = torch.tensor(self.updates)
         state["skipped_updates"] = self.skipped
         return state
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin at the weights of a model of the same sizes, targets and average too, in place.
+
+        It takes observations without any scaling.
+        """
+        if self.scaling is not None:
+            weights = self.scaling.to("cpu").inverse().folded_state(weights)
+        for model in (self.model, self.average):
+            if model is not None:
+                model.load_state_dict(dict(weights))
+        for target, layer in zip(self.targets, self.weights.critics, strict=True):
+            for name, t in target._asdict().items():
+                if t is not None:
+                    t.copy_(getattr(layer, name).detach())
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `state_dict`; raises `KeyError` or `RuntimeError` where it does not fit.

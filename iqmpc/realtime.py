@@ -66,6 +66,7 @@ class RealTimeUpdates(Updates):
         self.ticks = LatencyHistogram(1 / control_hz)
         self.ages = LatencyHistogram()  # of the weights that act
         self._parts: deque[Episode] = deque()
+        self._ended: deque[Episode] = deque()  # for what a person did in them
         self._taken: dict[int, int] = {}  # steps handed over, by the number of an open episode
         self._wake, self._free = threading.Event(), threading.Event()
         self._lock = threading.RLock()  # a checkpoint pauses for its snapshot within its own pause
@@ -112,9 +113,10 @@ class RealTimeUpdates(Updates):
 
     def ready(self, env_steps: int) -> bool:
         """Whether the initial updates have been made too, which acting does not wait for."""
-        train = self._config.train
+        train, init = self._config.train, self._config.init
         first = train.demo_updates + self._config.initial_updates
-        return self.begun(env_steps) and self._learner.updates >= first
+        made = self.begun(env_steps) and self._learner.updates >= first
+        return init.path is not None or made
 
     @contextlib.contextmanager
     def beside_step(self) -> Iterator[None]:
@@ -147,6 +149,8 @@ class RealTimeUpdates(Updates):
                 taken = len(was.actions)
             if episode is None:
                 self._taken[was.number] = taken
+            else:
+                self._ended.append(episode)
 
     def catch_up(self, env_steps: int, new: int, *, ended: bool) -> None:
         """Tell the learner's thread how many steps were made."""
@@ -212,6 +216,8 @@ class RealTimeUpdates(Updates):
     def _take_parts(self) -> None:
         while self._parts:
             self._behaviour.add(self._parts.popleft())
+        while self._ended:
+            self._learn_from_person(self._ended.popleft())
 
     def _make_one(self) -> bool:
         """An update, if one is due, and its weights published."""

@@ -22,6 +22,8 @@ class SliceReplay:
     counts the times at which older episodes made room: until it changes, what `state_dict` gave
     stays as it was.
 
+    One that `grows` past its capacity instead, and so loses nothing, is for demonstrations.
+
     `obs_shape` is what an `ObservationSpec` is made of. Images are kept as an `Episode` has them,
     each frame once, and stacked when they are drawn. A row of RGB frames takes 12,288 bytes, so
     1,000,000 rows 12.3 GB. `scaling` is applied to flat observations as they come in: they are
@@ -35,10 +37,11 @@ class SliceReplay:
         *,
         horizon: int,
         capacity: int,
+        grows: bool = False,
         device: torch.device | str = "cpu",
         scaling: ObservationScaling | None = None,
     ):
-        self.scaling = None if scaling is None else scaling.to(device)
+        self._grows, self.scaling = grows, None if scaling is None else scaling.to(device)
         self.horizon, self.capacity, self.device = horizon, capacity, torch.device(device)
         self.observation_spec = spec = ObservationSpec.of(obs_shape)
         self._images = spec.images
@@ -82,6 +85,7 @@ class SliceReplay:
         expected = [steps, *self._dims["action"]]
         if list(action.shape) != expected:
             raise ValueError(f"action must be {expected}, got {list(action.shape)}")
+        self._fit(self._next + steps + 1)
         if steps + 1 > self.capacity:
             raise ValueError(
                 f"an episode of {steps} steps does not fit a replay of {self.capacity} rows"
@@ -154,6 +158,11 @@ class SliceReplay:
                 grown[: len(self._rows[name])] = self._rows[name]
             self._rows[name] = grown
 
+    def _fit(self, rows: int) -> None:
+        """Raise the capacity, where it grows, so that these fit and some more."""
+        if self._grows and rows > self.capacity:
+            self.capacity = 2 * rows
+
     def _make_room(self, rows: int) -> int:
         """The first of `rows` free rows: at the end, or at the start over the oldest episodes."""
         first, before = self._next, len(self._episodes)
@@ -190,6 +199,7 @@ class SliceReplay:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         used = len(state["obs"])
+        self._fit(used)
         if used > self.capacity:
             raise ValueError(f"{used} rows do not fit a replay of {self.capacity}")
         episodes = [(first, steps) for first, steps in state["episodes"].tolist()]

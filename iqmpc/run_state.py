@@ -30,7 +30,8 @@ class Snapshot(NamedTuple):
 class RunState:
     """The parts of a run that a continuation needs, to and from its folder's checkpoints.
 
-    `generator` is the trainer's own; `experts` are only compared with those of the checkpoint.
+    `generator` is the trainer's own. `experts` are compared with those of the checkpoint as they
+    are here first; a checkpoint holds them where some have been added since.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class RunState:
         self.folder, self._config, self._message = folder, config, on_message
         self._learner, self._planner, self._behaviour = learner, planner, behaviour
         self._generator, self._device = generator, generator.device.type
+        self._experts, self._given = experts, 0 if experts is None else len(experts)
         # What a continuation must be given again, to be one.
-        self._experts = None if experts is None else checkpoint.digest(experts.state_dict())
+        self._digest = None if experts is None else checkpoint.digest(experts.state_dict())
         self._restored: Path | None = None
         self._unusable: list[Path] = []  # checkpoints newer than the one that is continued from
 
@@ -63,6 +65,7 @@ class RunState:
             **{f"learner.{k}": v.clone() for k, v in self._learner.state_dict().items()},
             **{f"planner.{k}": v for k, v in self._planner.state_dict().items()},
             **{f"behaviour.{k}": v for k, v in self._behaviour.state_dict().items()},
+            **self._added(),
             "trainer.generator": self._generator.get_state(),
         }
         return Snapshot(step, tensors, self._described(meta), self._behaviour.overwritten)
@@ -102,10 +105,11 @@ class RunState:
         self._unusable = self.folder.newer(path)
         self.folder.check_settings(found, path, meta)
         self._check_changes(found, meta)
-        if meta["demonstrations"] != self._experts:
+        if meta["demonstrations"] != self._digest:
             raise CheckpointError(
                 f"{self.folder} was trained on other demonstrations than those given now: give "
-                "those that demos.* of its config.yaml names, as they were"
+                "those that demos.* of its config.yaml names, as they were (demos.add=FILE adds "
+                "some; a new run with init=RUN starts from its agent)"
             )
         if meta["env_steps"] > self._config.train.steps:
             raise ConfigError(
@@ -137,13 +141,19 @@ class RunState:
             raise ConfigError(f"{self.folder} was continued by another process: resume it again")
         self.folder.tidy(keep=self._config.train.keep)
 
+    def _added(self) -> dict[str, torch.Tensor]:
+        """The demonstrations, where some have come to those that were given at first."""
+        if self._experts is None or len(self._experts) == self._given:
+            return {}
+        return {f"experts.{k}": v for k, v in self._experts.state_dict().items()}
+
     def _described(self, meta: dict[str, Any]) -> dict[str, Any]:
         """`meta` with what every checkpoint says of what it holds and was made with."""
         return {
             "obs_shape": self._learner.model.observation_spec.shape,
             "action_dim": self._learner.model.action_dim,
             **meta,
-            "demonstrations": self._experts,
+            "demonstrations": self._digest,
             "device": self._device,
             "mode": self._learner.mode,
             "matmul": self._learner.matmul,
@@ -162,6 +172,9 @@ class RunState:
         self._learner.load_state_dict(learner)
         self._planner.load_state_dict(part("planner"))
         self._behaviour.load_state_dict(part("behaviour"))
+        added = part("experts")
+        if added and self._experts is not None:
+            self._experts.load_state_dict(added)
         self._generator.set_state(
             self._random_state(tensors["trainer.generator"], self._generator, "trainer", meta)
         )

@@ -40,6 +40,11 @@ class ObservationScaling(NamedTuple):
         """obs [..., O] -> x [..., O]."""
         return (obs - self.mean) / self.std
 
+    def inverse(self) -> ObservationScaling:
+        """The map back, s = x std + mean: with it, folding undoes itself."""
+        mean, std = self.mean.double(), self.std.double()
+        return ObservationScaling(-mean / std, 1 / std)
+
     def folded(self, weights: Weights) -> Weights:
         """The model of s that does with s what `weights` does with x; shares all else with it."""
         first = weights.encoder[0]

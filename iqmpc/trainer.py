@@ -23,7 +23,8 @@ from iqmpc.envs.training import Environment, training_envs
 from iqmpc.episode import Episode
 from iqmpc.errors import CheckpointError, ConfigError, TaskError
 from iqmpc.evaluation import Evaluation, evaluate, no_evaluation, ratio
-from iqmpc.expert_data import demonstrations_for, expert_replay
+from iqmpc.expert_data import add_demonstrations, demonstrations_for, expert_replay
+from iqmpc.initial import start_from
 from iqmpc.interrupts import Interrupts
 from iqmpc.methods import agent_class, learner_class
 from iqmpc.provenance import commit, machine
@@ -157,8 +158,8 @@ class Trainer:
             self._make_parts(demonstrations)
             self._interrupts = Interrupts(self._interrupted)
             self._resumed = resume
-            if resume:
-                self._go_on()
+            if not (resume and self._go_on()):
+                self._begin()
         except BaseException:
             self.envs.close()
             raise
@@ -498,11 +499,26 @@ class Trainer:
                 },
             )
 
-    def _go_on(self) -> None:
+    def _begin(self) -> None:
+        """Start the run, from another's agent where `init` names one."""
+        self._add_demonstrations()
+        if self.config.init.path is not None:
+            self._reporter.message(start_from(self.config, self.learner, self.behaviour))
+            self.agent.publish(self.learner.acting_weights())
+
+    def _add_demonstrations(self) -> None:
+        if self.config.demos.add is None or self.experts is None:
+            return
+        count = add_demonstrations(self.experts, self.config, self.envs.action_dim)
+        self._reporter.message(f"added {count} demonstrations of {self.config.demos.add}")
+
+    def _go_on(self) -> bool:
         """Take over where the newest checkpoint has left off, if there is one."""
         meta = self._state.restore()
         if meta is None:
-            return
+            return False
+        if self.config.demos.add != meta.get("settings", {}).get("demos", {}).get("add"):
+            self._add_demonstrations()  # the others are in the checkpoint
         self.agent.publish(self.learner.acting_weights())
         self.env_steps, self.episodes = meta["env_steps"], meta["episodes"]
         self.envs.started = meta.get("started", self.episodes)  # absent: of one environment
@@ -511,6 +527,7 @@ class Trainer:
         self._best = None if meta.get("best") is None else tuple(meta["best"])
         self._reporter.returns = meta.get("returns", [])
         self._saved_at = self.env_steps
+        return True
 
     def _save(self) -> Path:
         with self.updates.paused():  # the snapshot's replay is the live one

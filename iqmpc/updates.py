@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from iqmpc.agent import Agent
 from iqmpc.config import Config
 from iqmpc.envs.vector import VectorEnv
 from iqmpc.episode import Episode, EpisodeBuffer
+from iqmpc.errors import TaskError
 from iqmpc.methods import MethodLearner
 from iqmpc.replay import SliceReplay
 from iqmpc.reporting import Metrics, Reporter
@@ -75,7 +77,7 @@ class Updates:
 
     def ready(self, env_steps: int) -> bool:
         """Whether the agent acts, and nothing in its place."""
-        return self.begun(env_steps)
+        return self._config.init.path is not None or self.begun(env_steps)
 
     def due(self, env_steps: int) -> int:
         """Updates due after `env_steps` steps, those on the demonstrations alone included."""
@@ -117,9 +119,11 @@ class Updates:
         were: Sequence[EpisodeBuffer | None],
         ended: Sequence[Episode],
     ) -> None:
-        """Put the episodes that `ended` into the replay; `were` are those open before."""
+        """Put the episodes that `ended` into the replay, and what a person did in them to the
+        demonstrations; `were` are those open before."""
         for episode in ended:
             self._behaviour.add(episode)
+            self._learn_from_person(episode)
 
     def catch_up(self, env_steps: int, new: int, *, ended: bool) -> None:
         """Make the updates due after `new` more steps, or leave them to be made beside the next.
@@ -151,6 +155,30 @@ class Updates:
     def summary(self) -> dict[str, Any]:
         """Figures of how the updates kept up with the steps: none, since steps wait for them."""
         return {}
+
+    def _learn_from_person(self, episode: Episode) -> None:
+        """Put the stretches in which a person acted to the demonstrations.
+
+        Raises `TaskError` for images, of which a stretch alone lacks the frames before it.
+        """
+        if episode.corrected is None:
+            return
+        if episode.observation_spec.images:
+            raise TaskError("info['intervene_action'] is for flat observations, got images")
+        steps = int(episode.corrected.sum())
+        if self._experts is None:
+            self._reporter.message(
+                f"a person acted in {steps} steps, which learner.objective=td learns as it does all"
+            )
+            return
+        before = len(self._experts)
+        for stretch in episode.corrections():
+            self._experts.add(replace(stretch, rewards=None))
+        learnt = len(self._experts) - before
+        self._reporter.message(
+            f"a person acted in {steps} steps, of which {learnt} are demonstrations now"
+            + ("" if learnt == steps else f" (stretches of {self._config.learner.horizon} or more)")
+        )
 
     def _wait_for(self, name: str, count: int, behaviour: SliceReplay, on: str | None) -> None:
         """Make `count` updates while nothing else happens, and say `on` what."""

@@ -75,11 +75,35 @@ def test_the_decoded_reward_is_its_formula(small_config, entropy):
 def test_an_agent_of_several_environments_is_loaded(
     tmp_path, small_config, point_env, point_demonstrations
 ):
-    train(
-        small_config.replace({"train.steps": 20}), point_env, point_demonstrations, tmp_path / "run"
-    )
+    train(small_config, point_env, point_demonstrations, tmp_path / "run")
     agent = Agent.load(tmp_path / "run", num_envs=3)
-    assert agent.act(np.zeros((3, 2), np.float32)).shape == (3, 2)
+    here, there = np.zeros((2, 3, 2), np.float32), np.ones((3, 2), np.float32)
+    there[0] = 0
+    one, other = agent.act(here[0]), Agent.load(tmp_path / "run", num_envs=3).act(there)
+    assert one.shape == (3, 2) and np.abs(one).max() <= 1
+    # Each is planned by itself, with draws of its own.
+    np.testing.assert_array_equal(one[0], other[0])
+    assert len({*map(bytes, one)}) == 3 and (one[1:] != other[1:]).all()
+    # An episode that starts in one environment leaves the others' plans warm.
+    again = Agent.load(tmp_path / "run", num_envs=3)
+    again.act(here[0])
+    again.reset(1)
+    changed = (again.act(here[0]) != agent.act(here[0])).all(1)
+    assert changed.tolist() == [False, True, False]
+    with pytest.raises(ValueError, match=r"\[3, 2\], got \[2, 2\]"):
+        agent.act(np.zeros((2, 2), np.float32))
+    with pytest.raises(ValueError, match="got 0"):
+        Agent.load(tmp_path / "run", num_envs=0)
+
+
+def test_a_batch_acts_as_one_does(tmp_path, small_config, point_env, point_demonstrations):
+    """By the prior, which draws nothing: each row as the agent of one environment."""
+    train(small_config, point_env, point_demonstrations, tmp_path / "run")
+    prior = {"planner.enabled": False}
+    obs = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    batch = Agent.load(tmp_path / "run", changes=prior, num_envs=4).act(obs)
+    single = Agent.load(tmp_path / "run", changes=prior)
+    np.testing.assert_allclose(batch, [single.act(row) for row in obs], atol=1e-6)
 
 
 @pytest.mark.parametrize(

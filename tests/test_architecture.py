@@ -27,12 +27,12 @@ FLOORS = {
     "data": ("demos envs", "ground settings records"),
     "method": (
         "agent baselines controller learner methods model onnx_model optimisation plan_statistics "
-        "planner replay scaling update_backends",
+        "planner replay scaling stored_agent update_backends",
         "ground settings kernels records",
     ),
     "runs": (
-        "bench demonstrators evaluation expert_data export realtime reproduce run_list run_state "
-        "table trainer updates video",
+        "bench demonstrators evaluation expert_data export initial realtime reproduce run_list "
+        "run_state table trainer updates video",
         "ground settings records data method",
     ),
     "shell": ("cli commands doctor", "ground settings kernels records data method runs"),

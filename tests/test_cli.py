@@ -224,6 +224,23 @@ def test_resume_continues(run, tmp_path):
     assert summaries[0] == summaries[1] and summaries[0]["env_steps"] == 60
 
 
+def test_a_run_starts_from_another_wherever_it_lies(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "old")
+    Demonstrations.packaged("walker-walk").select(1).save(tmp_path / "more.h5")
+    words = ["init=old", "init.checkpoint=40", "init.replay=true", "demos.add=more.h5,more.h5"]
+    done = iqmpc("train", *TINY, *words, "run_dir=new", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.replace("\n", " ")
+    assert "(step_000000040.safetensors: walker-walk, 40 steps) with 40 steps of behav" in said
+    config = RunFolder(tmp_path / "new").load_config()
+    assert config.init.path == str(tmp_path / "old")
+    assert config.demos.add == ",".join([str(tmp_path / "more.h5")] * 2)
+    done = iqmpc("train", f"resume={tmp_path / 'new'}", "train.steps=50")
+    assert done.returncode == 0 and "starting from" not in done.stderr
+    done = iqmpc("train", f"resume={tmp_path / 'new'}", "init=old", cwd=tmp_path)
+    assert done.returncode == 2 and "init cannot change when a run is resumed" in done.stderr
+
+
 def test_several_environments_train_and_continue(tmp_path):
     path = tmp_path / "run"
     done = iqmpc("train", *TINY, "train.num_envs=3", f"run_dir={path}")

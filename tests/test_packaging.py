@@ -98,6 +98,7 @@ def test_a_wheel_holds_the_same_from_both(sdist, checkout, tmp_path):
         "iqmpc/kernels/mppi_plan/reference.py",
         "iqmpc/configs/preset/cpu.yaml",
         "iqmpc/demos/data/walker-walk.h5",
+        "iqmpc/agents/walker-walk.iqmpc",
     } <= files
 
 

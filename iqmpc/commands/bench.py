@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from iqmpc.commands.options import Agent
 from iqmpc.console import console
 
 if TYPE_CHECKING:
@@ -14,9 +15,7 @@ if TYPE_CHECKING:
 
 
 def bench_agent(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, or a file of iqmpc export.")
-    ],
+    run: Agent,
     settings: Annotated[
         list[str] | None,
         typer.Argument(

@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from iqmpc.commands.options import Backend, Checkpoint, Device, acting
+from iqmpc.commands.options import Agent, Backend, Checkpoint, Device, acting
 from iqmpc.console import console, print_summary
 
 
 def evaluate_run(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, or a file of iqmpc export.")
-    ],
+    run: Agent,
     episodes: Annotated[int, typer.Option(min=1)] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     planner: Annotated[bool, typer.Option(help="--no-planner acts with the policy prior.")] = True,

@@ -7,6 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+Agent = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", help="A run folder, a file of iqmpc export, or packaged:TASK, which ships."
+    ),
+]
 MinReturn = Annotated[
     float | None, typer.Option(help="Keep only episodes with at least this return.")
 ]

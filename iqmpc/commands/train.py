@@ -28,9 +28,10 @@ def train(
     """Train an agent; ends with an evaluation beside the demonstrator's return.
 
     `resume=RUN` continues a run. What it learns may then not be changed: only train.* (but not
-    train.num_envs), where the data lie (demos.path), and how it is computed (threads, device,
-    learner.mode, learner.precision, learner.matmul, and the planner's backend, precision, mode,
-    capture and threads).
+    train.num_envs), where the data lie (demos.path), which are added to them (demos.add), and how
+    it is computed (threads, device, learner.mode, learner.precision, learner.matmul, and the
+    planner's backend, precision, mode, capture and threads). `init=RUN` starts a new run from
+    another's agent.
 
     With -m, settings have several values and `hydra/launcher=joblib|submitit_local|submitit_slurm|
     ray` says where the runs are made; the same command with `hydra.sweep.dir=SWEEP` continues them.
@@ -49,9 +50,26 @@ def train(
         config, run = resumed(folder.load_config(), words), folder.path
     else:
         config, run = compose(overrides or []), None
-    if config.demos.path is not None:  # the run may be continued from another folder
-        config = config.replace({"demos.path": str(Path(config.demos.path).resolve())})
+    config = _anywhere(config)
     print_summary(*train_run(config, run, resume=resume))
+
+
+def _anywhere(config: Config) -> Config:
+    """The settings with whole paths: the run may be continued from another folder."""
+    from iqmpc.agent_file import is_packaged
+
+    given = {
+        "demos.path": [config.demos.path],
+        "demos.add": (config.demos.add or "").split(","),
+        "init.path": [] if is_packaged(config.init.path or "") else [config.init.path],
+    }
+    return config.replace(
+        {
+            key: ",".join(str(Path(path).resolve()) for path in paths if path)
+            for key, paths in given.items()
+            if any(paths)
+        }
+    )
 
 
 def train_run(

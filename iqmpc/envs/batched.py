@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 
 from iqmpc.envs import interface
-from iqmpc.envs.vector import VectorEnv
+from iqmpc.envs.vector import Stepped, VectorEnv
 from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.errors import TaskError
 from iqmpc.seeding import stream_seed
@@ -121,7 +121,7 @@ class BatchedVectorEnv(VectorEnv):
         self._ready = None
         return super().cut()
 
-    def _step(self, actions: np.ndarray) -> dict[int, tuple[np.ndarray, float, bool, bool]]:
+    def _step(self, actions: np.ndarray) -> dict[int, Stepped]:
         given = np.zeros((len(self), self.action_dim), np.float32)
         given[: len(actions)] = actions
         with interface.at(f"{self.name}, a step of {len(self)} worlds"):
@@ -142,6 +142,7 @@ class BatchedVectorEnv(VectorEnv):
                     obs = _final(info, index)
                 found[index] = (
                     self._observation(obs),
+                    None,  # nobody takes over in one of many worlds
                     interface.number(reward),
                     interface.flag("terminated", terminated),
                     interface.flag("truncated", truncated),

@@ -16,7 +16,7 @@ from gymnasium.spaces import Box, Dict
 
 from iqmpc.config import TaskConfig
 from iqmpc.envs import interface
-from iqmpc.envs.actions import scaled
+from iqmpc.envs.actions import scaled, unscaled
 from iqmpc.envs.description import indexed, seconds
 from iqmpc.envs.pixels import FrameStack, is_raw_image, resized
 from iqmpc.errors import TaskError
@@ -159,10 +159,12 @@ class ControlEnv(gymnasium.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         command = scaled(action, self._low, self._high).astype(self.env.action_space.dtype)
-        total = 0.0
+        total, person = 0.0, None
         for _ in range(self.config.action_repeat):
             obs, reward, terminated, truncated, info = interface.step(self.env, command)
             total += reward
+            taken_over = interface.taken_over(info, self.env.action_space)
+            person = person if taken_over is None else taken_over
             terminated = terminated and self._terminates
             if terminated or truncated:
                 break
@@ -171,6 +173,8 @@ class ControlEnv(gymnasium.Wrapper):
         success = interface.success(info, self._success)
         if success is not None:
             info = {**info, "success": success}
+        if person is not None:  # in one of the repeats at least
+            info = {**info, "intervene_action": unscaled(person, self._low, self._high)}
         obs = interface.observation(obs, self.observation_space)
         return obs, total, terminated, truncated, info
 

@@ -72,10 +72,7 @@ def observation(obs: Any, space: gymnasium.Space) -> np.ndarray:
         raise TaskError(
             f"the observation is a dictionary of {', '.join(map(str, obs))}, its space {space}"
         )
-    try:
-        found = np.asarray(obs)
-    except (ValueError, TypeError, RuntimeError):  # rows of different lengths, tensors
-        found = np.array(None)
+    found = _array(obs)
     if found.dtype.kind not in "biuf":
         raise TaskError(
             f"the observation is a {type(obs).__name__} of no numbers, its space {space}"
@@ -114,6 +111,24 @@ def success(info: dict[str, Any], key: str = "is_success") -> bool | None:
     return None
 
 
+def taken_over(info: dict[str, Any], space: Any) -> np.ndarray | None:
+    """The action of a person who took over in this step, `info["intervene_action"]`: float32 [A].
+
+    None where the agent's own acted: the key is absent or None. Raises `TaskError` for what is no
+    action of `space`, a Box.
+    """
+    value = info.get("intervene_action")
+    if value is None:
+        return None
+    found = _array(value)
+    sound = found.dtype.kind in "biuf" and found.shape == space.shape
+    if not sound or not ((space.low <= found) & (found <= space.high)).all():  # false for NaN
+        raise TaskError(
+            f"info['intervene_action'] is {shortened(value)}, expected an action of {space}"
+        )
+    return found.astype(np.float32)
+
+
 def number(value: Any) -> float:
     """A reward; `TaskError` for what is no finite number."""
     try:
@@ -144,6 +159,14 @@ def at(place: str) -> Iterator[None]:
         yield
     except TaskError as error:
         raise TaskError(f"{place}: {error}") from error
+
+
+def _array(value: Any) -> np.ndarray:
+    """`value` as an array, one of no numbers where it is none."""
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, RuntimeError):  # rows of different lengths, tensors
+        return np.array(None)
 
 
 def _parts(result: Any, function: str, expected: str) -> tuple:

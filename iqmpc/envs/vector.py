@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import gymnasium
 import numpy as np
 
 from iqmpc.envs import check_spaces, interface
@@ -12,6 +13,9 @@ from iqmpc.envs.interface import HasSpaces
 from iqmpc.episode import Episode, EpisodeBuffer
 from iqmpc.errors import TaskError
 from iqmpc.seeding import stream_seed
+
+# Observation, `interface.taken_over`, reward, terminated, truncated.
+Stepped = tuple[np.ndarray, np.ndarray | None, float, bool, bool]
 
 
 class VectorEnv:
@@ -89,9 +93,9 @@ class VectorEnv:
         Raises `RuntimeError` for an environment that waits for `start`.
         """
         ended = []
-        for index, (obs, reward, terminated, truncated) in self._step(actions).items():
+        for index, (obs, taken_over, reward, terminated, truncated) in self._step(actions).items():
             episode = self._running(index)
-            episode.add(actions[index], reward, obs)
+            episode.add(actions[index], reward, obs, taken_over)
             over = terminated or truncated
             if not over and len(episode.actions) == self._episode_length:
                 over = True
@@ -120,15 +124,13 @@ class VectorEnv:
                 result[index] = interface.observation(obs, self.envs[index].observation_space)
         return result
 
-    def _step(self, actions: np.ndarray) -> dict[int, tuple[np.ndarray, float, bool, bool]]:
-        """{index: (observation, reward, terminated, truncated)} of those that made the step."""
+    def _step(self, actions: np.ndarray) -> dict[int, Stepped]:
+        """What followed the step, by index, of those that made it."""
         episodes = [self._running(index) for index in range(len(actions))]
         result = {}
         for index, (action, episode) in enumerate(zip(actions, episodes, strict=True)):
             with interface.at(self._place(episode.number, len(episode.actions) + 1)):
-                obs, *rest, _ = interface.step(self.envs[index], action)
-                obs = interface.observation(obs, self.envs[index].observation_space)
-            result[index] = obs, *rest
+                result[index] = step(self.envs[index], action)
         return result
 
     def _seed_of(self, number: int) -> int:
@@ -153,6 +155,14 @@ class VectorEnv:
         if episode is None:
             raise RuntimeError(f"environment {index} is in no episode: call start() first")
         return episode
+
+
+def step(env: gymnasium.Env, action: np.ndarray) -> Stepped:
+    """One step of an environment, checked (`iqmpc.envs.interface`)."""
+    obs, reward, terminated, truncated, info = interface.step(env, action)
+    taken_over = interface.taken_over(info, env.action_space)
+    seen = interface.observation(obs, env.observation_space)
+    return seen, taken_over, reward, terminated, truncated
 
 
 def check_alike(env: HasSpaces, other: HasSpaces, name: str, other_name: str) -> None:

@@ -22,7 +22,7 @@ import gymnasium
 import numpy as np
 
 from iqmpc.envs import check_spaces, interface
-from iqmpc.envs.vector import VectorEnv, check_alike
+from iqmpc.envs.vector import Stepped, VectorEnv, check_alike, step
 from iqmpc.errors import TaskError, WorkerError
 
 # Neither torch, MuJoCo nor GL survives a fork.
@@ -98,7 +98,7 @@ class WorkerVectorEnv(VectorEnv):
         )
         return {index: self._observations.array[index].copy() for index in answers}
 
-    def _step(self, actions: np.ndarray) -> dict[int, tuple[np.ndarray, float, bool, bool]]:
+    def _step(self, actions: np.ndarray) -> dict[int, Stepped]:
         self._actions.array[: len(actions)] = actions
         episodes = [self._running(index) for index in range(len(actions))]
         answers = self._ask(
@@ -305,11 +305,11 @@ def _serve(
     def act(seed: int | None) -> tuple:
         assert env is not None  # made before anything is asked of it
         if seed is None:
-            obs, *answer, _ = interface.step(env, action)
-        else:
-            obs, answer = interface.reset(env, seed=seed)[0], []
+            observation[...], *answer = step(env, action)
+            return tuple(answer)
+        obs, _ = interface.reset(env, seed=seed)
         observation[...] = interface.observation(obs, env.observation_space)
-        return tuple(answer)
+        return ()
 
     with contextlib.suppress(EOFError, OSError):  # the parent has closed the pipe, or is dead
         pipe.send(_tried(make))
