@@ -17,12 +17,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from iqmpc.baselines.adversarial import RewardLearner, RewardModel
 from iqmpc.baselines.learner import Transitions
-from iqmpc.baselines.sac import SacLearner, SacModel
 from iqmpc.config import Config
 from iqmpc.errors import ConfigError
 from iqmpc.observation import ObservationSpec
-from iqmpc.scaling import ObservationScaling
 
 BOUND, SLOPE = 6.0, 15.0  # x is BOUND tanh(x / SLOPE)
 BLUR = 0.05  # standard deviation of the noise on scaled observations and actions
@@ -39,8 +38,10 @@ def coupled_loss(experts: Tensor, behaviour: Tensor) -> Tensor:
     return torch.logsumexp(experts, 0) - math.log(len(experts)) - behaviour.mean()
 
 
-class FlowModel(SacModel):
-    """SAC's networks and two masked autoregressive flows of (s, a)."""
+class FlowModel(RewardModel):
+    """f is -x, of two masked autoregressive flows of (s, a)."""
+
+    learnt = "flows"
 
     def __init__(self, spec: ObservationSpec, action_dim: int, config: Config):
         super().__init__(spec, action_dim, config)
@@ -61,53 +62,23 @@ class FlowModel(SacModel):
         of_behaviour, of_experts = (flow().log_prob(rows) for flow in self.flows)
         return squashed(of_behaviour - of_experts)
 
-    def reward(
-        self, obs: Tensor, action: Tensor, next_obs: Tensor, terminated: Tensor, noise: Tensor
-    ) -> Tensor:
+    def f(self, obs: Tensor, action: Tensor) -> Tensor:
         return -self.log_ratio(obs, action)
 
 
-class CfilSac(SacLearner):
+class CfilSac(RewardLearner):
     """Every tenth update begins with a step of both flows; SAC learns from behaviour alone."""
 
+    every = EVERY
+    model_class = FlowModel
     model: FlowModel
 
-    def __init__(
-        self,
-        obs_shape: ObservationSpec | tuple[int, ...] | int,
-        action_dim: int,
-        config: Config,
-        device: torch.device | str = "cpu",
-        *,
-        sampler: torch.Generator | None = None,
-        scaling: ObservationScaling | None = None,
-    ):
-        super().__init__(obs_shape, action_dim, config, device, sampler=sampler, scaling=scaling)
-        self._flows = self.optimiser("flows", list(self.model.flows.parameters()))
-        self._reward_loss = torch.zeros((), device=self.device)  # of its last step
-        self.others.register_buffer("reward_loss", self._reward_loss)
+    def rl_rows(self, batch: Transitions) -> Transitions:
+        return batch.behaviour()
 
-    @staticmethod
-    def make_model(
-        obs_shape: ObservationSpec,
-        action_dim: int,
-        config: Config,
-        *,
-        termination: bool | None = None,
-    ) -> FlowModel:
-        return FlowModel(obs_shape, action_dim, config)
-
-    def reward_of(self, batch: Transitions) -> Tensor:
-        with torch.no_grad():
-            return -self.model.log_ratio(batch.obs, batch.action)
-
-    def update(self, batch: Transitions) -> dict[str, Tensor]:
-        if self.updates % EVERY == 0:
-            x = self.model.log_ratio(
-                batch.obs + BLUR * self.normal(*batch.obs.shape),
-                batch.action + BLUR * self.normal(*batch.action.shape),
-            )
-            loss = coupled_loss(x[: batch.experts], x[batch.experts :])
-            self.step(loss, self._flows)
-            self._reward_loss.copy_(loss.detach())
-        return super().update(batch.behaviour()) | {"reward_loss": self._reward_loss.clone()}
+    def reward_loss(self, batch: Transitions) -> tuple[Tensor, Tensor | float]:
+        x = self.model.log_ratio(
+            batch.obs + BLUR * self.normal(*batch.obs.shape),
+            batch.action + BLUR * self.normal(*batch.action.shape),
+        )
+        return coupled_loss(x[: batch.experts], x[batch.experts :]), 0.0

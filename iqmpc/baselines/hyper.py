@@ -12,12 +12,9 @@ from torch import Tensor
 
 from iqmpc.baselines.hype import Hype
 from iqmpc.baselines.learner import Transitions
-from iqmpc.config import Config
 from iqmpc.kernels import layers
 from iqmpc.kernels.weights import Layer
 from iqmpc.model import layer_views
-from iqmpc.observation import ObservationSpec
-from iqmpc.scaling import ObservationScaling
 
 MEMBERS = 5
 HORIZON = 3  # steps of an imagined rollout
@@ -37,21 +34,14 @@ def dynamics_loss(dynamics: tuple[Layer, ...], batch: Transitions) -> Tensor:
 class Hyper(Hype):
     """The ensemble makes a step in every update, on both sides of the batch."""
 
-    def __init__(
-        self,
-        obs_shape: ObservationSpec | tuple[int, ...] | int,
-        action_dim: int,
-        config: Config,
-        device: torch.device | str = "cpu",
-        *,
-        sampler: torch.Generator | None = None,
-        scaling: ObservationScaling | None = None,
-    ):
-        super().__init__(obs_shape, action_dim, config, device, sampler=sampler, scaling=scaling)
+    def set_up(self) -> None:
+        super().set_up()
         model = self.model
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            members = model.network(model.obs_dim + action_dim, model.obs_dim, members=MEMBERS)
+            torch.manual_seed(self.config.seed)
+            members = model.network(
+                model.obs_dim + model.action_dim, model.obs_dim, members=MEMBERS
+            )
         self.others["dynamics"] = members.to(self.device)
         self.dynamics = layer_views(members)
         self._dynamics = self.optimiser("dynamics", list(members.parameters()))

@@ -56,12 +56,13 @@ class Transitions(NamedTuple):
 class BaselineLearner:
     """A method's networks, optimisers and random draws (`iqmpc.methods.MethodLearner`).
 
-    `update` is a method's; with `optimiser` and `step` it makes gradient steps, of which one that
-    is not finite is left out and counted in `skipped_updates`. What is beside `model`, such as
-    target networks, is registered in `others`.
+    A method names its `model_class`, makes its optimisers in `set_up` and gradient steps in
+    `update`, with `optimiser` and `step`; a step that is not finite is left out and counted in
+    `skipped_updates`. What is beside `model`, such as target networks, is registered in `others`.
     """
 
     mode, matmul = "eager", "float32"
+    model_class = PolicyModel
 
     def __init__(
         self,
@@ -94,9 +95,14 @@ class BaselineLearner:
         self.updates = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._optimisers: dict[str, torch.optim.Adam] = {}
+        self.set_up()
 
-    @staticmethod
+    def set_up(self) -> None:
+        """Make what a method has beside `model`: its optimisers and `others`."""
+
+    @classmethod
     def make_model(
+        cls,
         obs_shape: ObservationSpec,
         action_dim: int,
         config: Config,
@@ -104,7 +110,7 @@ class BaselineLearner:
         termination: bool | None = None,
     ) -> PolicyModel:
         """What acts and decodes rewards; `termination` is the world model's, and means nothing."""
-        raise NotImplementedError
+        return cls.model_class(obs_shape, action_dim, config)
 
     def learn(self, experts: SliceReplay | None, behaviour: SliceReplay) -> dict[str, Tensor]:
         """Draw `learner.batch` slices of each replay and make one update on all their steps.

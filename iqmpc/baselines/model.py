@@ -57,23 +57,23 @@ class PolicyModel(nn.Module):
     """π of flat observations, and what more a method has.
 
     Each network has two hidden layers of `agent.hidden_dim`, the world model's: Linear, LayerNorm,
-    Mish. A `deterministic` policy gives tanh of A outputs. All take observations that are scaled
+    Mish. A `deterministic` policy is tanh of A outputs. All take observations that are scaled
     already, as the replays hold them; who has them as they are applies `scaling` first.
     """
 
     decodes_rewards = False
+    deterministic = False
     obs_mean: Tensor
     obs_std: Tensor
 
-    def __init__(
-        self, spec: ObservationSpec, action_dim: int, config: Config, *, deterministic: bool = False
-    ):
+    def __init__(self, spec: ObservationSpec, action_dim: int, config: Config):
         super().__init__()
         self.observation_spec, self.action_dim = spec, action_dim
         self.hidden = config.agent.hidden_dim
         self.register_buffer("obs_mean", torch.zeros(self.obs_dim))
         self.register_buffer("obs_std", torch.ones(self.obs_dim))
-        self.policy = self.network(self.obs_dim, action_dim if deterministic else 2 * action_dim)
+        outputs = action_dim if self.deterministic else 2 * action_dim
+        self.policy = self.network(self.obs_dim, outputs)
         self.critics = nn.ModuleList()
 
     @property

@@ -22,7 +22,6 @@ from iqmpc.losses import soft_value
 from iqmpc.model import layer_views
 from iqmpc.observation import ObservationSpec
 from iqmpc.optimisation import move
-from iqmpc.scaling import ObservationScaling
 
 Critics = tuple[Layer, ...]
 
@@ -99,44 +98,25 @@ class SacLearner(BaselineLearner):
     """
 
     temperature: float | None = None  # where `agent.temperature` says none; None: learnt
+    model_class = SacModel
     model: SacModel
 
-    def __init__(
-        self,
-        obs_shape: ObservationSpec | tuple[int, ...] | int,
-        action_dim: int,
-        config: Config,
-        device: torch.device | str = "cpu",
-        *,
-        sampler: torch.Generator | None = None,
-        scaling: ObservationScaling | None = None,
-    ):
-        super().__init__(obs_shape, action_dim, config, device, sampler=sampler, scaling=scaling)
+    def set_up(self) -> None:
         model = self.model
-        targets = model.network(model.obs_dim + action_dim, 1, members=2).to(self.device)
+        targets = model.network(model.obs_dim + model.action_dim, 1, members=2).to(self.device)
         targets.load_state_dict(model.critics.state_dict())
         self.others["targets"] = targets.requires_grad_(False)
         self.targets = layer_views(targets)
         self._critic = self.optimiser("critic", list(model.critics.parameters()))
         self._policy = self.optimiser("policy", list(model.policy.parameters()))
         fixed = self.temperature
-        if config.agent.temperature is not None:
-            fixed = config.agent.temperature
+        if self.config.agent.temperature is not None:
+            fixed = self.config.agent.temperature
         self._temperature = None
         if fixed is None:
             self._temperature = self.optimiser("temperature", [model.log_temperature])
         else:
             nn.init.constant_(model.log_temperature, math.log(fixed))
-
-    @staticmethod
-    def make_model(
-        obs_shape: ObservationSpec,
-        action_dim: int,
-        config: Config,
-        *,
-        termination: bool | None = None,
-    ) -> SacModel:
-        return SacModel(obs_shape, action_dim, config)
 
     def reward_of(self, batch: Transitions) -> Tensor:
         """The reward of every row, [N], as the method has learnt it."""
