@@ -19,12 +19,16 @@ class Controller(abc.ABC):
 
     Its random draws follow from the seed and from `step`, the calls of `plan` so far, so that the
     same seed and step give the same action. Counts, by `COUNTS`, are of plans that fell short.
+    Raises `ValueError` for fewer problems than one.
     """
 
     backend: str  # as summary.json names it
     step: int
 
-    def __init__(self) -> None:
+    def __init__(self, problems: int) -> None:
+        if problems < 1:
+            raise ValueError(f"problems (num_envs of an agent) must be at least 1, got {problems}")
+        self.problems = problems
         self.nonfinite_plans = self.missed_plans = self.late_plans = 0
 
     @abc.abstractmethod

@@ -45,9 +45,9 @@ class Planner(Controller):
         Raises `BackendError` where the backend that is named cannot serve, or none can: because of
         the machine, of the weights, or of a setting that it does not use.
         """
-        super().__init__()
+        super().__init__(problems)
         self.config = config = config or PlannerConfig()
-        self.observation_spec, self.problems = ObservationSpec(weights.obs_shape), problems
+        self.observation_spec = ObservationSpec(weights.obs_shape)
         self.backend = resolve_plan(weights, config)
         try:
             self._plan = BACKENDS[self.backend](

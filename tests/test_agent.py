@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from iqmpc import Agent, WorldModel, checkpoint, evaluate
-from iqmpc.errors import BackendError, CheckpointError
+from iqmpc.errors import CheckpointError
 from iqmpc.evaluation import reward_correlation
 from iqmpc.kernels import layers
 from iqmpc.run_folder import RunFolder
@@ -92,7 +92,7 @@ def test_an_agent_of_several_environments_is_loaded(
     assert changed.tolist() == [False, True, False]
     with pytest.raises(ValueError, match=r"\[3, 2\], got \[2, 2\]"):
         agent.act(np.zeros((2, 2), np.float32))
-    with pytest.raises((ValueError, BackendError), match="got 0"):
+    with pytest.raises(ValueError, match="got 0"):
         Agent.load(tmp_path / "run", num_envs=0)
 
 

@@ -19,8 +19,8 @@ class PolicyController(Controller):
     backend = "policy"
 
     def __init__(self, weights: PolicyWeights, *, problems: int = 1, seed: int = 0):
-        super().__init__()
-        self.step, self._problems, self._seed = 0, problems, seed
+        super().__init__(problems)
+        self.step, self._seed = 0, seed
         self._weights = weights.snapshot()
         self._device = weights.policy[0].weight.device
 
@@ -37,7 +37,7 @@ class PolicyController(Controller):
         noise = None
         if explore:
             generator = torch.Generator().manual_seed(stream_seed(self._seed, "policy", self.step))
-            shape = self._problems, self._weights.action_dim
+            shape = self.problems, self._weights.action_dim
             noise = torch.randn(shape, generator=generator).to(self._device)
         self.step += 1
         scaled = self._weights.scaling(obs.to(self._device))
