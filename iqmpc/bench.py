@@ -26,11 +26,6 @@ SAMPLES, ITERATIONS = (32, 64, 128, 256, 512, 1024), (1, 2, 3, 4, 6)
 _PRIORITY = 50  # of SCHED_FIFO: below the kernel's own threads for interrupts
 _LOCK = 1 | 2  # MCL_CURRENT | MCL_FUTURE
 _EPISODE = 500
-# What a backend other than cpu, and cpu, is given where nothing else is said.
-_OF_A_BACKEND: tuple[dict[str, Any], ...] = (
-    {"planner.budget_us": None, "planner.threads": None},
-    {"planner.threads": 1},
-)
 _REPEATS = 12  # plans of each setting of the table
 
 
@@ -95,7 +90,10 @@ def bench(
     torch.set_num_threads(1)
     chosen = {"device": "cpu", **(changes or {})}
     chosen.setdefault("planner.backend", "cpu" if chosen["device"] == "cpu" else "auto")
-    held = Agent.load(run, changes=_OF_A_BACKEND[chosen["planner.backend"] == "cpu"] | chosen)
+    # Where nothing else is said: the others know neither a budget nor threads.
+    other = {"planner.budget_us": None, "planner.threads": None}
+    unsaid = {"planner.threads": 1} if chosen["planner.backend"] == "cpu" else other
+    held = Agent.load(run, changes=unsaid | chosen)
     held.require_world_model("iqmpc bench")
     planner = held.config.planner
     budget_us = planner.budget_us or SHARE * 1e6 / hz

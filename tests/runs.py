@@ -12,6 +12,17 @@ from iqmpc.kernels import layers
 from iqmpc.run_folder import RunFolder
 from iqmpc.runlog import TIMING
 
+# As small as a run can be made, in the words of the command line.
+TINY_SIZES = [
+    "model.encoder_dim=16",
+    "model.hidden_dim=16",
+    "model.latent_dim=16",
+    "planner.samples=16",
+    "planner.elites=4",
+    "planner.policy_trajectories=4",
+    "planner.iterations=1",
+    "learner.batch=8",
+]
 # With which the point is learnt.
 LEARNING = {
     "train.steps": 1000,

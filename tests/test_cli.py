@@ -19,18 +19,12 @@ from iqmpc.cli import main
 from iqmpc.commands import train as train_command
 from iqmpc.console import print_summary
 from iqmpc.run_folder import RunFolder
+from tests.runs import TINY_SIZES
 
 TINY = [
-    "model.encoder_dim=16",
-    "model.hidden_dim=16",
-    "model.latent_dim=16",
-    "planner.samples=16",
-    "planner.elites=4",
-    "planner.policy_trajectories=4",
-    "planner.iterations=1",
+    *TINY_SIZES,
     "planner.mode=eager",
     "learner.mode=eager",
-    "learner.batch=8",
     "task.episode_length=10",
     "train.steps=40",
     "train.random_steps=20",

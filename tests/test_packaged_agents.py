@@ -1,12 +1,13 @@
 """The trained agents that ship, as `packaged:TASK`."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from iqmpc import Agent, agent_file
-from iqmpc.commands.train import _anywhere
+from iqmpc.commands.train import anywhere
 from iqmpc.composition import compose
 from iqmpc.envs import TASKS
 from iqmpc.errors import CheckpointError
@@ -53,5 +54,5 @@ def test_which_ship_is_said():
 
 def test_a_run_starts_from_one():
     """By its name, which no folder's path is made of."""
-    config = _anywhere(compose(["init=packaged:walker-walk"]))
+    config = anywhere(compose(["init=packaged:walker-walk"]), Path())
     assert config.init.path == "packaged:walker-walk"

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from iqmpc.commands.train import train_run
+from iqmpc.commands.train import anywhere, train_run
 from iqmpc.composition import composed, full_key, parse_words
 from iqmpc.config import Config, differences, may_change
 from iqmpc.console import console, print_error, show_warning
@@ -194,9 +194,7 @@ def run_job(_: DictConfig) -> float:
     try:
         settings = {o.key_or_group: o.value() for o in parse_words(job.overrides.task)}
         config = composed({**settings, "run_dir": str(folder)})
-        if config.demos.path is not None:
-            path = Path(job.runtime.cwd, config.demos.path)
-            config = config.replace({"demos.path": str(path)})
+        config = anywhere(config, Path(job.runtime.cwd))
         summary = _finished(folder, config)
         if summary is None:
             summary = train_run(config, folder.path, resume=folder.holds_run, name=name)[0]

@@ -50,12 +50,12 @@ def train(
         config, run = resumed(folder.load_config(), words), folder.path
     else:
         config, run = compose(overrides or []), None
-    config = _anywhere(config)
+    config = anywhere(config, Path())
     print_summary(*train_run(config, run, resume=resume))
 
 
-def _anywhere(config: Config) -> Config:
-    """The settings with whole paths: the run may be continued from another folder."""
+def anywhere(config: Config, base: Path) -> Config:
+    """The settings with whole paths, from the folder `base`: a run may be continued elsewhere."""
     from iqmpc.agent_file import is_packaged
 
     given = {
@@ -65,7 +65,7 @@ def _anywhere(config: Config) -> Config:
     }
     return config.replace(
         {
-            key: ",".join(str(Path(path).resolve()) for path in paths if path)
+            key: ",".join(str(Path(base, path).resolve()) for path in paths if path)
             for key, paths in given.items()
             if any(paths)
         }

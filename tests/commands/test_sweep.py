@@ -18,7 +18,7 @@ from iqmpc.plot import read_curve
 from iqmpc.run_folder import RunFolder
 from iqmpc.table import find_runs
 from iqmpc.trainer import Trainer
-from tests.runs import interrupted_at, rows_of
+from tests.runs import TINY_SIZES, interrupted_at, rows_of
 
 SIGTERM = 15
 POINT = [
@@ -26,15 +26,8 @@ POINT = [
     "task.env_id=tests.conftest:PointEnv",
     "learner.objective=td",
     "task.episode_length=20",
-    "model.encoder_dim=16",
-    "model.hidden_dim=16",
-    "model.latent_dim=16",
-    "planner.samples=16",
-    "planner.elites=4",
-    "planner.policy_trajectories=4",
-    "planner.iterations=1",
+    *TINY_SIZES,
     "learner.mode=eager",
-    "learner.batch=8",
     "train.steps=80",
     "train.random_steps=20",
     "train.initial_updates=2",
@@ -88,6 +81,13 @@ def test_each_combination_is_a_run_in_a_folder_of_its_own(tmp_path, trained):
     assert {c.task.env_id for c in configs} == {"tests.runs:Marked"}
     assert {c.learner.objective for c in configs} == {"td"}
     assert names(folder) == sorted({name for name, *_ in trained})
+
+
+def test_files_are_those_of_the_folder_where_the_sweep_was_begun(tmp_path, monkeypatch, trained):
+    monkeypatch.chdir(tmp_path)
+    sweep(into("sweep", "seed=1,2", "init=mine.iqmpc", "demos.path=mine.h5"))
+    assert [c.init.path for _, c, _, _ in trained] == [str(tmp_path / "mine.iqmpc")] * 2
+    assert [c.demos.path for _, c, _, _ in trained] == [str(tmp_path / "mine.h5")] * 2
 
 
 def test_ended_runs_are_kept_and_new_ones_join(tmp_path, trained):

@@ -8,19 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import TINY_SIZES
+
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / "examples" / "python"
 if not PYTHON.exists():
     pytest.skip("the examples are not beside the tests", allow_module_level=True)
 TINY = [
-    "model.encoder_dim=16",
-    "model.hidden_dim=16",
-    "model.latent_dim=16",
-    "planner.samples=16",
-    "planner.elites=4",
-    "planner.policy_trajectories=4",
-    "planner.iterations=1",
-    "learner.batch=8",
+    *TINY_SIZES,
     "train.random_steps=60",
     "train.initial_updates=2",
     "train.final_episodes=1",
