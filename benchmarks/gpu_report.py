@@ -290,7 +290,7 @@ def lost(device: str) -> bool:
         return False
     try:
         torch.cuda.synchronize()
-    except Exception:
+    except Exception:  # whatever it says, nothing more can be run on it
         return True
     return False
 
